@@ -1,0 +1,34 @@
+"""SEQ: sequential fine-tuning. One LoRA is trained on task after task; nothing protects what was learned before.
+
+Minimises the cross-entropy on the current task from where the last task left off ("SeqLoRA" of O-LoRA, arXiv 2310.14152; "LoraSeqFT" of
+TRACE, arXiv 2310.06762, section 4.3). The reference that every other method must beat, and must equal when its own strength is zero.
+Adapter: LoRA (arXiv 2106.09685) from PEFT. No deviation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import Module
+
+from clbench.adapters import Lora
+from clbench.loss import answer_loss
+from clbench.protocols import Method
+from clbench.types import Batch
+
+
+@dataclass(kw_only=True)
+class Seq(Method):
+    """Sequential fine-tuning of one LoRA."""
+
+    lora: Lora
+    seed: int
+
+    def wrap(self, model: Module) -> Module:
+        """Adds the one adapter that all stages train."""
+        return self.lora.add(model, seed=self.seed)
+
+    def loss(self, model: Module, batch: Batch) -> Tensor:
+        """Cross-entropy on the current task's answers, in nats per answer token."""
+        return answer_loss(model, batch)

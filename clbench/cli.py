@@ -1,0 +1,124 @@
+"""The command line: composes the configuration with Hydra, checks it, starts the run, refreshes the leaderboard.
+
+The only place that sees a DictConfig. What the user got wrong is one line on standard error and exit code 2; what we got wrong is a
+traceback and exit code 1. Heavy imports wait until a run really starts, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from clbench.config import Config, check, from_plain
+from clbench.types import UserMistake
+
+_HERE = Path(__file__).resolve().parent
+CONF_DIR = next(path for path in (_HERE.parent / "conf", _HERE / "conf") if (path / "config.yaml").is_file())
+
+USERS_MISTAKES = (UserMistake, HydraException, OmegaConfBaseException)
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def main() -> None:
+    """Entry point of `python -m clbench` and of the `clbench` command."""
+    # Hydra then hands its exceptions to us instead of printing them over several lines and exiting with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(_job)()
+    except USERS_MISTAKES as error:
+        _refuse(error)
+
+
+def _job(composed: DictConfig) -> None:
+    """One Hydra job. In a multirun a mistake is left to Hydra, which runs the other jobs before it stops."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return _run(composed)
+    try:
+        return _run(composed)
+    except USERS_MISTAKES as error:
+        _refuse(error)
+
+
+def _run(composed: DictConfig) -> None:
+    config = resolve(composed)
+    check(config)
+    from clbench.tracking import set_up_logging
+
+    set_up_logging()
+    from rich.console import Console
+
+    from clbench import leaderboard
+    from clbench.experiment import run
+
+    results_dir = Path(config.results_dir)
+    path = run(config)
+    leaderboard.refresh(results_dir)
+    Console().print(leaderboard.table(results_dir))
+    print(f"{path.name} -> {results_dir / 'leaderboard.csv'}")
+
+
+def resolve(composed: DictConfig) -> Config:
+    """The typed configuration: the stream's tasks filled in from `conf/task/`, interpolations resolved."""
+    choices = HydraConfig.get().runtime.choices
+    with open_dict(composed):
+        for name in composed.stream.tasks:
+            composed.tasks[name] = _task(name)
+        if not composed.experiment:
+            composed.experiment = choices.get("experiment") or composed.stream.name
+        if "method._target_" in _overridden() and "method.name" not in _overridden():
+            raise UserMistake("method._target_ was given on the command line: give its label too, method.name=NAME")
+    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict), type(plain)
+    return from_plain({str(key): value for key, value in plain.items() if key in {field.name for field in fields(Config)}})
+
+
+def _task(name: str) -> DictConfig:
+    """`conf/task/<name>.yaml`, wherever Hydra's search path finds it."""
+    loader = GlobalHydra.instance().config_loader()
+    known = loader.get_group_options("task")
+    if name not in known:
+        raise UserMistake(f"stream.tasks names {name!r}, which has no yaml in conf/task; known: {', '.join(sorted(known))}")
+    loaded = loader.load_configuration(f"task/{name}", overrides=[], run_mode=RunMode.RUN)
+    task = OmegaConf.create(OmegaConf.to_container(loaded, resolve=False)).get("task")
+    assert task is not None, name
+    return task
+
+
+def _overridden() -> set[str]:
+    return {override.lstrip("+~").split("=", 1)[0] for override in HydraConfig.get().overrides.task}
+
+
+
+def _refuse(error: Exception) -> NoReturn:
+    print(f"clbench: {' '.join(_message(error).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _message(error: Exception) -> str:
+    """What went wrong, without Hydra's advice on debugging. A UserMistake inside a constructor speaks for itself."""
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, UserMistake):
+        inner = inner.__cause__
+    if inner is not None:
+        return str(inner)
+    if isinstance(error, MissingConfigException) and error.options:
+        return f"{error.missing_cfg_file!r} is unknown; choose one of {', '.join(error.options)} (conf/)"
+    cause = error.__cause__
+    text = str(error) if cause is None or str(error) in str(cause) else f"{error}: {cause}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    kept = [line for line in lines if not line.startswith(("object_type", "reference_type", "Config search path", "Set the env"))]
+    return " ".join(kept)
+

@@ -1,0 +1,195 @@
+"""The configuration's shape: typed, checked once at the edge, plain values from there on.
+
+Hydra composes `conf/` onto these classes, which refuses unknown keys and wrong types; `check` refuses impossible values. The groups `method`,
+`model` and each entry of `tasks` and `probe.probes` are free-form: they name a class (`_target_`) whose fields are their schema.
+No torch here: the command line must answer at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clbench.types import UserMistake
+
+RESUME = ("auto", "never", "must")
+SCHEDULES = ("linear", "cosine", "constant")
+DTYPES = ("float32", "bfloat16")
+
+# What a run's scores do not depend on, or what names a place on one machine: no part of a run's identity.
+NO_IDENTITY = ("results_dir", "cache_dir", "data_dir", "resume", "tracking")
+NO_IDENTITY_ENGINE = ("name", "processes", "zero_stage", "threads")
+
+
+@dataclass
+class TrainConfig:
+    """How one stage is trained; equal for all methods unless a method's yaml states its own."""
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    max_length: int = 512
+    lr: float = 1e-3
+    schedule: str = "linear"
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip: float = 1.0
+    carry_optimizer: bool = False
+
+
+@dataclass
+class EngineConfig:
+    """Where and in which precision to train."""
+
+    name: str = "local"
+    processes: int = 1
+    zero_stage: int = 0
+    dtype: str = "float32"
+    device: str = "auto"
+    threads: int | None = None
+
+
+@dataclass
+class StreamConfig:
+    """Which tasks, how many of them and of their rows."""
+
+    name: str = ""
+    tasks: list[str] = field(default_factory=list)
+    limit: int | None = None
+    train_rows: int | None = None
+    test_rows: int | None = None
+
+
+@dataclass
+class ProbeConfig:
+    """What is measured after every stage: `probes` by name; `tasks` and `limit` are read by the lm-eval probe."""
+
+    tasks: list[str] = field(default_factory=list)
+    limit: int | None = None
+    probes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TrackingConfig:
+    """What a person sees while it runs."""
+
+    progress: bool = True
+    wandb: str = "disabled"
+    project: str = "clbench"
+
+
+@dataclass
+class Config:
+    """One run, whole. `tasks` holds each stream task's own configuration; the command line fills it from `conf/task/`."""
+
+    method: Any = None
+    model: Any = None
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    order: str = "default"
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    seed: int = 0
+    results_dir: str = "results"
+    data_dir: str | None = None
+    cache_dir: str = ""
+    resume: str = "auto"
+    experiment: str = ""
+    tasks: dict[str, Any] = field(default_factory=dict)
+
+
+def from_plain(plain: dict[str, Any]) -> Config:
+    """The typed configuration from the plain values that Hydra composed (or that a frozen JSON file holds)."""
+    nested = {
+        "stream": StreamConfig(**plain["stream"]),
+        "engine": EngineConfig(**plain["engine"]),
+        "probe": ProbeConfig(**plain["probe"]),
+        "train": TrainConfig(**plain["train"]),
+        "tracking": TrackingConfig(**plain["tracking"]),
+    }
+    return Config(**{**plain, **nested})
+
+
+def config_hash(config: Config, *, without_seed: bool = False) -> str:
+    """SHA-256, in hexadecimal, of all that decides a run's scores. Paths are taken out wherever they were interpolated."""
+    plain = copy.deepcopy(asdict(config))
+    for key in NO_IDENTITY:
+        del plain[key]
+    for key in NO_IDENTITY_ENGINE:
+        del plain["engine"][key]
+    if without_seed:
+        del plain["seed"]
+        plain["method"].pop("seed", None)
+    text = json.dumps(plain, sort_keys=True)
+    for path in (config.data_dir, config.cache_dir, config.results_dir):
+        if path:
+            text = text.replace(json.dumps(path), '"<path>"')
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run_name(config: Config) -> str:
+    """The run's directory name: `<experiment>-<method>-s<seed>-<hash8>`."""
+    return f"{config.experiment}-{config.method['name']}-s{config.seed}-{config_hash(config)[:8]}"
+
+
+def check(config: Config) -> None:
+    """Raises UserMistake, in one line, for the first value that cannot be meant."""
+    train, stream = config.train, config.stream
+    _one_of("resume", config.resume, RESUME)
+    _one_of("train.schedule", train.schedule, SCHEDULES)
+    _one_of("engine.dtype", config.engine.dtype, DTYPES)
+    if (train.steps is None) == (train.epochs is None):
+        raise UserMistake(f"train.steps={train.steps} and train.epochs={train.epochs}: give exactly one, the other is null (conf/train)")
+    for key, value, least in (
+        ("train.steps", train.steps, 0),
+        ("train.epochs", train.epochs, 0),
+        ("train.batch_size", train.batch_size, 1),
+        ("train.micro_batch_size", train.micro_batch_size, 1),
+        ("train.max_length", train.max_length, 8),
+        ("train.lr", train.lr, 0),
+        ("train.warmup", train.warmup, 0),
+        ("train.weight_decay", train.weight_decay, 0),
+        ("train.clip", train.clip, 0),
+        ("engine.processes", config.engine.processes, 1),
+        ("engine.threads", config.engine.threads, 1),
+        ("stream.limit", stream.limit, 1),
+        ("stream.train_rows", stream.train_rows, 1),
+        ("stream.test_rows", stream.test_rows, 1),
+        ("probe.limit", config.probe.limit, 1),
+        ("seed", config.seed, 0),
+    ):
+        if value is not None and value < least:
+            raise UserMistake(f"{key}={value} is too small; the least allowed is {least}")
+    twice = sorted({name for name in stream.tasks if stream.tasks.count(name) > 1})
+    if twice:
+        raise UserMistake(f"stream.tasks names {', '.join(twice)} more than once; each task may stand in a stream once (conf/stream)")
+    if not stream.tasks:
+        raise UserMistake("stream.tasks is empty; name at least one task of conf/task")
+    if config.data_dir is not None and not Path(config.data_dir).is_dir():
+        raise UserMistake(f"data_dir={config.data_dir!r} is not a directory; give the folder that holds <dataset>/<split>.jsonl")
+    for key, value in (("results_dir", config.results_dir), ("cache_dir", config.cache_dir)):
+        _writable(key, value)
+
+
+def _one_of(key: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise UserMistake(f"{key}={value!r} is unknown; choose one of {', '.join(allowed)}")
+
+
+def _writable(key: str, value: str) -> None:
+    try:
+        Path(value).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserMistake(f"{key}={value!r} cannot be made ({error.strerror}); give a folder that you may write to") from error
+    if not os.access(value, os.W_OK):
+        raise UserMistake(f"{key}={value!r} cannot be written to; give a folder that you may write to")

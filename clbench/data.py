@@ -1,0 +1,210 @@
+"""Rows, token ids and batches: from a dataset's name to the tensors of one optimizer step.
+
+Rows come from `data_dir/<name>/<split>.jsonl` when `data_dir` is set, else from the hub at a stated revision: the same columns either
+way. Every random draw of the project takes its generator from here, named by (seed, purpose, stage), so that it depends neither
+on what was drawn before nor on how many processes run.
+
+>>> import torch
+>>> draws = [torch.rand((), generator=generator(0, "order", stage)) for stage in (1, 1, 2)]
+>>> bool(draws[0] == draws[1]), bool(draws[0] == draws[2])
+(True, False)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from clbench.types import Batch, Example, Source, UserMistake
+
+IGNORED = -100
+"""Label of a position that is not part of an answer (the value that torch's cross-entropy skips)."""
+
+
+def generator(seed: int, purpose: str, stage: int = 0) -> torch.Generator:
+    """A CPU random generator that depends only on its three names."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{stage}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """Where a dataset's rows are: `name` is its folder under `data_dir`, the rest its address on the hub.
+
+    `splits` maps our split names to the hub's; a split that is not listed has the same name on both sides.
+    """
+
+    name: str
+    hub: str
+    config: str | None = None
+    revision: str | None = None
+    splits: dict[str, str] = field(default_factory=dict)
+
+
+def load_rows(spec: DatasetSpec, *, split: str, data_dir: str | None) -> list[dict[str, Any]]:
+    """The rows of one split, in file order; raises UserMistake when they cannot be had."""
+    if data_dir is not None:
+        path = Path(data_dir) / spec.name / f"{split}.jsonl"
+        if not path.is_file():
+            raise UserMistake(f"data_dir={data_dir!r} has no {spec.name}/{split}.jsonl, which {spec.hub!r} needs; point data_dir at it")
+        with path.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        rows = load_dataset(spec.hub, spec.config, split=spec.splits.get(split, split), revision=spec.revision)
+    except (OSError, DatasetNotFoundError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserMistake(
+            f"dataset {spec.hub!r} could not be loaded from the hub ({reason}); offline, set data_dir=DIR with DIR/{spec.name}/{split}.jsonl"
+        ) from error
+    return [dict(row) for row in rows]
+
+
+def fingerprint(rows: Sequence[Any]) -> str:
+    """SHA-256, in hexadecimal, of rows that JSON can write (dataclasses by their fields)."""
+    digest = hashlib.sha256()
+    for row in rows:
+        plain = row if isinstance(row, (dict, list, str)) else vars(row)
+        digest.update(json.dumps(plain, sort_keys=True, ensure_ascii=False).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one example: `ids[:answer_start]` is the prompt (one BOS first), the rest the answer and EOS."""
+
+    ids: tuple[int, ...]
+    answer_start: int
+
+
+class Encoder:
+    """Turns examples into token ids, each once, and ids into batches.
+
+    The prompt and the answer are tokenised apart, so a prompt has the same ids in training and in examination. The answer is set off by
+    one space. When the whole is longer than `max_length`, the prompt loses tokens from its left, after the BOS; the answer never does.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, device: torch.device | str = "cpu") -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.device = torch.device(device)
+        self._encoded: dict[tuple[str, str], Encoded] = {}
+        self._prompts: dict[str, tuple[int, ...]] = {}
+
+    def text(self, text: str) -> list[int]:
+        """Token ids of bare text, without special tokens."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def prompt(self, prompt: str) -> tuple[int, ...]:
+        """BOS and the prompt's token ids, untruncated."""
+        if prompt not in self._prompts:
+            self._prompts[prompt] = (self.tokenizer.bos_token_id, *self.text(prompt))
+        return self._prompts[prompt]
+
+    def answer(self, answer: str) -> tuple[int, ...]:
+        """The answer's token ids as they follow a prompt, without EOS."""
+        return tuple(self.text(" " + answer))
+
+    def example(self, example: Example) -> Encoded:
+        """The example's ids with EOS at the end, cut from the prompt's left to `max_length`."""
+        key = (example.prompt, example.answer)
+        if key not in self._encoded:
+            answer = (*self.answer(example.answer), self.tokenizer.eos_token_id)
+            prompt = clip_left(self.prompt(example.prompt), self.max_length - len(answer))
+            self._encoded[key] = Encoded(ids=(*prompt, *answer), answer_start=len(prompt))
+        return self._encoded[key]
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """One batch of `examples` in which every answer token weighs the same."""
+        return self.micro_batches(((example, 0, 1.0) for example in examples), rows=len(examples))[0]
+
+    def micro_batches(
+        self, global_batch: Iterable[tuple[Example, int, float]], *, rows: int, rank: int = 0, world_size: int = 1
+    ) -> list[Batch]:
+        """Splits this rank's part of one step's (example, source, weight of its source) into batches of at most `rows` rows.
+
+        An answer token's weight is its source's normalised weight over the answer tokens of that source in the whole step, over all
+        ranks, so the split changes no gradient. Rows of similar length go together.
+        """
+        drawn = [(self.example(example), source, weight) for example, source, weight in global_batch]
+        sources = max(source for _, source, _ in drawn) + 1
+        answers, attended, weights = [0] * sources, [0] * sources, [0.0] * sources
+        for encoded, source, weight in drawn:
+            answers[source] += len(encoded.ids) - encoded.answer_start
+            attended[source] += len(encoded.ids)
+            weights[source] = weight
+        total = sum(weights)
+        mine = drawn[rank::world_size]
+        by_length = sorted(mine, key=lambda row: len(row[0].ids)) if rows < len(mine) else mine
+        return [
+            self._batch(
+                [(encoded, source, weights[source] / total / answers[source]) for encoded, source, _ in by_length[start : start + rows]],
+                source_tokens=tuple(attended),
+            )
+            for start in range(0, len(by_length), rows)
+        ]
+
+    def _batch(self, rows: list[tuple[Encoded, int, float]], *, source_tokens: tuple[int, ...]) -> Batch:
+        length = max(len(encoded.ids) for encoded, _, _ in rows)
+        input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
+        labels = torch.full((len(rows), length), IGNORED)
+        attention_mask = torch.zeros((len(rows), length), dtype=torch.int64)
+        for index, (encoded, _, _) in enumerate(rows):
+            ids = torch.tensor(encoded.ids)
+            input_ids[index, : len(ids)] = ids
+            attention_mask[index, : len(ids)] = 1
+            labels[index, encoded.answer_start : len(ids)] = ids[encoded.answer_start :]
+        return Batch(
+            input_ids=input_ids.to(self.device),
+            attention_mask=attention_mask.to(self.device),
+            labels=labels.to(self.device),
+            weights=torch.tensor([weight for _, _, weight in rows]).to(self.device),
+            sources=torch.tensor([source for _, source, _ in rows]).to(self.device),
+            source_tokens=source_tokens,
+        )
+
+
+def clip_left(ids: tuple[int, ...], length: int) -> tuple[int, ...]:
+    """`ids` cut to `length` by dropping what follows the first (BOS)."""
+    assert length >= 1, length
+    return ids if len(ids) <= length else (ids[0], *ids[len(ids) - length + 1 :])
+
+
+def draw(sources: Sequence[Source], *, batch_size: int, step: int, seed: int, stage: int) -> list[tuple[Example, int, float]]:
+    """The global batch of one optimizer step: (example, index of its source, weight of its source).
+
+    The first source is passed in a fresh order every epoch; each further one is drawn with replacement, uniformly. The draw depends on
+    (seed, stage, step) alone, never on world size or on earlier calls.
+    """
+    rows: list[tuple[Example, int, float]] = []
+    for index, source in enumerate(sources):
+        count = round(source.share * batch_size)
+        if not source.examples or count == 0:
+            continue
+        if index == 0:
+            picked = epoch_indices(len(source.examples), start=step * count, count=count, seed=seed, stage=stage)
+        else:
+            rng = generator(seed, f"draw/{index}/{step}", stage)
+            picked = torch.randint(len(source.examples), (count,), generator=rng).tolist()
+        rows += [(source.examples[i], index, source.weight) for i in picked]
+    return rows
+
+
+def epoch_indices(size: int, *, start: int, count: int, seed: int, stage: int) -> list[int]:
+    """`count` positions from `start` on in the endless concatenation of one permutation of `size` per epoch."""
+    indices: list[int] = []
+    while len(indices) < count:
+        epoch, offset = divmod(start + len(indices), size)
+        order = torch.randperm(size, generator=generator(seed, f"order/{epoch}", stage))
+        indices += order[offset : offset + count - len(indices)].tolist()
+    return indices

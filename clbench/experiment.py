@@ -1,0 +1,250 @@
+"""One run, from a typed configuration to a closed ledger: the stage loop.
+
+The path of a stage, downwards: `run` -> `run_stage` (this file) -> `train.train_stage` -> the method -> the engine; then `examine` ->
+the probes -> the student; then the ledger. A kill at any point costs at most the stage it fell into.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from hydra.utils import instantiate
+from torch.nn import Module
+
+from clbench import optim
+from clbench.adapters import describe, folded, load_trainable_state, seeded, trainable, trainable_state
+from clbench.config import Config, config_hash, run_name
+from clbench.data import Encoder
+from clbench.engine import LocalEngine
+from clbench.ledger import COMPLETE, FAILED, INTERRUPTED, RUNNING, Ledger
+from clbench.protocols import Engine, Method, Probe
+from clbench.stream import Stream, build_stream
+from clbench.student import Student
+from clbench.tracking import Tracker
+from clbench.train import Plan, Trained, plan_stage, train_stage
+from clbench.types import Cost, Score, Stage
+
+log = logging.getLogger("clbench")
+VERSIONED = ("torch", "transformers", "tokenizers", "peft", "datasets", "lm_eval", "deepspeed", "numpy", "sacrebleu", "rouge_score")
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything a run is made of, complete after `prepare`."""
+
+    config: Config
+    method: Method
+    model: Module
+    stream: Stream
+    probes: tuple[Probe, ...]
+    encoder: Encoder
+    ledger: Ledger
+
+
+def run(config: Config) -> Path:
+    """Runs (or continues) one experiment to its end; gives its directory. A run that is complete is left alone."""
+    set_up_torch(config)
+    prepared = prepare(config)
+    ledger = prepared.ledger
+    if ledger.status() == COMPLETE:
+        log.info("%s is complete already", ledger.path)
+        return ledger.path
+    ledger.set_status(RUNNING)
+    try:
+        run_stages(prepared)
+    except KeyboardInterrupt:
+        ledger.close(INTERRUPTED)
+        raise
+    except BaseException:
+        ledger.close(FAILED)
+        raise
+    ledger.close(COMPLETE)
+    return ledger.path
+
+
+def set_up_torch(config: Config) -> None:
+    """Threads, and warnings of libraries that say nothing a user can act on."""
+    if config.engine.threads is not None:
+        torch.set_num_threads(config.engine.threads)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers asks deepspeed, which warns when it has to find out for itself
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def prepare(config: Config) -> Run:
+    """Builds what the configuration names and opens the ledger."""
+    source = instantiate(config.model)
+    model, tokenizer = source.load(Path(config.cache_dir))
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.engine.device == "auto" else config.engine.device)
+    model.to(device=device, dtype=getattr(torch, config.engine.dtype))
+    encoder = Encoder(tokenizer, max_length=config.train.max_length, device=device)
+    tasks = {name: instantiate(task, _convert_="all") for name, task in config.tasks.items()}
+    stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
+    probes = tuple(instantiate(probe, name=name, _convert_="all") for name, probe in config.probe.probes.items())
+    fields = {key: value for key, value in config.method.items() if key != "name"}
+    method = instantiate(fields, _convert_="all")
+    path = Path(config.results_dir) / "runs" / run_name(config)
+    ledger = Ledger(path, manifest=manifest(config, stream, model_label=source.label, fingerprint=source.fingerprint()), resume=config.resume)
+    return Run(config=config, method=method, model=method.wrap(model), stream=stream, probes=probes, encoder=encoder, ledger=ledger)
+
+
+def run_stages(run: Run) -> None:
+    """Every stage that the ledger does not hold yet, the untouched model first."""
+    first = run.ledger.finished + 1
+    if first > 0:
+        weights, state = run.ledger.load()
+        load_trainable_state(run.model, weights)
+        run.method.load_state_dict(state)
+        log.info("%s: continuing after stage %d", run.ledger.path.name, first - 1)
+    manifest = {"config": asdict(run.config), "results_dir": run.config.results_dir}
+    with Tracker(run.config.tracking, run=run.ledger.path.name, stages=run.stream.stages, manifest=manifest, first=max(first - 1, 0)) as tracker:
+        if first == 0:
+            run_stage(run, None, tracker)
+        for stage in run.stream.stages[max(first - 1, 0) :]:
+            run_stage(run, stage, tracker)
+
+
+def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
+    """Trains `stage` (None: the untouched model), examines, records, and last of all marks it finished."""
+    started = time.perf_counter()
+    index, name = (stage.index, stage.name) if stage else (0, "base")
+    trained = train(run, stage, tracker) if stage else Trained(steps=0, tokens_trained=0, tokens_replayed=0, loss=float("nan"))
+    after_training = time.perf_counter()
+    student = Student(run.model, run.encoder)
+    scores = list(examine(run, student, index))
+    after_probes = time.perf_counter()
+    run.ledger.append(scores)
+    counts = describe(run.model)
+    tokens = trained.tokens_trained + trained.tokens_replayed
+    cost = Cost(
+        stage=index,
+        steps=trained.steps,
+        tokens_trained=trained.tokens_trained,
+        tokens_replayed=trained.tokens_replayed,
+        tokens_scored=student.tokens_scored,
+        seconds_train=after_training - started,
+        seconds_probe=after_probes - after_training,
+        seconds_other=0.0,
+        trainable_parameters=counts["trainable"],
+        peak_memory_bytes=peak_memory(run.encoder.device),
+        # Forward 2, activation gradients 2, gradients of trainable weights 2 operations per parameter and token (arXiv 2001.08361).
+        flops=float(tokens * (4 * counts["parameters"] + 2 * counts["trainable"]) + 2 * student.tokens_scored * counts["parameters"]),
+        joules=float("nan"),
+    )
+    run.ledger.append_cost(replace(cost, seconds_other=time.perf_counter() - after_probes))
+    run.ledger.save(index, weights=trainable_state(run.model), state=run.method.state_dict())
+    tracker.stage(index, name, scores, loss=trained.loss, seconds=time.perf_counter() - started)
+
+
+def train(run: Run, stage: Stage, tracker: Tracker) -> Trained:
+    """The method's turn: everything between two examinations."""
+    config, method = run.config, run.method
+    method.begin_stage(stage, run.model)
+    plan = plan_stage(method.training_set(stage), config.train)
+    engine = open_engine(run.model, config, plan)
+    with seeded(config.seed, "dropout", stage.index):
+        trained = train_stage(
+            stage,
+            plan,
+            method=method,
+            engine=engine,
+            encoder=run.encoder,
+            config=config.train,
+            seed=config.seed,
+            report=lambda step, steps, loss: tracker.step(stage, step, steps, loss),
+        )
+    method.end_stage(stage, engine)
+    engine.close()
+    method.consolidate(run.model)
+    return trained
+
+
+def open_engine(model: Module, config: Config, plan: Plan) -> Engine:
+    """The stage's engine: a fresh optimizer and schedule over the tensors that train now."""
+    if not trainable(model):
+        return LocalEngine(model, optimizer=None, schedule=None, clip=0.0)
+    optimizer = optim.optimizer(trainable(model).values(), config.train)
+    schedule = optim.schedule(optimizer, config.train, steps=plan.total)
+    return LocalEngine(model, optimizer=optimizer, schedule=schedule, clip=config.train.clip)
+
+
+def examine(run: Run, student: Student, index: int) -> Iterator[Score]:
+    """Every probe on every view of the model; a secondary view's probes are named `probe@view`."""
+    run.model.eval()
+    for number, (view, weights) in enumerate(run.method.views(run.model).items()):
+        with weights, folded(run.model) if number == 0 else nullcontext():
+            for probe in run.probes:
+                for score in probe.measure(student, run.stream, index):
+                    yield score if number == 0 else replace(score, probe=f"{score.probe}@{view}")
+
+
+def manifest(config: Config, stream: Stream, *, model_label: str, fingerprint: str) -> dict[str, Any]:
+    """What was run, on what, with which versions: written once, when the run begins."""
+    return {
+        "run": run_name(config),
+        "experiment": config.experiment,
+        "stream": stream.name,
+        "order": stream.order,
+        "model": model_label,
+        "method": config.method["name"],
+        "seed": config.seed,
+        "tasks": [stage.name for stage in stream.stages],
+        "metrics": {stage.name: stage.task.metric for stage in stream.stages},
+        "config": asdict(config),
+        "config_hash": config_hash(config),
+        "variant": config_hash(config, without_seed=True)[:8],
+        "data": stream.fingerprints(),
+        "model_fingerprint": fingerprint,
+        "git": git_state(),
+        "versions": versions(),
+        "hardware": hardware(),
+        "command": " ".join(sys.argv),
+    }
+
+
+def versions() -> Mapping[str, str]:
+    """Installed versions of what the numbers depend on."""
+    installed = {distribution.name.lower().replace("-", "_"): distribution.version for distribution in importlib.metadata.distributions()}
+    return {"python": platform.python_version()} | {name: installed[name] for name in VERSIONED if name in installed}
+
+
+def hardware() -> dict[str, str | int]:
+    """Processor, threads, accelerator."""
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"machine": platform.machine(), "threads": torch.get_num_threads(), "accelerator": accelerator}
+
+
+def git_state() -> dict[str, str | bool]:
+    """Commit of the code, and whether tracked files differ from it; "unknown" outside a checkout."""
+    here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists():
+        return {"commit": "unknown", "dirty": False}
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=False).stdout.strip()
+
+    return {"commit": git("rev-parse", "HEAD") or "unknown", "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Highest memory use so far, in bytes: of the accelerator, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

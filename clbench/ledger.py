@@ -1,0 +1,169 @@
+"""The record of one run: a directory that survives a kill at any moment.
+
+Scores and costs are appended and fsynced line by line; the checkpoint replaces its predecessor by a rename, last of all. A stage counts as
+finished when the checkpoint says so; on resume whatever lies beyond it is dropped and measured again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from clbench.types import Cost, Score, UserMistake
+
+RUNNING, COMPLETE, FAILED, INTERRUPTED = "running", "complete", "failed", "interrupted"
+
+
+class Ledger:
+    """One run's directory. `finished` is the last stage that is wholly recorded, -1 when none is."""
+
+    def __init__(self, path: Path, *, manifest: dict[str, Any], resume: str) -> None:
+        self.path = path
+        existed = (path / "manifest.json").is_file()
+        if resume == "must" and not existed:
+            raise UserMistake(f"resume=must, but there is no run at {path}; use resume=auto to start it")
+        if resume == "never" and existed:
+            raise UserMistake(f"resume=never, but {path} holds this very run ({self.status()}); remove it, or use resume=auto")
+        (path / "items").mkdir(parents=True, exist_ok=True)
+        (path / "checkpoint").mkdir(exist_ok=True)
+        self._lock = (path / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserMistake(f"{path} is being written by another process; wait for it, or change the seed or the configuration") from error
+        if existed:
+            self._same_data(manifest)
+        else:
+            _replace(path / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
+        self.finished = self._finished()
+        if self.status() != COMPLETE:
+            self._drop_after(self.finished)
+
+    def status(self) -> str:
+        """One word: running, complete, failed or interrupted."""
+        path = self.path / "status"
+        return path.read_text().strip() if path.is_file() else RUNNING
+
+    def set_status(self, status: str) -> None:
+        """Records the run's state."""
+        _replace(self.path / "status", f"{status}\n".encode())
+
+    def append(self, scores: Iterable[Score]) -> None:
+        """Adds one stage's scores, their items beside them."""
+        scores = list(scores)
+        items = {f"{s.probe}|{s.task}|{s.metric}": np.asarray(s.items, dtype=np.float32) for s in scores if s.items}
+        if items:
+            path = self.path / "items" / f"stage-{scores[0].stage:02d}.npz"
+            with path.with_suffix(".tmp").open("wb") as file:
+                np.savez_compressed(file, **items)
+            path.with_suffix(".tmp").replace(path)
+        self._lines("scores.jsonl", [{k: v for k, v in asdict(score).items() if k != "items"} for score in scores])
+
+    def append_cost(self, cost: Cost) -> None:
+        """Adds one stage's cost."""
+        self._lines("cost.jsonl", [asdict(cost)])
+
+    def save(self, stage: int, *, weights: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        """Replaces the checkpoint: stage `stage` is finished. `state` is the method's: tensors and JSON values."""
+        tensors = {f"weights/{name}": tensor.contiguous() for name, tensor in weights.items()}
+        tensors |= {f"state/{name}": value.detach().cpu().contiguous() for name, value in state.items() if isinstance(value, torch.Tensor)}
+        plain = {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)}
+        path = self.path / "checkpoint" / "stage.safetensors"
+        save_file(tensors, path.with_suffix(".tmp"), metadata={"stage": str(stage), "state": json.dumps(plain)})
+        _fsync(path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+        self.finished = stage
+
+    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The weights and the method's state of the last finished stage."""
+        weights, state = {}, {}
+        with safe_open(self.path / "checkpoint" / "stage.safetensors", framework="pt") as file:
+            state |= json.loads(file.metadata()["state"])
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                part, _, name = key.partition("/")
+                (weights if part == "weights" else state)[name] = file.get_tensor(key)
+        return weights, state
+
+    def scores(self) -> list[Score]:
+        """All recorded scores, without their items."""
+        rows = _read_lines(self.path / "scores.jsonl")
+        return [Score(**{key: math.nan if value is None else value for key, value in row.items()}) for row in rows]
+
+    def costs(self) -> list[Cost]:
+        """All recorded costs."""
+        rows = _read_lines(self.path / "cost.jsonl")
+        return [Cost(**{key: math.nan if value is None else value for key, value in row.items()}) for row in rows]
+
+    def close(self, status: str) -> None:
+        """Records the final status and lets the directory go."""
+        self.set_status(status)
+        self._lock.close()
+
+    def _finished(self) -> int:
+        path = self.path / "checkpoint" / "stage.safetensors"
+        if not path.is_file():
+            return -1
+        with safe_open(path, framework="pt") as file:
+            return int(file.metadata()["stage"])
+
+    def _drop_after(self, stage: int) -> None:
+        for name in ("scores.jsonl", "cost.jsonl"):
+            kept = [row for row in _read_lines(self.path / name) if row["stage"] <= stage]
+            _replace(self.path / name, b"".join(json.dumps(row).encode() + b"\n" for row in kept))
+        for path in (self.path / "items").iterdir():
+            if path.suffix == ".tmp" or int(path.stem.removeprefix("stage-")) > stage:
+                path.unlink()
+
+    def _same_data(self, manifest: dict[str, Any]) -> None:
+        before = json.loads((self.path / "manifest.json").read_text())
+        for key in ("data", "model_fingerprint"):
+            now = json.loads(json.dumps(manifest[key]))
+            if before[key] != now:
+                changed = sorted(k for k in now if before[key].get(k) != now[k]) if isinstance(now, dict) else [key]
+                raise UserMistake(
+                    f"{self.path} was begun on other data ({key} differs: {', '.join(changed)}); restore the data, or remove the directory"
+                )
+
+    def _lines(self, name: str, rows: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(_null_nan(row)) + "\n" for row in rows)
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _null_nan(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file; what a kill left of a last line is not one."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    _fsync(temporary)
+    temporary.replace(path)
+
+
+def _fsync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+

@@ -1,0 +1,195 @@
+"""The models that a run starts from: one from the hub, or a tiny one that is made here from a recipe and kept.
+
+Not here: the training loop (`clbench.pretrain`) and adapters. Both kinds answer to `label`, `fingerprint()` and `load(cache_dir)`.
+
+>>> Pretrained(label="llama3_8b", name="meta-llama/Meta-Llama-3-8B").fingerprint()[:8]
+'XXXX'
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from clbench.data import generator
+from clbench.pretrain import pretrain
+from clbench.types import UserMistake
+
+log = logging.getLogger(__name__)
+
+BOS, EOS, PAD, UNKNOWN = SPECIAL_TOKENS = ("<s>", "</s>", "<pad>", "<unk>")
+
+
+class Corpus(Protocol):
+    """Text that a recipe's model is pretrained on."""
+
+    def texts(self) -> Sequence[str]:
+        """The texts, in the order they are read."""
+
+    def vocabulary(self) -> Sequence[str]:
+        """All words of a word-level tokenizer; empty where the corpus has no such list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A model of the hub, or one in a local folder: `name` and `revision` as transformers takes them."""
+
+    label: str
+    name: str
+    revision: str | None = None
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of the name and revision."""
+        return sha256(["pretrained", self.name, self.revision])
+
+    def load(self, cache_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        """The model in float32 on the CPU, in eval mode, and its tokenizer; a download is kept under `cache_dir`."""
+        return load(self.name, revision=self.revision, cache_dir=cache_dir / "hub")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A tiny Llama that is pretrained here the first time it is asked for and read from `cache_dir` afterwards.
+
+    `world_seed` is for the tasks that ask about the same world (0 where there is none). `tokenizer` is "words" (the corpus's
+    vocabulary, split at spaces) or "bpe" (byte-level, `vocabulary_size` tokens, trained on the corpus). `architecture` holds
+    fields of LlamaConfig. `length` is the pretraining window in tokens.
+    """
+
+    label: str
+    corpus: Corpus
+    tokenizer: str
+    architecture: dict[str, int | bool | float]
+    steps: int
+    batch_size: int
+    length: int
+    lr: float
+    seed: int
+    world_seed: int = 0
+    vocabulary_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tokenizer not in ("words", "bpe"):
+            raise UserMistake(f"model.tokenizer={self.tokenizer!r} is unknown; choose words or bpe in conf/model")
+
+    def settings(self) -> dict[str, object]:
+        """Everything that determines the weights, as JSON values; the corpus by its content."""
+        plain = {name: value for name, value in vars(self).items() if name not in ("corpus", "architecture", "label")}
+        text = sha256([*self.corpus.vocabulary(), "", *self.corpus.texts()])
+        return {**plain, "architecture": dict(self.architecture), "corpus": text}
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of the settings."""
+        return sha256([self.settings()])
+
+    def load(self, cache_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        """The model in float32 on the CPU, in eval mode, and its tokenizer; pretrains them where `cache_dir` lacks them."""
+        folder = cache_dir / "models" / f"{self.label}-{self.fingerprint()[:12]}"
+        if not folder.is_dir():
+            log.info("pretraining %s, once; it will be kept in %s", self.label, folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
+                made = Path(unfinished) / "model"
+                self.make(made)
+                publish(made, folder)
+        return load(str(folder), revision=None, cache_dir=None)
+
+    def make(self, folder: Path) -> None:
+        """Pretrains the model and writes it, its tokenizer and recipe.json to `folder`."""
+        texts = self.corpus.texts()
+        tokenizer = word_tokenizer(self.corpus.vocabulary()) if self.tokenizer == "words" else bpe_tokenizer(texts, self.vocabulary_size)
+        encoded = tokenizer([f"{BOS}{text}{EOS}" for text in texts], add_special_tokens=False, return_attention_mask=False)
+        ids = torch.tensor([token for row in encoded["input_ids"] for token in row])
+        model = fresh_llama(tokenizer, architecture=self.architecture, seed=self.seed)
+        loss = pretrain(
+            model, ids, label=self.label, steps=self.steps, batch_size=self.batch_size, length=self.length, lr=self.lr, seed=self.seed
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "recipe.json").write_text(json.dumps({**self.settings(), "last_loss": loss}, indent=1, sort_keys=True) + "\n")
+
+
+def sha256(value: object) -> str:
+    """SHA-256, in hexadecimal, of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def publish(made: Path, folder: Path) -> None:
+    """Renames `made` to `folder`; where another process was first, its folder stays."""
+    try:
+        os.rename(made, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+
+
+def load(name: str, *, revision: str | None, cache_dir: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Model and tokenizer of a folder or hub id; the tokenizer gets the special tokens that it lacks from its EOS."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, cache_dir=cache_dir, padding_side="right")
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, cache_dir=cache_dir, dtype=torch.float32)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise UserMistake(f"model.name={name!r} could not be loaded ({reason}); name a local folder, or choose another model") from error
+    if tokenizer.eos_token is None:
+        raise UserMistake(f"model.name={name!r} has a tokenizer without an end-of-text token; choose another model")
+    if tokenizer.bos_token is None:
+        tokenizer.bos_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per word of `vocabulary`, split at spaces."""
+    words = {word: index for index, word in enumerate((*SPECIAL_TOKENS, *vocabulary))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return ordinary(tokenizer)
+
+
+def bpe_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `size` tokens trained on `texts`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = [BOS, EOS, PAD]
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
+    return ordinary(tokenizer)
+
+
+def ordinary(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """`tokenizer` as transformers keeps it."""
+    unknown = UNKNOWN if tokenizer.token_to_id(UNKNOWN) is not None else None
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=unknown, padding_side="right"
+    )
+
+
+def fresh_llama(tokenizer: PreTrainedTokenizerFast, *, architecture: dict[str, int | bool | float], seed: int) -> LlamaForCausalLM:
+    """An untrained Llama whose weights depend on `seed` alone."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **architecture,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, "initial weights").initial_seed())
+        return LlamaForCausalLM(config)

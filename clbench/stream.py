@@ -1,0 +1,74 @@
+"""From task names to stages: the order of a stream, its rows, their fingerprints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from clbench.config import StreamConfig
+from clbench.data import Encoder, fingerprint, generator
+from clbench.protocols import Task
+from clbench.types import Stage, UserMistake
+
+ORDERS = "default, reversed, latin:K (rotated by K places), random:SEED"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """The stages in the order in which they are trained."""
+
+    name: str
+    order: str
+    stages: tuple[Stage, ...]
+
+    def fingerprints(self) -> dict[str, dict[str, str | int]]:
+        """Rows and SHA-256 of every task's train and test examples as they are used."""
+        return {
+            stage.name: {
+                "train_rows": len(stage.train),
+                "train_sha256": fingerprint(stage.train),
+                "test_rows": len(stage.test),
+                "test_sha256": fingerprint(stage.test),
+            }
+            for stage in self.stages
+        }
+
+
+def build_stream(config: StreamConfig, *, order: str, tasks: Mapping[str, Task], encoder: Encoder) -> Stream:
+    """The stages of the first `config.limit` tasks in `order`; raises UserMistake for an unknown order or a task without rows."""
+    names = ordered(list(tasks), order)[: config.limit]
+    train = {name: tuple(tasks[name].examples("train")[: config.train_rows]) for name in names}
+    test = {name: tuple(tasks[name].examples("test")[: config.test_rows]) for name in names}
+    for name in names:
+        if not train[name] or not test[name]:
+            raise UserMistake(f"task {name!r} has {len(train[name])} train and {len(test[name])} test examples; both must be at least 1 (conf/task)")
+    whole = tuple(example for name in names for example in train[name])
+    return Stream(
+        name=config.name,
+        order=order,
+        stages=tuple(
+            Stage(
+                index=index, name=name, task=tasks[name], train=train[name], test=test[name], collate=encoder.collate, whole_stream=whole
+            )
+            for index, name in enumerate(names, start=1)
+        ),
+    )
+
+
+def ordered(names: Sequence[str], order: str) -> list[str]:
+    """`names` in the named order.
+
+    >>> ordered(["a", "b", "c"], "latin:1")
+    ['b', 'c', 'a']
+    """
+    kind, _, number = order.partition(":")
+    if kind in ("default", "reversed") and not number:
+        return list(names) if kind == "default" else list(names)[::-1]
+    if kind in ("latin", "random") and number.isdigit():
+        if kind == "latin":
+            shift = int(number) % len(names)
+            return [*names[shift:], *names[:shift]]
+        return [names[i] for i in torch.randperm(len(names), generator=generator(int(number), "stream order")).tolist()]
+    raise UserMistake(f"order={order!r} is unknown; choose one of {ORDERS}")

@@ -1,0 +1,129 @@
+"""The records that travel between the parts of clbench: frozen, typed, without behaviour.
+
+Not here: anything that computes. Tensors are named by shape in each docstring; this module imports neither torch nor
+transformers, so that the command line can use it at once.
+
+>>> Example(id="sums/test/0", prompt="sum of 2 and 3 :", answer="5").answer
+'5'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from clbench.protocols import Task
+
+
+class UserMistake(ValueError):
+    """What the user asked for cannot be done: one line with what was given, what is allowed, where to change it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One question of a task and its answer, as text.
+
+    `prompt` is everything the model reads; `answer` is what it is trained to write after it (one separating space is added
+    by the encoder). `choices` are the allowed answers of a closed task (empty: the task is generative). `references` are
+    further accepted answers besides `answer`. `source` is the text to be transformed, for metrics that need it.
+    """
+
+    id: str
+    prompt: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A pool of examples that a stage trains on.
+
+    Every optimizer step draws `round(share * train.batch_size)` rows from it, and their mean loss per answer token enters
+    the step's loss with `weight` (normalised over the sources present). With `after=True` the pool is not mixed in: it is passed once,
+    on its own, when the stage's own steps are done.
+    """
+
+    examples: Sequence[Example]
+    share: float = 1.0
+    weight: float = 1.0
+    after: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Encoded rows of a micro-batch, right-padded.
+
+    `input_ids`, `attention_mask`, `labels`: int64 [rows, length]; `labels` hold the answer's token ids at the answer's own
+    positions and -100 elsewhere. `weights`: float32 [rows], the weight of each answer token of that row; over the global batch the
+    weights of all answer tokens add to 1, so that the sum over micro-batches and ranks of `answer_loss` is the mean negative
+    log-likelihood. `sources`: int64 [rows], index into what `Method.training_set` returned. `source_tokens`: attended tokens of each source in the
+    global batch, the denominator of per-token means that are not over answers.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    weights: Tensor
+    sources: Tensor
+    source_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One task's turn in the stream: `index` counts from 1 (0 is the untouched model).
+
+    `collate` encodes examples into one Batch in which every answer token weighs 1 / (answer tokens in the batch). `whole_stream` is the
+    training examples of all stages: for upper bounds (joint training) only, no continual method may look at it.
+    """
+
+    index: int
+    name: str
+    task: Task
+    train: Sequence[Example]
+    test: Sequence[Example]
+    collate: Callable[[Sequence[Example]], Batch]
+    whole_stream: Sequence[Example]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One measured number: `value` of `metric` on `task` by `probe` after stage `stage`, over `n` items.
+
+    `stderr` is the standard error of the mean over items, NaN where that has no meaning. `items` are the per-item outcomes,
+    in a fixed item order, kept for paired tests (stored apart from the score lines).
+    """
+
+    stage: int
+    stage_name: str
+    probe: str
+    task: str
+    metric: str
+    value: float
+    n: int
+    stderr: float
+    seconds: float
+    items: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one stage cost: counts, seconds of wall time, bytes and floating-point operations."""
+
+    stage: int
+    steps: int
+    tokens_trained: int
+    tokens_replayed: int
+    tokens_scored: int
+    seconds_train: float
+    seconds_probe: float
+    seconds_other: float
+    trainable_parameters: int
+    peak_memory_bytes: int
+    flops: float
+    joules: float

@@ -1,0 +1,49 @@
+"""Classification into a closed set of label words, which are the answers.
+
+A row of boolq, with the labels [no, yes]:
+    {"question": "is ...", "passage": "...", "answer": true}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sklearn.metrics import f1_score
+
+from clbench.types import Example, UserMistake
+from tasks.hub import HubTask, Row, lookup, render
+
+
+@dataclass(kw_only=True)
+class Classification(HubTask):
+    """`labels` are the words that the model writes.
+
+    `label` is the column of the right one: its position in `labels`, or the word itself.
+    """
+
+    labels: Sequence[str]
+    label: str
+
+    def example(self, row: Row, *, id: str) -> Example:
+        """The text to classify and its label word."""
+        given, labels = lookup(row, self.label), tuple(self.labels)
+        code = labels.index(given) if given in labels else given
+        if isinstance(code, str) or not 0 <= code < len(labels):
+            raise UserMistake(f"{id}: the label {given!r} is none of {labels}; a split without labels cannot be used")
+        return Example(id=id, prompt=render(self.template, row), answer=labels[code], choices=labels)
+
+    def score(self, example: Example, answer: str) -> float:
+        """1 for the right label word, else 0."""
+        return float(answer.strip() == example.answer)
+
+    def is_valid(self, example: Example, answer: str) -> bool:
+        """Whether `answer` is one of the label words."""
+        return answer.strip() in example.choices
+
+    def corpus_scores(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
+        """Macro-F1 in [0, 1]: the plain mean of F1 over the labels that occur among the right ones."""
+        right = [example.answer for example in examples]
+        given = [answer.strip() for answer in answers]
+        labels = sorted(set(right))
+        return {"macro_f1": float(f1_score(right, given, labels=labels, average="macro", zero_division=0.0))}

@@ -1,0 +1,145 @@
+"""A dataset of the hub as a task: its rows in a fixed fair order, its prompt template, what the record says about it.
+
+Each kind of answer has a class and a file of its own, which add how a row becomes an Example and how an answer is
+scored. Sampling recipe: rows are put in the order of a hash of (seed, task, split, index), so that any first n of them
+are a fair sample that no random number library can change; the cap of the split then takes the first n. Ids keep the
+index that the row has in its file.
+
+>>> render("{q}\\n{options[text][1]}: {lines}", {"q": "Which?", "options": {"text": ["a", "b"]}, "lines": ["1", "2"]})
+'Which?\\nb: 1\\n2'
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from string import Formatter
+from typing import Any
+
+from clbench.data import DatasetSpec, load_rows
+from clbench.protocols import Task
+from clbench.types import Example, UserMistake
+
+Row = Mapping[str, Any]
+TEST_SHARE = 10
+"""One row in this many is held out for test where the hub has a single split."""
+
+
+@dataclass(kw_only=True)
+class HubTask(Task):
+    """What every task on real rows states in its yaml.
+
+    `template` is filled with the row's columns, outer white space removed; `{column[key][0]}` reaches inside, a list is
+    joined by newlines. `metric_package` is the "package==version" behind the metric or its corpus metrics, "clbench"
+    where both are ours. `max_words` cuts a column to its first words. `where` keeps the rows whose columns have these
+    values. `group_by` makes the test rows that share a column's value one example with several references. `hold_out`
+    names the column by whose hash test rows are taken from a hub dataset that has one split; rows with the same value
+    go to the same side. `max_new_tokens=None`: as long as the longest training answer.
+    """
+
+    name: str
+    dataset: DatasetSpec
+    data_dir: str | None
+    template: str
+    metric: str
+    metric_package: str
+    metric_version: int
+    licence: str
+    max_train: int | None
+    max_test: int | None
+    sample_seed: int = 0
+    max_new_tokens: int | None = None
+    max_words: Mapping[str, int] = field(default_factory=dict)
+    where: Mapping[str, str] = field(default_factory=dict)
+    group_by: str | None = None
+    hold_out: str | None = None
+
+    @abstractmethod
+    def example(self, row: Row, *, id: str) -> Example:
+        """The example that one row makes."""
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """The examples of `split`, capped, in the order of the sampling recipe."""
+        rows = self._rows(split)
+        groups: dict[Any, list[int]] = {}
+        for index, row in rows.items():
+            key = lookup(row, self.group_by) if self.group_by and split != "train" else index
+            groups.setdefault(key, []).append(index)
+        chosen = sorted(groups.values(), key=lambda members: bucket(self.sample_seed, self.name, split, members[0]))
+        cap = self.max_train if split == "train" else self.max_test
+        return tuple(self._merged([(index, rows[index]) for index in members], split) for members in chosen[:cap])
+
+    def _rows(self, split: str) -> dict[int, Row]:
+        """The rows that belong to `split`, by their index in the file."""
+        rows = load_rows(self.dataset, split=split, data_dir=self.data_dir)
+        wanted = self.where.items()
+        kept = {i: row for i, row in enumerate(rows) if all(row[column] == value for column, value in wanted)}
+        if self.hold_out and self.data_dir is None:
+            column = self.hold_out
+            kept = {i: row for i, row in kept.items() if (bucket(row[column]) % TEST_SHARE == 0) == (split == "test")}
+        return kept
+
+    def _merged(self, members: Sequence[tuple[int, Row]], split: str) -> Example:
+        """One example of rows that ask the same; the answers of all but the first become references."""
+        place = f"{self.name}/{split}"
+        read = [self.example(stripped(row, self.max_words), id=f"{place}/{index}") for index, row in members]
+        others = dict.fromkeys(example.answer for example in read[1:] if example.answer != read[0].answer)
+        return replace(read[0], references=(*read[0].references, *others)) if others else read[0]
+
+
+class _Joining(Formatter):
+    """str.format, except that a list prints as its items on lines of their own."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        return "\n".join(map(str, value)) if isinstance(value, (list, tuple)) else format(value, format_spec)
+
+
+def render(template: str, row: Row) -> str:
+    """`template` with the row's columns in place of its {fields}."""
+    try:
+        return _Joining().vformat(template, (), row)
+    except (KeyError, IndexError) as error:
+        raise UserMistake(f"template {template!r} asks for {error}, the row has the columns {sorted(row)}") from error
+
+
+def lookup(row: Row, path: str) -> Any:
+    """The value at `path`, for instance `choices[text]`."""
+    try:
+        return Formatter().get_field(path, (), row)[0]
+    except KeyError as error:
+        raise UserMistake(f"column {path!r} asks for {error}, the row has the columns {sorted(row)}") from error
+
+
+def accepted(example: Example) -> tuple[str, ...]:
+    """Every answer that counts as right: the one trained on and the further references."""
+    return (example.answer, *example.references)
+
+
+def stripped(row: Row, max_words: Mapping[str, int]) -> Row:
+    """The row without white space around its texts, the columns of `max_words` cut to that many words."""
+    texts = {column: value.strip() if isinstance(value, str) else value for column, value in row.items()}
+    return texts | {column: first_words(texts[column], count) for column, count in max_words.items()}
+
+
+def first_words(text: str, count: int) -> str:
+    """The first `count` words of `text`.
+
+    >>> first_words("one two three", 2)
+    'one two'
+    """
+    words = text.split(maxsplit=count)
+    return text if len(words) <= count else text[: len(text) - len(words[-1])].rstrip()
+
+
+def bucket(*names: object) -> int:
+    """A number in [0, 2**64) that depends on the names alone."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, names)).encode()).digest()[:8], "big")
+
+
+def ragged(examples: Iterable[Example]) -> list[list[str | None]]:
+    """The references of `examples` as sacrebleu wants them: one list per place, None where an example has fewer."""
+    answers = [accepted(example) for example in examples]
+    most = max(map(len, answers))
+    return [[row[place] if place < len(row) else None for row in answers] for place in range(most)]

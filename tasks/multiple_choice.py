@@ -1,0 +1,65 @@
+"""Lettered multiple choice: the options are part of the prompt, the answer is a letter.
+
+A row of commonsense_qa:
+    {"question": "...", "choices": {"label": ["A", "B", ...], "text": ["...", "...", ...]}, "answerKey": "B"}
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from string import ascii_uppercase
+from typing import Any
+
+from clbench.types import Example, UserMistake
+from tasks.hub import HubTask, Row, lookup, render
+
+
+@dataclass(kw_only=True)
+class MultipleChoice(HubTask):
+    """`options` is the column that lists the options, or several columns with one option each.
+
+    `{options}` in the template stands for them, a line each: "A. ...". `answer` is the column of the right one: its
+    letter, its position from 0, or its entry in the column `option_labels`.
+    """
+
+    options: str | Sequence[str]
+    answer: str
+    option_labels: str | None = None
+
+    def example(self, row: Row, *, id: str) -> Example:
+        """The question with its lettered options."""
+        one_column = isinstance(self.options, str)
+        texts = lookup(row, self.options) if one_column else [lookup(row, column) for column in self.options]
+        letters = ascii_uppercase[: len(texts)]
+        labels = list(lookup(row, self.option_labels)) if self.option_labels else list(letters)
+        right = position(lookup(row, self.answer), labels, id=id)
+        lines = [f"{letter}. {without_letter(text, letter)}" for letter, text in zip(letters, texts, strict=True)]
+        prompt = render(self.template, {**row, "options": lines})
+        return Example(id=id, prompt=prompt, answer=letters[right], choices=tuple(letters))
+
+    def score(self, example: Example, answer: str) -> float:
+        """1 for the right letter, else 0."""
+        return float(answer.strip() == example.answer)
+
+    def is_valid(self, example: Example, answer: str) -> bool:
+        """Whether `answer` is one of the letters."""
+        return answer.strip() in example.choices
+
+
+def position(answer: Any, labels: Sequence[str], *, id: str) -> int:
+    """Where the right option stands, from 0."""
+    place = labels.index(answer) if answer in labels else answer
+    if isinstance(place, str) or not 0 <= place < len(labels):
+        raise UserMistake(f"{id}: the answer {answer!r} is none of {labels}; a split without answers cannot be used")
+    return place
+
+
+def without_letter(option: str, letter: str) -> str:
+    """The option's text without the letter that some datasets put before it.
+
+    >>> without_letter("B)18", "B")
+    '18'
+    """
+    return re.sub(rf"^{letter}\s*\)", "", option.strip()).strip()

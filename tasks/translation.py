@@ -1,0 +1,40 @@
+"""Translation, scored by chrF per sentence and by BLEU and chrF over the corpus (sacrebleu).
+
+A row of news_commentary de-en:
+    {"translation": {"de": "...", "en": "..."}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sacrebleu.metrics import BLEU, CHRF
+
+from clbench.types import Example
+from tasks.hub import HubTask, Row, accepted, lookup, ragged, render
+
+
+@dataclass(kw_only=True)
+class Translation(HubTask):
+    """`source` and `target` are the columns of the two languages; the target must be one with spaces between words."""
+
+    source: str
+    target: str
+
+    def example(self, row: Row, *, id: str) -> Example:
+        """The sentence and its translation."""
+        source, target = (str(lookup(row, column)).strip() for column in (self.source, self.target))
+        return Example(id=id, prompt=render(self.template, row), answer=target, source=source)
+
+    def score(self, example: Example, answer: str) -> float:
+        """chrF2 of one sentence, in [0, 1]: nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no."""
+        return CHRF().sentence_score(answer, list(accepted(example))).score / 100
+
+    def corpus_scores(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
+        """Corpus BLEU (nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp) and corpus chrF2, sacrebleu's values / 100."""
+        references = ragged(examples)
+        return {
+            "corpus_bleu": BLEU().corpus_score(list(answers), references).score / 100,
+            "corpus_chrf": CHRF().corpus_score(list(answers), references).score / 100,
+        }

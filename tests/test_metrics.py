@@ -1,0 +1,215 @@
+"""Numbers worked out by hand, in the comments beside them."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from pytest import approx
+
+from clbench import metrics
+
+# Three tasks; row 0 is the untouched model, row i the model after stage i, stage j + 1 trains on column j.
+SCORES = np.array(
+    [
+        [0.10, 0.20, 0.30],
+        [0.80, 0.25, 0.30],
+        [0.90, 0.70, 0.40],
+        [0.50, 0.60, 0.90],
+    ]
+)
+
+
+def test_average_accuracy_is_the_mean_of_the_last_row():
+    assert metrics.average_accuracy(SCORES) == approx(2.0 / 3)  # (.5 + .6 + .9) / 3
+
+
+def test_learning_accuracy_is_the_mean_score_at_each_own_stage():
+    assert metrics.learning_accuracy(SCORES) == approx(0.8)  # (.8 + .7 + .9) / 3
+
+
+def test_backward_transfer_divides_by_one_less_than_the_tasks():
+    assert metrics.bwt(SCORES) == approx(-0.2)  # ((.5 - .8) + (.6 - .7)) / 2
+
+
+def test_forgetting_is_the_drop_from_the_best_earlier_score():
+    assert metrics.forgetting(SCORES) == approx(0.25)  # ((.9 - .5) + (.7 - .6)) / 2
+
+
+def test_forgetting_is_negative_where_the_last_stage_is_the_best():
+    assert metrics.forgetting([[0.0, 0.0], [0.4, 0.0], [0.7, 0.5]]) == approx(-0.3)  # .4 - .7
+
+
+def test_forgetting_ignores_scores_before_the_own_stage():
+    # The second task scores .9 untouched and after stage 1, but only .5 once trained: .5 - .4.
+    assert metrics.forgetting([[0, 0.9, 0], [0, 0.9, 0], [0, 0.5, 0], [0, 0.4, 0]]) == approx(0.05)  # (0 + .1) / 2
+
+
+def test_forward_transfer_compares_with_the_untouched_model():
+    assert metrics.fwt(SCORES) == approx(0.075)  # ((.25 - .20) + (.40 - .30)) / 2
+
+
+def test_accuracy_so_far_averages_the_tasks_trained_up_to_each_stage():
+    assert metrics.accuracy_so_far(SCORES) == approx([0.8, 0.8, 2.0 / 3])
+
+
+def test_published_trace_numbers_come_out_with_the_t_minus_1_denominator():
+    # TRACE, LLaMA-2-7B-chat SeqFT: own-stage and final scores give OP .487 and BWT -.083 as printed; 1/T would give -.072.
+    own = [0.50, 0.735, 0.523, 0.580, 0.764, 0.383, 0.582, 0.408]
+    final = [0.454, 0.609, 0.457, 0.512, 0.637, 0.272, 0.548, 0.408]
+    scores = np.zeros((9, 8))
+    scores[np.arange(1, 9), np.arange(8)] = own
+    scores[-1] = final
+    assert metrics.average_accuracy(scores) == approx(0.487, abs=5e-4)
+    assert metrics.bwt(scores) == approx(-0.083, abs=5e-4)
+
+
+def test_one_task_has_no_transfer():
+    scores = [[0.2], [0.9]]
+    assert metrics.average_accuracy(scores) == metrics.learning_accuracy(scores) == 0.9
+    for undefined in (metrics.bwt, metrics.forgetting, metrics.fwt):
+        assert np.isnan(undefined(scores))
+
+
+def test_joint_training_has_an_average_accuracy_and_nothing_per_stage():
+    scores = [[0.2, 0.4, 0.3], [0.9, 0.6, 0.9]]  # one stage trains all three tasks
+    assert metrics.average_accuracy(scores) == approx(0.8)
+    for undefined in (metrics.learning_accuracy, metrics.bwt, metrics.forgetting, metrics.fwt):
+        assert np.isnan(undefined(scores))
+
+
+def test_a_missing_cell_is_not_papered_over():
+    scores = SCORES.copy()
+    scores[1, 0] = np.nan
+    assert np.isnan(metrics.bwt(scores)) and np.isnan(metrics.learning_accuracy(scores))
+    assert metrics.average_accuracy(scores) == approx(2.0 / 3)
+
+
+def outcomes(*runs):
+    """outcomes((3, 1), (2, 0)) is [1, 1, 1, 0, 0]."""
+    return np.concatenate([np.full(count, float(value)) for count, value in runs])
+
+
+def two_probes():
+    """Before and after: "four" (100 items, chance .25) goes 80 -> 60 right, "two" (100 items, chance .5) 70 -> 65."""
+    before = {"four": outcomes((80, 1), (20, 0)), "two": outcomes((70, 1), (30, 0))}
+    after = {
+        "four": outcomes((55, 1), (25, 0), (5, 1), (15, 0)),  # 25 lost, 5 gained
+        "two": outcomes((60, 1), (10, 0), (5, 1), (25, 0)),  # 10 lost, 5 gained
+    }
+    return before, after, {"four": 0.25, "two": 0.5}
+
+
+def test_retention_is_a_ratio_of_chance_corrected_sums():
+    before, after, chance = two_probes()
+    record = metrics.retention(before, after=after, chance=chance)
+    assert record.retention == approx(0.5 / 0.75)  # (.35 + .15) / (.55 + .20); the mean of the ratios would be .693
+    four, two = record.probes
+    assert four.retention == approx(0.35 / 0.55) and two.retention == approx(0.15 / 0.20)
+    assert (record.minimum, record.minimum_probe) == (four.retention, "four")
+    assert record.reason == ""
+
+
+def test_retention_counts_items_lost_and_gained():
+    before, after, chance = two_probes()
+    four, two = metrics.retention(before, after=after, chance=chance).probes
+    assert (four.lost, four.gained, four.delta) == approx((0.25, 0.05, -0.20))
+    assert (two.lost, two.gained, two.delta) == approx((0.10, 0.05, -0.05))
+    assert four.stderr_paired == approx(np.sqrt(0.30 - 0.20**2) / 10)  # sqrt((F + B) - (B - F)^2) / sqrt(n)
+    assert two.stderr_paired == approx(np.sqrt(0.15 - 0.05**2) / 10)
+
+
+def test_an_unchanged_model_retains_exactly_everything():
+    before, _, chance = two_probes()
+    record = metrics.retention(before, after=before, chance=chance)
+    assert (record.retention, record.low, record.high, record.minimum) == (1.0, 1.0, 1.0, 1.0)
+
+
+def test_a_model_at_chance_retains_nothing_though_half_its_answers_are_right():
+    record = metrics.retention(
+        {"two": outcomes((90, 1), (10, 0))}, after={"two": outcomes((50, 1), (50, 0))}, chance={"two": 0.5}
+    )
+    assert record.retention == approx(0.0)
+
+
+def test_retention_is_nan_with_a_reason_where_the_untouched_model_is_at_chance():
+    # .28 right of 100 items: standard error .045, and .28 - .25 is less than twice that.
+    before, after, chance = two_probes()
+    before["weak"], after["weak"], chance["weak"] = outcomes((28, 1), (72, 0)), outcomes((1, 1), (99, 0)), 0.25
+    record = metrics.retention(before, after=after, chance=chance)
+    assert np.isnan(record.probes[2].retention) and "weak" in record.reason and "chance 0.250" in record.reason
+    assert record.minimum_probe == "four"
+    assert record.retention == approx((0.35 + 0.15 - 0.24) / (0.55 + 0.20 + 0.03))  # every probe stays in the sums
+
+
+def test_retention_of_nothing_but_chance_is_nan():
+    record = metrics.retention(
+        {"a": outcomes((5, 1), (5, 0))}, after={"a": outcomes((9, 1), (1, 0))}, chance={"a": 0.5}
+    )
+    assert np.isnan([record.retention, record.low, record.high, record.minimum]).all()
+    assert record.minimum_probe == "" and record.reason
+
+
+def test_retention_interval_covers_the_truth_at_its_nominal_rate():
+    # Right before with .8; of the right ones .3 are lost, of the wrong ones .2 gained; chance 0:
+    # the truth is (.8 * .7 + .2 * .2) / .8 = .75.
+    generator, covered = np.random.default_rng(1), 0
+    for _ in range(300):
+        before = (generator.random(400) < 0.8).astype(float)
+        after = np.where(before == 1, generator.random(400) < 0.7, generator.random(400) < 0.2).astype(float)
+        record = metrics.retention({"p": before}, after={"p": after}, chance={"p": 0.0})
+        covered += record.low <= 0.75 <= record.high
+    assert 0.91 <= covered / 300 <= 0.98
+
+
+def test_the_bootstrap_is_paired():
+    # Both halves right at random, but the same items: nothing is lost, so nothing is uncertain.
+    before = np.random.default_rng(3).integers(0, 2, 200).astype(float)
+    record = metrics.retention({"p": before}, after={"p": before.copy()}, chance={"p": 0.0})
+    assert record.low == record.high == 1.0
+
+
+def test_intervals_do_not_depend_on_or_touch_global_random_state():
+    before, after, chance = two_probes()
+    np.random.seed(0)
+    first = metrics.retention(before, after=after, chance=chance)
+    state = np.random.get_state()[1].tolist()
+    np.random.seed(1)
+    assert metrics.retention(before, after=after, chance=chance) == first
+    np.random.seed(0)
+    assert np.random.get_state()[1].tolist() == state
+    assert first.low < first.retention < first.high
+
+
+def test_perplexity_ratio_and_bits_per_byte():
+    assert metrics.perplexity_ratio(1.0, 1.0 + np.log(3), count=1) == approx(3.0)
+    assert metrics.perplexity_ratio(100.0, 100.0 + 50 * np.log(2), count=50) == approx(2.0)
+    assert metrics.bits_per_byte(8 * np.log(2), n_bytes=4) == approx(2.0)  # 8 bits over 4 bytes
+    assert metrics.perplexity_ratio(0.0, 1e6, count=1) == np.inf
+
+
+def test_interval_is_students_t():
+    # Mean 2, sample deviation 1, n = 3: t(2, .975) = 4.302653, half = 4.302653 / sqrt(3) = 2.484138.
+    assert metrics.interval([1.0, 2.0, 3.0]) == approx((2.0, 2.0 - 2.484138, 2.0 + 2.484138), rel=1e-6)
+
+
+def test_interval_of_one_value_has_no_bounds():
+    assert metrics.interval([0.7]) == approx((0.7, np.nan, np.nan), nan_ok=True)
+    assert metrics.interval([]) == approx((np.nan, np.nan, np.nan), nan_ok=True)
+
+
+def test_interval_of_equal_values_is_that_value():
+    assert metrics.interval([0.1, 0.1, 0.1]) == (0.1, 0.1, 0.1)
+
+
+def test_metrics_need_neither_torch_nor_pandas():
+    code = "import json, sys, clbench.metrics; print(json.dumps(sorted(sys.modules)))"
+    loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
+    assert not {"torch", "pandas", "matplotlib", "scipy.stats"} & set(loaded)
+
+
+@pytest.mark.parametrize("scores", [np.zeros(3), np.zeros((0, 2))])
+def test_a_score_array_of_another_shape_is_our_mistake(scores):
+    with pytest.raises(AssertionError):
+        metrics.average_accuracy(scores)
