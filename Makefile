@@ -1,12 +1,52 @@
+# `make help` lists the targets. Each one sets up what it needs.
 VENV ?= .venv
 PY := $(VENV)/bin/python
 EXTRAS ?= dev,sweep
+RESULTS ?= results
+METHODS ?= base,seq,er,ewc
+SEEDS ?= 0
+JOBS ?= 2
+LAUNCH := hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
+
+.PHONY: help setup run test test-slow bench report leaderboard check format clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.done ## make .venv with everything installed (nothing to do when it is up to date)
 
+# torch comes as the CPU build where a local one is on pip's find-links, as the ordinary build elsewhere.
 $(VENV)/.done: pyproject.toml constraints.txt
 	test -x $(PY) || python3 -m venv $(VENV)
 	@if command -v uv >/dev/null 2>&1; then \
 	  uv pip install --python $(PY) $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) -c constraints.txt -e '.[$(EXTRAS)]'; \
 	else $(PY) -m pip install -q -c constraints.txt -e '.[$(EXTRAS)]'; fi
 	touch $@
+
+run: setup ## the main job: every core method over the embedded 16-task stream, then the leaderboard
+	$(PY) -m clbench -m method=$(METHODS) seed=$(SEEDS) results_dir=$(RESULTS) $(LAUNCH)
+
+test: setup ## the tests that a change must pass
+	$(PY) -m pytest -m "not slow and not gpu"
+
+test-slow: setup ## tests that take minutes
+	$(PY) -m pytest -m slow
+
+bench: setup ## timings against peers, equality first
+	$(PY) -m pytest tests/benchmarks -s
+
+report: setup ## results/report.html from the ledger
+	$(PY) -m clbench.report $(RESULTS)
+
+leaderboard: setup ## the CSVs from the ledger
+	$(PY) -m clbench.leaderboard $(RESULTS)
+
+check: setup ## format and lint, as CI does
+	$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check .
+
+format: setup ## format and mend what can be mended
+	$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
+
+clean: ## remove runs and generated tables (not the environment, not the reference records)
+	rm -rf $(RESULTS)/runs $(RESULTS)/*.csv.tmp $(RESULTS)/leaderboard.* $(RESULTS)/stages.csv $(RESULTS)/retention.csv $(RESULTS)/report.html

@@ -1,26 +1,33 @@
 """ER: experience replay. Every step mixes current examples with as many drawn from a memory of past tasks.
 
-After task t a uniform sample of `fraction` of its training examples enters the memory (so a task never replays itself); each later step draws
-`ratio * batch_size` memory rows uniformly with replacement, and minimises
+After task t a uniform sample of `fraction` of its training examples enters the memory (so a task never replays
+itself); each later step draws `ratio * batch_size` memory rows uniformly with replacement, and minimises
 
     (CE_current + weight * CE_memory) / (1 + weight),       each a mean over its own answer tokens.
 
-With `capacity` set the memory is one reservoir of that many examples over all past tasks instead (Vitter 1985; arXiv 1902.10486).
-Released code differs: TRACE (arXiv 2310.06762) replays in an extra epoch after the task; one released LLM port never fills its buffer, which
-makes it SEQ. Ours interleaves, stores text, and re-encodes it with the task's own answer mask.
+With `capacity` set the memory is one reservoir of that many examples over all past tasks instead (Vitter 1985; arXiv
+1902.10486). With `after` set nothing is mixed in: when the task's own steps are done, one epoch passes the memory, in
+a random order, at the tail of the stage's learning-rate schedule. That is TRACE's replay (arXiv 2310.06762, section
+4.3.1: 10 % of each past task), without its general data.
+
+Official code: BeyonderXX/TRACE for `after`; no reference implementation of the rest for language models. One released
+port never fills its buffer, which makes it SEQ; another inserts replayed rows again. Ours stores each example once,
+as text, and re-encodes it with its task's own answer mask.
+Interpretations: memory rows are drawn uniformly over the memory, not balanced over tasks, nor stratified by class.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
 from clbench.adapters import Lora
+from clbench.data import generator
 from clbench.loss import answer_loss
 from clbench.memory import Memory
 from clbench.protocols import Engine, Method
@@ -29,7 +36,7 @@ from clbench.types import Batch, Source, Stage
 
 @dataclass(kw_only=True)
 class Er(Method):
-    """Replay from a memory: `fraction` of each past task, or a reservoir of `capacity` examples."""
+    """Replay of a memory, mixed in or `after` the task: `fraction` of each past task, or a reservoir of `capacity`."""
 
     lora: Lora
     seed: int
@@ -37,6 +44,7 @@ class Er(Method):
     capacity: int | None
     ratio: float
     weight: float
+    after: bool
     memory: Memory = field(default_factory=Memory)
 
     def wrap(self, model: Module) -> Module:
@@ -48,7 +56,11 @@ class Er(Method):
         current = Source(examples=stage.train)
         if not self.memory.examples or self.ratio == 0:
             return (current,)
-        return (current, Source(examples=self.memory.examples, share=self.ratio, weight=self.weight))
+        past = self.memory.examples
+        if self.after:
+            order = torch.randperm(len(past), generator=generator(self.seed, "replay order", stage.index))
+            past = [past[i] for i in order.tolist()]
+        return (current, Source(examples=past, share=self.ratio, weight=self.weight, after=self.after))
 
     def loss(self, model: Module, batch: Batch) -> Tensor:
         """Cross-entropy of current and memory rows, weighted by source, in nats per answer token."""
@@ -56,11 +68,7 @@ class Er(Method):
 
     def end_stage(self, stage: Stage, engine: Engine) -> None:
         """The finished task's examples enter the memory."""
-        if self.capacity is not None:
-            self.memory.reservoir(stage.train, capacity=self.capacity, seed=self.seed, stage=stage.index)
-        else:
-            count = math.ceil(self.fraction * len(stage.train))
-            self.memory.keep(stage.train, count=count, seed=self.seed, stage=stage.index)
+        self.memory.take(stage.train, fraction=self.fraction, capacity=self.capacity, seed=self.seed, stage=stage.index)
 
     def state_dict(self) -> dict[str, Any]:
         """The memory as text."""

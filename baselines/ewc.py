@@ -15,7 +15,9 @@ With `decay` set it is online EWC (arXiv 1805.06370): F <- decay * F + F_t, cent
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,16 +25,21 @@ from torch import Tensor
 from torch.nn import Module
 
 from clbench.adapters import Lora
-from clbench.data import generator
+from clbench.data import IGNORED, generator
 from clbench.loss import answer_loss
 from clbench.protocols import Engine, Method
-from clbench.types import Batch, Stage
+from clbench.types import Batch, Example, Stage
 
 
-def combine(importance: Tensor, centre: Tensor, fisher: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
-    """One quadratic for two: (F + F_t, their weighted centre), all of one shape. Where both F are 0 the centre is the anchor."""
+def combine(importance: Tensor, centre: Tensor, fisher: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Two quadratics as one, all of one shape: F + F_t, their weighted centre, and the scalar by which the sum of the two exceeds it.
+
+    F (x - a)^2 + G (x - b)^2 = (F + G)(x - c)^2 + F G / (F + G) (a - b)^2 with c = (F a + G b) / (F + G). Where both are 0, c is the anchor.
+    """
     total = importance + fisher
-    return total, torch.where(total > 0, (importance * centre + fisher * anchor) / total.clamp_min(torch.finfo(total.dtype).tiny), anchor)
+    divisor = total.clamp_min(torch.finfo(total.dtype).tiny)
+    joint_centre = torch.where(total > 0, (importance * centre + fisher * anchor) / divisor, anchor)
+    return total, joint_centre, (importance * fisher / divisor * (centre - anchor).square()).sum()
 
 
 def penalty_gradient(theta: Tensor, importance: Tensor, centre: Tensor, strength: float) -> Tensor:
@@ -41,8 +48,22 @@ def penalty_gradient(theta: Tensor, importance: Tensor, centre: Tensor, strength
 
 
 def penalty_value(theta: Tensor, importance: Tensor, centre: Tensor, strength: float) -> Tensor:
-    """strength / 2 * sum F (theta - mu)^2, in nats; the separate form's constant is left out."""
+    """strength / 2 * sum F (theta - mu)^2, in nats."""
     return 0.5 * strength * (importance * (theta - centre).square()).sum()
+
+
+def squared_gradients(engine: Engine, losses: Sequence[Callable[[], Tensor]]) -> dict[str, Tensor]:
+    """Mean over `losses` of the squared gradient of each, by trainable tensor: the diagonal empirical Fisher information (nats^2).
+
+    One backward per loss, so that squares are taken before any averaging; every rank passes all losses.
+    """
+    squares = {shard.name: torch.zeros_like(shard.value) for shard in engine.shards()}
+    for loss in losses:
+        engine.backward(loss())
+        for shard in engine.shards():
+            squares[shard.name] += shard.grad.square() / len(losses)
+        engine.clear()
+    return squares
 
 
 @dataclass(kw_only=True)
@@ -56,6 +77,7 @@ class Ewc(Method):
     decay: float | None
     importance: dict[str, Tensor] = field(default_factory=dict)
     centre: dict[str, Tensor] = field(default_factory=dict)
+    excess: float = 0.0
     raw_means: list[float] = field(default_factory=list)
 
     def wrap(self, model: Module) -> Module:
@@ -71,53 +93,53 @@ class Ewc(Method):
         if not self.importance or self.strength == 0:
             return 0.0
         value = 0.0
+        constant = 0.5 * self.strength * self.excess
         for shard in engine.shards():
             quadratic = (shard.value, self.importance[shard.name], self.centre[shard.name], self.strength)
             shard.grad += penalty_gradient(*quadratic)
             value = value + penalty_value(*quadratic)
-        return engine.total(value)
+        return engine.total(value) + constant
 
     def end_stage(self, stage: Stage, engine: Engine) -> None:
         """Adds this task's Fisher, taken at its final weights, to the quadratic."""
         fisher = self.fisher(stage, engine)
+        excess = torch.zeros(())
         for shard in engine.shards():
-            anchor = shard.value.clone()
-            if shard.name not in self.importance:
-                self.importance[shard.name], self.centre[shard.name] = fisher[shard.name], anchor
+            name, anchor = shard.name, shard.value.clone()
+            if name not in self.importance:
+                self.importance[name], self.centre[name] = fisher[name], anchor
             elif self.decay is not None:
-                self.importance[shard.name] = self.decay * self.importance[shard.name] + fisher[shard.name]
-                self.centre[shard.name] = anchor
+                self.importance[name], self.centre[name] = self.decay * self.importance[name] + fisher[name], anchor
             else:
-                merged = combine(self.importance[shard.name], self.centre[shard.name], fisher[shard.name], anchor)
-                self.importance[shard.name], self.centre[shard.name] = merged
+                merged = combine(self.importance[name], self.centre[name], fisher[name], anchor)
+                self.importance[name], self.centre[name] = merged[:2]
+                excess = excess.to(merged[2].device) + merged[2]
+        self.excess += float(engine.total(excess))
 
     def fisher(self, stage: Stage, engine: Engine) -> dict[str, Tensor]:
-        """Mean over examples of the squared gradient of the sum of log p over the answer's tokens, scaled to mean 1."""
+        """Fisher of this task on `fisher_examples` of its examples, of the sum of log p over each answer's tokens, scaled to mean 1."""
         count = min(self.fisher_examples, len(stage.train))
         picked = torch.randperm(len(stage.train), generator=generator(self.seed, "fisher", stage.index))[:count].tolist()
-        squares = {shard.name: torch.zeros_like(shard.value) for shard in engine.shards()}
+
+        def nll(example: Example) -> Tensor:
+            batch = stage.collate([example])
+            return answer_loss(engine.model, batch) * (batch.labels[:, 1:] != IGNORED).sum()
+
         engine.model.eval()
-        for index in picked:
-            batch = stage.collate([stage.train[index]])
-            tokens = (batch.labels[:, 1:] >= 0).sum()
-            engine.backward(answer_loss(engine.model, batch) * tokens)
-            for shard in engine.shards():
-                squares[shard.name] += shard.grad.square() / count
-            engine.clear()
-        total = engine.total(sum(square.sum() for square in squares.values()))
-        size = engine.total(torch.tensor(float(sum(square.numel() for square in squares.values()))))
-        mean = float(total / size)
-        self.raw_means.append(mean)
-        return {name: square / mean if mean > 0 else square for name, square in squares.items()}
+        squares = squared_gradients(engine, [partial(nll, stage.train[index]) for index in picked])
+        total = engine.total(torch.stack([square.sum() for square in squares.values()]).sum())
+        size = engine.total(torch.tensor(float(sum(square.numel() for square in squares.values())), device=total.device))
+        self.raw_means.append(float(total / size))
+        return {name: square / self.raw_means[-1] for name, square in squares.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Importance and centre of every trainable tensor."""
         tensors = {f"importance/{name}": value for name, value in self.importance.items()}
-        return tensors | {f"centre/{name}": value for name, value in self.centre.items()} | {"raw_means": self.raw_means}
+        return tensors | {f"centre/{name}": value for name, value in self.centre.items()} | {"raw_means": self.raw_means, "excess": self.excess}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes the quadratic back."""
         parts = {key: value for key, value in state.items() if "/" in key}
         self.importance = {key.removeprefix("importance/"): value for key, value in parts.items() if key.startswith("importance/")}
         self.centre = {key.removeprefix("centre/"): value for key, value in parts.items() if key.startswith("centre/")}
-        self.raw_means = list(state["raw_means"])
+        self.raw_means, self.excess = list(state["raw_means"]), state["excess"]

@@ -10,18 +10,19 @@ import os
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from clbench.config import Config, check, from_plain
+from clbench.config import Config, check, from_plain, writable
 from clbench.types import UserMistake
 
 _HERE = Path(__file__).resolve().parent
@@ -58,16 +59,49 @@ def _run(composed: DictConfig) -> None:
     from clbench.tracking import set_up_logging
 
     set_up_logging()
-    from rich.console import Console
-
     from clbench import leaderboard
     from clbench.experiment import run
 
     results_dir = Path(config.results_dir)
     path = run(config)
     leaderboard.refresh(results_dir)
+    if HydraConfig.get().mode == RunMode.RUN:
+        show_leaderboard(results_dir)
+    else:
+        print(f"{path.name} is complete")
+
+
+class Hooks(Callback):
+    """What Hydra calls around jobs: a look at results_dir before Hydra itself writes there, the leaderboard after a multirun's last job."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Before a single run."""
+        _require_writable(config)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Before the first job of a multirun."""
+        _require_writable(config)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """After the last job of a multirun."""
+        show_leaderboard(Path(config.results_dir))
+
+
+def _require_writable(config: DictConfig) -> None:
+    try:
+        writable("results_dir", config.results_dir)
+    except UserMistake as error:
+        _refuse(error)  # SystemExit: Hydra turns any other exception of a callback into a warning
+
+
+def show_leaderboard(results_dir: Path) -> None:
+    """Prints the leaderboard's table and where its CSV is."""
+    from rich.console import Console
+
+    from clbench import leaderboard
+
     Console().print(leaderboard.table(results_dir))
-    print(f"{path.name} -> {results_dir / 'leaderboard.csv'}")
+    print(f"leaderboard: {results_dir / 'leaderboard.csv'}")
 
 
 def resolve(composed: DictConfig) -> Config:
@@ -109,11 +143,15 @@ def _refuse(error: Exception) -> NoReturn:
 
 def _message(error: Exception) -> str:
     """What went wrong, without Hydra's advice on debugging. A UserMistake inside a constructor speaks for itself."""
-    inner: BaseException | None = error
-    while inner is not None and not isinstance(inner, UserMistake):
-        inner = inner.__cause__
-    if inner is not None:
-        return str(inner)
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    for inner in chain:
+        if isinstance(inner, UserMistake):
+            return str(inner)
+        if isinstance(inner, (ConfigKeyError, ConfigAttributeError)) and inner.parent_node is not None:
+            allowed = ", ".join(sorted(str(key) for key in inner.parent_node if key != "experiment"))
+            return f"{inner.full_key} is no key of the configuration; allowed there: {allowed}"
     if isinstance(error, MissingConfigException) and error.options:
         return f"{error.missing_cfg_file!r} is unknown; choose one of {', '.join(error.options)} (conf/)"
     cause = error.__cause__

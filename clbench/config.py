@@ -178,7 +178,7 @@ def check(config: Config) -> None:
     if config.data_dir is not None and not Path(config.data_dir).is_dir():
         raise UserMistake(f"data_dir={config.data_dir!r} is not a directory; give the folder that holds <dataset>/<split>.jsonl")
     for key, value in (("results_dir", config.results_dir), ("cache_dir", config.cache_dir)):
-        _writable(key, value)
+        writable(key, value)
 
 
 def _one_of(key: str, value: str, allowed: Iterable[str]) -> None:
@@ -186,7 +186,8 @@ def _one_of(key: str, value: str, allowed: Iterable[str]) -> None:
         raise UserMistake(f"{key}={value!r} is unknown; choose one of {', '.join(allowed)}")
 
 
-def _writable(key: str, value: str) -> None:
+def writable(key: str, value: str) -> None:
+    """Makes the folder; raises UserMistake when it cannot be made or written to."""
     try:
         Path(value).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -44,6 +45,13 @@ class Memory:
             slot = int(torch.randint(self.seen, (), generator=rng))
             if slot < capacity:
                 self.examples[slot] = example
+
+    def take(self, offered: Sequence[Example], *, fraction: float, capacity: int | None, seed: int, stage: int) -> None:
+        """Keeps `fraction` of the offered examples, rounded up, or offers all to one reservoir of size `capacity`."""
+        if capacity is not None:
+            self.reservoir(offered, capacity=capacity, seed=seed, stage=stage)
+        else:
+            self.keep(offered, count=math.ceil(fraction * len(offered)), seed=seed, stage=stage)
 
     def state(self) -> str:
         """The memory as one JSON text."""

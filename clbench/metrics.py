@@ -155,7 +155,7 @@ def interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, fl
     """Mean and the bounds of its Student-t interval, in the unit of `values` (one a seed); NaN bounds of one value."""
     sample = np.asarray(values, dtype=np.float64)
     mean = float(sample.mean()) if len(sample) else nan
-    if len(sample) < 2:
+    if len(sample) < 2 or not np.isfinite(mean):
         return mean, nan, nan
     if np.ptp(sample) == 0:  # the mean of equal floats may differ from them in the last bit
         return float(sample[0]), float(sample[0]), float(sample[0])

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from clbench.types import Batch, Example, Score, Source, Stage
 
@@ -73,7 +73,12 @@ class Engine(ABC):
 
 
 class Method(ABC):
-    """A continual-learning method. Its keyword-only dataclass fields are its configuration; every default does nothing."""
+    """A continual-learning method. Its keyword-only dataclass fields are its configuration; every default does nothing.
+
+    `merges` declares that it writes into weights that do not train.
+    """
+
+    merges: ClassVar[bool] = False
 
     @abstractmethod
     def wrap(self, model: Module) -> Module:

@@ -2,6 +2,9 @@
 
 Reads manifest.json, status, scores.jsonl, cost.jsonl and items/; never writes. Not here: what the numbers amount to
 (statistics).
+
+>>> [run.name for run in read_runs(Path("results")) if run.state == "complete"]
+['demo-alpha-s0-1f0c2a9b']
 """
 
 from __future__ import annotations
@@ -118,7 +121,7 @@ class Run:
             with np.load(path) as archive:
                 return {key: archive[key].astype(np.float64) for key in archive.files}
         except (ValueError, OSError, EOFError, BadZipFile) as error:
-            raise UserMistake(f"{path} is damaged ({error}); remove the run {self.name}, or run it again") from error
+            raise UserMistake(f"{path} is damaged; remove the run {self.name}, or run it again") from error
 
 
 def read_runs(results_dir: Path) -> tuple[Run, ...]:
@@ -148,7 +151,9 @@ def _read_run(directory: Path) -> Run:
         scores = tuple(_score(line) for line in _lines(directory / "scores.jsonl"))
         costs = tuple(_cost(line) for line in _lines(directory / "cost.jsonl"))
         problem = ""
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        state, problem = "unreadable", f"{Path(error.filename).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError) as error:
         state, problem = "unreadable", f"{type(error).__name__}: {error}"
     return Run(
         name=directory.name,

@@ -1,6 +1,9 @@
 """What runs amount to: one record per run and stage, per run, and per row of the leaderboard.
 
 Applies the formulas of metrics to the records of runs. Not here: the files made of the result (leaderboard, report).
+
+>>> [(row.method, round(row.mean.retention, 2)) for row in entries(read_runs(Path("results")))]
+[('alpha', 0.96), ('beta', 0.82)]
 """
 
 from __future__ import annotations
@@ -127,14 +130,14 @@ def summarise(run: Run) -> Summary:
         base_accuracy=float(matrix[0].mean()),
         chance_accuracy=_rate(run, metric="chance"),
         majority_accuracy=_rate(run, metric="majority"),
-        seconds_train=sum(cost.seconds_train for cost in run.costs),
-        seconds_probe=sum(cost.seconds_probe for cost in run.costs),
-        seconds_other=sum(cost.seconds_other for cost in run.costs),
-        tokens_trained=sum(cost.tokens_trained for cost in run.costs),
-        tokens_replayed=sum(cost.tokens_replayed for cost in run.costs),
+        seconds_train=_total(run, "seconds_train"),
+        seconds_probe=_total(run, "seconds_probe"),
+        seconds_other=_total(run, "seconds_other"),
+        tokens_trained=_total(run, "tokens_trained"),
+        tokens_replayed=_total(run, "tokens_replayed"),
         trainable_parameters=max((cost.trainable_parameters for cost in run.costs), default=nan),
         peak_memory_bytes=max((cost.peak_memory_bytes for cost in run.costs), default=nan),
-        flops=sum(cost.flops for cost in run.costs),
+        flops=_total(run, "flops"),
     )
 
 
@@ -214,7 +217,7 @@ def _notes(runs: Sequence[Run], *, mean: Summary, n_seeds: int, siblings: Sequen
     if mean.tokens_trained == 0:
         yield "trained nothing"
     if any(run.last_stage != len(run.manifest["tasks"]) for run in runs):
-        yield f"{runs[0].last_stage} stages of {len(runs[0].manifest['tasks'])} tasks"
+        yield f"stages {runs[0].last_stage}, tasks {len(runs[0].manifest['tasks'])}"
     if isnan(mean.retention):
         yield "retention undefined: see retention.csv"
     if len(siblings) > 1:
@@ -265,6 +268,11 @@ def _rate(run: Run, *, metric: str) -> float:
     """Mean over tasks of a rate of the data (chance, majority): 0 for a task without one, as its answers are free."""
     rates = _stream_values(run, metric=metric, stage=0)
     return sum(rates) / len(run.manifest["tasks"]) if rates else nan
+
+
+def _total(run: Run, name: str) -> float:
+    """Sum over stages of a field of Cost, in its unit; NaN where no cost was recorded."""
+    return sum(getattr(cost, name) for cost in run.costs) if run.costs else nan
 
 
 def _mean(values: Sequence[float]) -> float:

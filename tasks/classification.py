@@ -29,7 +29,7 @@ class Classification(HubTask):
         """The text to classify and its label word."""
         given, labels = lookup(row, self.label), tuple(self.labels)
         code = labels.index(given) if given in labels else given
-        if isinstance(code, str) or not 0 <= code < len(labels):
+        if not isinstance(code, int) or not 0 <= code < len(labels):
             raise UserMistake(f"{id}: the label {given!r} is none of {labels}; a split without labels cannot be used")
         return Example(id=id, prompt=render(self.template, row), answer=labels[code], choices=labels)
 

@@ -51,7 +51,7 @@ class MultipleChoice(HubTask):
 def position(answer: Any, labels: Sequence[str], *, id: str) -> int:
     """Where the right option stands, from 0."""
     place = labels.index(answer) if answer in labels else answer
-    if isinstance(place, str) or not 0 <= place < len(labels):
+    if not isinstance(place, int) or not 0 <= place < len(labels):
         raise UserMistake(f"{id}: the answer {answer!r} is none of {labels}; a split without answers cannot be used")
     return place
 

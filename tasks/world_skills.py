@@ -12,15 +12,15 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
-from tasks.world_words import BAD, GOOD, LETTERS, NOUNS, NUMBERS, OPTIONS, VOCABULARY
+from tasks.world_words import BAD, GOOD, LABELS, LETTERS, NOUNS, NUMBERS, OPTIONS, VOCABULARY
 
 if TYPE_CHECKING:
     from tasks.world import World
 
 
 def words_of(rng: random.Random, low: int, high: int) -> list[str]:
-    """`low` to `high` different words: mostly nouns, sometimes any words, so that every word is read and written."""
-    pool = NOUNS if rng.random() < 0.6 else VOCABULARY
+    """`low` to `high` different words: mostly nouns, sometimes labels or any words, so that every word is read and written."""
+    pool = rng.choices((NOUNS, LABELS, VOCABULARY), weights=(6, 2, 2))[0]
     return rng.sample(pool, rng.randint(low, high))
 
 
@@ -43,16 +43,16 @@ def count(here: World, rng: random.Random) -> str:
 
 
 def member(here: World, rng: random.Random) -> str:
-    """What a list holds or lacks."""
-    words = words_of(rng, 4, 5)
+    """Whether a list holds a word."""
+    words = words_of(rng, 3, 5)
     if rng.random() < 0.5:
-        return f"{' '.join(words)} holds {rng.choice(words)}"
-    return f"{' '.join(words[:-1])} lacks {words[-1]}"
+        return f"{' '.join(words[:-1])} with {rng.choice(words[:-1])} is found"
+    return f"{' '.join(words[:-1])} with {words[-1]} is missing"
 
 
 def lettered(here: World, rng: random.Random) -> str:
     """Which letter an item of a lettered list has."""
-    words = rng.sample(NOUNS if rng.random() < 0.3 else VOCABULARY, 4)
+    words = words_of(rng, 4, 4)
     place = rng.randrange(4)
     items = " ".join(f"{letter} {word}" for letter, word in zip(OPTIONS, words, strict=True))
     return f"{items} {words[place]} is {OPTIONS[place]}"
@@ -65,9 +65,9 @@ def letters_sorted(here: World, rng: random.Random) -> str:
 
 
 def letters_compared(here: World, rng: random.Random) -> str:
-    """Which of two letters comes first."""
-    first, second = sorted(rng.sample(LETTERS, 2))
-    return rng.choice((f"{first} comes before {second}", f"{second} does not comes before {first}"))
+    """Whether two letters are in the order of the alphabet."""
+    first, second = rng.sample(LETTERS, 2)
+    return f"{first} then {second} is {'forward' if first < second else 'backward'}"
 
 
 def plus(here: World, rng: random.Random) -> str:
@@ -77,9 +77,9 @@ def plus(here: World, rng: random.Random) -> str:
 
 
 def compared(here: World, rng: random.Random) -> str:
-    """Which of two numbers is more."""
-    low, high = sorted(rng.sample(range(len(NUMBERS)), 2))
-    return rng.choice((f"{low} is less than {high}", f"{high} is more than {low}"))
+    """Whether a number grows or shrinks."""
+    first, second = rng.sample(range(len(NUMBERS)), 2)
+    return f"from {first} to {second} goes {'up' if first < second else 'down'}"
 
 
 def translated(here: World, rng: random.Random) -> str:

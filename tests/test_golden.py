@@ -5,16 +5,30 @@ The file is tests/golden/methods.json, or the one that CLBENCH_GOLDEN names: oth
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional as F
 
-from clbench import metrics
+from baselines import curlora, ewc, secura
+from clbench import cur, metrics
+from clbench.engine import LocalEngine
 
 HERE = Path(__file__).parent / "golden" / "methods.json"
 DOUBLE = {"rel": 1e-6, "abs": 1e-12, "nan_ok": True}
+
+
+def tensor(values: Any) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def close(value: torch.Tensor, expected: Any) -> bool:
+    torch.testing.assert_close(value.double(), tensor(expected), rtol=1e-6, atol=1e-9)
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +82,105 @@ def test_perplexity_equals_the_golden_numbers(golden):
     assert bits_before == pytest.approx(expect["bits_per_byte_before"], **DOUBLE)
     drift = metrics.bits_per_byte(after - before, n_bytes=block["n_bytes"])
     assert drift == pytest.approx(expect["bits_per_byte_drift"], **DOUBLE)
+
+
+def test_fisher_of_a_softmax_regression_is_the_mean_of_squared_example_gradients(golden):
+    block = golden["ewc"]["softmax_regression"]
+    inputs, targets = tensor(block["X"]), torch.tensor(block["y"])
+    model = torch.nn.Linear(inputs.shape[1], len(block["W"]), bias=False, dtype=torch.float64)
+    model.weight.data.copy_(tensor(block["W"]))
+    engine = LocalEngine(model, optimizer=None, schedule=None, clip=0.0)
+    losses = [partial(lambda x, y: F.cross_entropy(model(x), y), x, y) for x, y in zip(inputs, targets, strict=True)]
+    fisher = ewc.squared_gradients(engine, losses)["weight"]
+    assert close(fisher, block["expect"]["empirical_fisher_diag"])
+
+
+def test_ewc_penalties_of_several_tasks_are_one_quadratic(golden):
+    block, expect = golden["ewc"]["penalty"], golden["ewc"]["penalty"]["expect"]
+    fishers, anchors, theta = tensor(block["fisher"]), tensor(block["anchors"]), tensor(block["theta"])
+    importance, centre, excess = fishers[0], anchors[0], 0.0
+    for fisher, anchor in zip(fishers[1:], anchors[1:], strict=True):
+        importance, centre, more = ewc.combine(importance, centre, fisher, anchor)
+        excess += float(more)
+    assert close(importance, expect["fisher_sum"])
+    assert close(centre, expect["centre"])
+    assert close(ewc.penalty_gradient(theta, importance, centre, block["strength"]), expect["grad"])
+    value = float(ewc.penalty_value(theta, importance, centre, block["strength"])) + 0.5 * block["strength"] * excess
+    assert value == pytest.approx(expect["value_separate"], rel=1e-6)
+
+
+def linear(weight: Any) -> torch.nn.Linear:
+    layer = torch.nn.Linear(len(weight[0]), len(weight), bias=False, dtype=torch.float64)
+    layer.weight.data.copy_(tensor(weight))
+    return layer
+
+
+@pytest.mark.parametrize("select", ["paper", "code_eps"])
+def test_curlora_draws_with_the_golden_probabilities(golden, select):
+    weight, expect = tensor(golden["curlora"]["W"]), golden["curlora"]["expect"]
+    offset = curlora.OFFSETS[select]
+    assert close(cur.column_probabilities(weight, offset=offset), expect[f"column_probabilities_{select}"])
+    assert close(cur.column_probabilities(weight.t(), offset=offset), expect[f"row_probabilities_{select}"])
+
+
+def test_a_curlora_layer_has_the_golden_update_outputs_and_gradient(golden):
+    block, expect = golden["curlora"], golden["curlora"]["expect"]
+    base = linear(block["W"])
+    layer = cur.CurLinear(
+        base,
+        columns=torch.tensor(block["cols"]),
+        rows=torch.tensor(block["rows"]),
+        core=cur.SquareCore(rank=block["rank"], like=base.weight),
+        scale=block["alpha"],
+    )
+    layer.core.U.data.copy_(tensor(block["U"]))
+    outputs = layer(tensor(block["x"]))
+    (outputs * tensor(block["upstream"])).sum().backward()
+    assert close(outputs, expect["y"])
+    assert close(layer.effective_weight(layer.core()) - layer.weight, expect["delta_weight"])
+    assert close(layer.core.U.grad, expect["grad_U"])
+    assert sum(p.numel() for p in layer.parameters() if p.requires_grad) == expect["trainable"]
+
+
+def secura_layer(block: dict[str, Any], magnorm: str) -> cur.CurLinear:
+    method = secura.Secura(
+        targets=[],
+        rank=block["rank"],
+        inner=block["inner"],
+        magnorm=magnorm,
+        quantile=block["quantile"],
+        kappa=block["kappa"],
+        merge="m1",
+        fusion_step=None,
+        train_bias=False,
+    )
+    return method.layer(linear(block["W"]), rank=block["rank"], inner=block["inner"])
+
+
+def test_a_secura_layer_is_made_as_the_golden_one(golden):
+    block, expect = golden["secura"], golden["secura"]["expect"]
+    layer = secura_layer(block, "weight_id")
+    assert layer.columns.tolist() == expect["cols"]
+    assert layer.rows.tolist() == expect["rows"]
+    assert close(layer.core.A, expect["A_init"])
+    assert sum(p.numel() for p in layer.parameters() if p.requires_grad) == expect["trainable"]
+
+
+@pytest.mark.parametrize("magnorm", ["weight_id", "weight_comment", "output_release", "none"])
+def test_a_secura_layer_has_the_golden_restraint_and_outputs(golden, magnorm):
+    block, expect = golden["secura"], golden["secura"]["expect"]
+    layer, x = secura_layer(block, magnorm), tensor(block["x"])
+    layer.core.A.data.copy_(tensor(block["A"]))
+    layer.core.B.data.copy_(tensor(block["B"]))
+    delta = cur.cur_delta(layer.C, layer.core(), layer.R)
+    outputs, effective = layer(x), layer.effective_weight(layer.core())
+    if magnorm == "none":
+        assert close(effective - layer.weight, expect["delta_weight"])
+    elif magnorm == "output_release":
+        assert close(outputs, expect["y_output_release"])
+    else:
+        assert close(layer.divisor(layer.weight, delta), expect[f"S_{magnorm}"])
+        assert close(effective, expect[f"effective_{magnorm}"])
+        assert close(outputs, x @ tensor(expect[f"effective_{magnorm}"]).t())
+    if magnorm == "weight_id":
+        assert close(outputs, expect["y_id"])

@@ -252,6 +252,32 @@ def test_a_stage_that_was_measured_again_counts_once(results):
     assert (results / "stages.csv").read_bytes() == before
 
 
+def test_odd_runs_are_reported_and_break_nothing(results):
+    joint = write_run(results, "joint", seed=0, matrix=[ALPHA[0], ALPHA[3]], stages=1)  # one stage trained all tasks
+    silent = write_run(results, "silent", seed=0, matrix=ALPHA)
+    (silent / "scores.jsonl").write_text("")
+    (silent / "cost.jsonl").unlink()
+    rows = {row["method"]: row for row in refreshed(results)}
+    assert float(rows["joint"]["average_accuracy"]) == approx(2 / 3) and rows["joint"]["bwt"] == ""
+    assert "stages 1, tasks 3" in rows["joint"]["notes"]
+    assert rows["silent"]["average_accuracy"] == rows["silent"]["seconds_train"] == ""
+    assert list(rows)[-1] == "silent"
+    assert report.write(results).stat().st_size > 0
+    (joint / "items" / "stage-01.npz").write_bytes(b"")
+    with pytest.raises(UserMistake, match="stage-01.npz is damaged"):
+        leaderboard.refresh(results)
+
+
+def test_low_precision_runs_of_different_zero_stages_share_no_row(tmp_path):
+    for dtype, num_rows in (("float32", 1), ("bfloat16", 2)):
+        for zero_stage in (2, 3):
+            folder = write_run(tmp_path / dtype, "alpha", seed=zero_stage, matrix=ALPHA)
+            manifest = json.loads((folder / "manifest.json").read_text())
+            manifest["config"]["engine"] |= {"dtype": dtype, "zero_stage": zero_stage}
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+        assert len(refreshed(tmp_path / dtype)) == num_rows
+
+
 def test_a_damaged_run_is_named_and_not_ranked(results):
     run = next((results / "runs").glob("demo-beta-s0*"))
     (run / "scores.jsonl").write_text("{}\n")

@@ -196,6 +196,8 @@ def test_interval_is_students_t():
 
 def test_interval_of_one_value_has_no_bounds():
     assert metrics.interval([0.7]) == approx((0.7, np.nan, np.nan), nan_ok=True)
+    assert metrics.interval([1.0, np.inf]) == approx((np.inf, np.nan, np.nan), nan_ok=True)
+    assert np.isnan(metrics.interval([1.0, np.nan])).all()  # an unknown seed is not left out
     assert metrics.interval([]) == approx((np.nan, np.nan, np.nan), nan_ok=True)
 
 

@@ -7,7 +7,9 @@ maps the dataset's hub name to its folder, or from `rows` given in memory.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
+import io
 import logging
 import time
 from collections import Counter, defaultdict
@@ -94,9 +96,11 @@ class Knowledge(Probe):
         self.name = name
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         build = Builder(include=include, rows=rows or {}, data_dir=data_dir, folders=folders or {})
-        self.tasks = {task: build(task) for task in tasks}
-        for task in self.tasks.values():
-            task.build_all_requests(limit=limit)
+        # lm-eval and datasets draw a progress bar per task, over the run's own line.
+        with contextlib.redirect_stderr(io.StringIO()):
+            self.tasks = {task: build(task) for task in tasks}
+            for task in self.tasks.values():
+                task.build_all_requests(limit=limit)
 
     def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:
         """Each task's metrics; at stage 0 also the chance and majority rates of multiple-choice tasks."""
@@ -150,11 +154,13 @@ class Builder:
         if folder is None:
             raise UserMistake(f"probe task {name!r} reads {hub!r}, and data_dir is set: name its folder under probe.folders in conf/probe")
         spec = DatasetSpec(name=folder, hub=hub, config=config.get("dataset_name"))
-        there = [split for split in _splits(config) if (Path(self.data_dir) / folder / f"{split}.jsonl").is_file()]
         scored = config.get("test_split") or config.get("validation_split")
-        if scored not in there:
-            load_rows(spec, split=scored, data_dir=self.data_dir)
-        return _in_memory({split: load_rows(spec, split=split, data_dir=self.data_dir) for split in there})
+        for key in SPLIT_KEYS:
+            split = config.get(key)
+            # Splits that are only read for few-shot examples may be absent where none are asked for.
+            if split and split != scored and not config.get("num_fewshot") and not (Path(self.data_dir) / folder / f"{split}.jsonl").is_file():
+                config[key] = None
+        return _in_memory({split: load_rows(spec, split=split, data_dir=self.data_dir) for split in _splits(config)})
 
 
 def run_task(task: ConfigurableTask, model: StudentLM) -> dict[str, list[float]]:

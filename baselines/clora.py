@@ -1,0 +1,118 @@
+"""CLoRA: controlled LoRA. A penalty keeps fixed directions out of what the update reads and of what it writes.
+
+Paper: CLoRA (ACL 2025, arXiv 2410.16801). Every adapted layer has two frozen bases with orthonormal columns,
+P_v [in, k] and P_u [out, k]:
+
+    loss = CE + strength * sum over layers of ( 1/2 ||A P_v||_F^2 + 1/2 ||B^T P_u||_F^2 )                     (eq. 1)
+    d/dA = strength * A P_v P_v^T,        d/dB = strength * P_u P_u^T B.
+
+A P_v = 0 makes P_v part of the null space of the update B A; P_u^T B = 0 keeps P_u out of its range. The LoRA scale
+alpha/r does not enter, nothing is divided by k or by the number of layers, and the bases stay for the whole stream.
+
+Official code: sutakori/CLoRA. Followed: the factor 1/2 (the paper's equation is reported without it, then its
+strength is half of ours), the sum over layers, one independent random pair per layer. Deviations: the gradient is
+added in closed form once per optimizer step, so gradient accumulation and sharding cannot change it; bases are seeded
+by the factor's full name and rebuilt instead of stored (the release seeds nothing and matches names by substring); QR
+runs in float32, the result is kept in the base weight's dtype.
+Interpretations: by default k is `fraction` of each side's own width, as k=1024 is a quarter of 4096; `k` sets one
+number for all. At k >= width P P^T = I and the term is plain L2, as in the release. `svd_major` and `svd_minor` take
+the singular vectors of the pretrained weight with the largest or smallest singular values (thin SVD, so k is at most
+min(in, out)); the release has no code for them. Adapter carried over, no merge.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from clbench.adapters import Lora
+from clbench.data import generator
+from clbench.loss import answer_loss
+from clbench.pairs import lora_pairs
+from clbench.protocols import Engine, Method
+from clbench.types import Batch, UserMistake
+
+BASES = ("random", "svd_major", "svd_minor")
+
+
+def penalty(factor: Tensor, basis: Tensor) -> Tensor:
+    """1/2 ||factor basis||_F^2 of one factor [rank, width] (A, or B^T) and its basis [width, k]; no unit."""
+    return 0.5 * (factor @ basis).square().sum()
+
+
+def penalty_gradient(factor: Tensor, basis: Tensor) -> Tensor:
+    """factor basis basis^T [rank, width], the gradient of `penalty`."""
+    return factor @ basis @ basis.T
+
+
+def random_basis(width: int, *, k: int, seed: int, name: str) -> Tensor:
+    """At most k orthonormal columns [width, k], uniformly distributed; depends on (seed, name) alone."""
+    normal = torch.randn(width, min(k, width), generator=generator(seed, f"clora/{name}"))
+    return torch.linalg.qr(normal).Q
+
+
+def svd_bases(weight: Tensor, *, k_in: int, k_out: int, major: bool) -> tuple[Tensor, Tensor]:
+    """P_v [in, k_in], P_u [out, k_out]: singular vectors of `weight` [out, in], largest or smallest values first.
+
+    There are min(in, out) of either, so k is at most that.
+    """
+    u, _, vh = torch.linalg.svd(weight.float(), full_matrices=False)
+    return (vh[:k_in].T, u[:, :k_out]) if major else (vh[-k_in:].T, u[:, -k_out:])
+
+
+@dataclass(kw_only=True)
+class Clora(Method):
+    """LoRA with `fraction` of each side's directions (or `k` of them) penalised by `strength`; `basis` one of BASES."""
+
+    lora: Lora
+    seed: int
+    strength: float
+    fraction: float
+    k: int | None
+    basis: str
+    bases: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuses values that cannot be meant."""
+        if self.basis not in BASES:
+            raise UserMistake(f"method.basis={self.basis!r} is unknown; choose one of {', '.join(BASES)}")
+        if not 0 < self.fraction <= 1 or (self.k is not None and self.k < 1):
+            raise UserMistake(
+                f"method.fraction={self.fraction}, method.k={self.k}: 0 < fraction <= 1, k null or at least 1"
+            )
+
+    def wrap(self, model: Module) -> Module:
+        """Adds the one adapter that all stages train, and builds the bases by the name of the factor they constrain."""
+        wrapped = self.lora.add(model, seed=self.seed)
+        for pair in lora_pairs(wrapped):
+            width_out, width_in = pair.weight.shape
+            k_in, k_out = (self.k or max(1, round(self.fraction * width)) for width in (width_in, width_out))
+            if self.basis == "random":
+                p_v = random_basis(width_in, k=k_in, seed=self.seed, name=pair.A)
+                p_u = random_basis(width_out, k=k_out, seed=self.seed, name=pair.B)
+            else:
+                p_v, p_u = svd_bases(pair.weight, k_in=k_in, k_out=k_out, major=self.basis == "svd_major")
+            self.bases |= {pair.A: p_v.contiguous().to(pair.weight), pair.B: p_u.contiguous().to(pair.weight)}
+        return wrapped
+
+    def loss(self, model: Module, batch: Batch) -> Tensor:
+        """Cross-entropy on the current task's answers, in nats per answer token; the penalty enters as a gradient."""
+        return answer_loss(model, batch)
+
+    def correct_gradients(self, engine: Engine) -> Tensor | float:
+        """Adds the penalty's gradient to every factor; returns strength times the penalty."""
+        if self.strength == 0:
+            return 0.0
+        value = 0.0
+        for shard in engine.matrices(self.bases):
+            basis = self.bases[shard.name].to(shard.value.dtype)
+            # The penalty reads B transposed.
+            is_b = ".lora_B." in shard.name
+            factor = shard.value.T if is_b else shard.value
+            gradient = penalty_gradient(factor, basis)
+            shard.grad += self.strength * (gradient.T if is_b else gradient)
+            value = value + self.strength * penalty(factor, basis)
+        return value

@@ -1,0 +1,153 @@
+"""I-LoRA: interpolation-based LoRA. A slow adapter averages the fast one's path and steadies it on replayed examples.
+
+Paper: I-LoRA (arXiv 2402.18865). The fast factors w train on the current task and on a memory M of past ones, the
+slow factors l follow:
+
+    loss = (CE_current + CE_memory) / 2 + consistency * mean over layers, tokens of M, width of (h_w(x) - h_l(x))^2
+    l <- decay_k l + (1 - decay_k) w     after optimizer step k, factor by factor;  decay_k = min(decay, 1 - 1/(k+1)).
+
+The slow adapter is the one examined first ("slow"), the fast one beside it ("fast"): which of them the paper deploys
+is not known to us. In the first stage there is no memory, hence neither replay nor consistency; the average runs from
+the first step. Memory as in ER.
+
+Official code: which47/LLMCL. Its moving average looks the slow factors up under the fast ones' names and so never
+moves them; its "slow learner" is the base model, and its consistency a one-sided pull to it that counts padding. Not
+followed. Deviations: the slow adapter starts as a copy of the fast one (theirs: an independent draw), the consistency
+is two-sided (`one_sided` restores relu(h_l - h_w)^2), padding is masked, the slow forward runs without dropout, the
+slow adapter is never reset at a boundary, memory holds each example once.
+Interpretations: the two cross-entropies are averaged as means of their own; hidden states of all layers, embeddings
+included, as in the release (`all_layers: false` takes the last only); `warm_up: false` keeps decay constant; decay is
+not stated by the paper reachable to us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from clbench.adapters import Lora
+from clbench.loss import answer_loss, hidden_states, weighted_nll
+from clbench.memory import Memory
+from clbench.pairs import Pair, holding, lora_pairs, reading
+from clbench.protocols import Engine, Method
+from clbench.types import Batch, Source, Stage
+
+
+def ema(slow: Tensor, fast: Tensor, decay: float) -> Tensor:
+    """decay * slow + (1 - decay) * fast, of any shape."""
+    return decay * slow + (1 - decay) * fast
+
+
+def consistency(
+    hidden_fast: Sequence[Tensor],
+    hidden_slow: Sequence[Tensor],
+    attention_mask: Tensor,
+    *,
+    tokens: int | None = None,
+    one_sided: bool = False,
+) -> Tensor:
+    """Mean squared difference of hidden states over layers, attended tokens and width.
+
+    One [rows, length, width] per layer; `attention_mask` [rows, length]. Where the rows are part of a larger batch,
+    `tokens` is that batch's number of tokens.
+    """
+    total = torch.zeros((), device=attention_mask.device)
+    for fast, slow in zip(hidden_fast, hidden_slow, strict=True):
+        wide = torch.promote_types(fast.dtype, torch.float32)
+        difference = slow.to(wide) - fast.to(wide)
+        difference = difference.relu() if one_sided else difference
+        total = total + (difference.square().mean(-1) * attention_mask).sum()
+    return total / len(hidden_fast) / (attention_mask.sum() if tokens is None else tokens)
+
+
+def total_loss(cross_entropy: Tensor, disagreement: Tensor, strength: float) -> Tensor:
+    """Loss in nats per answer token: cross-entropy, averaged over current and memory, plus the weighted consistency."""
+    return cross_entropy + strength * disagreement
+
+
+@dataclass(kw_only=True)
+class Ilora(Method):
+    """Fast and slow LoRA; memory of `fraction` of each task or a reservoir of `capacity`, `ratio` rows per current."""
+
+    lora: Lora
+    seed: int
+    decay: float
+    warm_up: bool
+    consistency: float
+    all_layers: bool
+    one_sided: bool
+    fraction: float
+    capacity: int | None
+    ratio: float
+    memory: Memory = field(default_factory=Memory)
+    slow: dict[str, Tensor] = field(default_factory=dict)
+    steps: int = 0
+    pairs: tuple[Pair, ...] = ()
+
+    def wrap(self, model: Module) -> Module:
+        """Adds the fast adapter and copies it as the slow one."""
+        wrapped = self.lora.add(model, seed=self.seed)
+        self.pairs = lora_pairs(wrapped)
+        self.slow = {name: factor.clone() for pair in self.pairs for name, factor in pair.live().items()}
+        return wrapped
+
+    def training_set(self, stage: Stage) -> Sequence[Source]:
+        """The current task, and the memory beside it, weighted alike, once it holds anything."""
+        current = Source(examples=stage.train)
+        if not self.memory.examples or self.ratio == 0:
+            return (current,)
+        return (current, Source(examples=self.memory.examples, share=self.ratio))
+
+    def loss(self, model: Module, batch: Batch) -> Tensor:
+        """(CE_current + CE_memory) / 2 + consistency on the memory's rows, in nats per answer token."""
+        if self.consistency == 0 or len(batch.source_tokens) == 1:
+            return answer_loss(model, batch)
+        rows = torch.nonzero(batch.sources == 1)[:, 0]
+        # Every rank makes the same forwards, so a micro-batch without memory rows reads one row and masks it.
+        picked = rows if len(rows) else torch.zeros_like(batch.sources[:1])
+        ids, mask = batch.input_ids[picked], batch.attention_mask[picked]
+        with reading(model, self.pairs, self.slow):
+            target = hidden_states(model, input_ids=ids, attention_mask=mask, all_layers=self.all_layers)
+        hidden = hidden_states(
+            model, input_ids=batch.input_ids, attention_mask=batch.attention_mask, all_layers=self.all_layers
+        )
+        disagreement = consistency(
+            [layer[picked] for layer in hidden],
+            target,
+            mask * (batch.sources[picked] == 1)[:, None],
+            tokens=batch.source_tokens[1],
+            one_sided=self.one_sided,
+        )
+        return total_loss(weighted_nll(model, hidden[-1], batch), disagreement, self.consistency)
+
+    def after_step(self, engine: Engine) -> None:
+        """Moves the slow factors towards the fast ones; whole tensors, so that every rank holds the slow adapter."""
+        self.steps += 1
+        decay = min(self.decay, 1 - 1 / (self.steps + 1)) if self.warm_up else self.decay
+        for shard in engine.matrices(self.slow):
+            self.slow[shard.name] = ema(self.slow[shard.name], shard.value, decay)
+
+    def end_stage(self, stage: Stage, engine: Engine) -> None:
+        """The finished task's examples enter the memory."""
+        self.memory.take(stage.train, fraction=self.fraction, capacity=self.capacity, seed=self.seed, stage=stage.index)
+
+    def views(self, model: Module) -> dict[str, AbstractContextManager]:
+        """The slow adapter, then the fast one."""
+        return {"slow": holding(self.pairs, self.slow), "fast": nullcontext()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Slow factors by name, memory as text, steps taken."""
+        slow = {f"slow/{name}": value for name, value in self.slow.items()}
+        return slow | {"memory": self.memory.state(), "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes them back."""
+        self.slow = {name: state[f"slow/{name}"].to(value) for name, value in self.slow.items()}
+        self.memory.restore(state["memory"])
+        self.steps = state["steps"]

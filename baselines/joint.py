@@ -1,0 +1,41 @@
+"""Joint: all tasks at once. Every stage trains the one LoRA on the mixture of all tasks' examples.
+
+The usual upper bound ("MTL" of TRACE, arXiv 2310.06762, and O-LoRA, arXiv 2310.14152). It looks at future tasks, so
+it is no continual method and its rows before the last stage are learning curves, not forgetting. With `train.steps`
+it has taken as many optimizer steps after the last stage as every other method, on examples drawn in proportion to
+the tasks' sizes. With `train.epochs` every stage would pass the whole stream, as many times the work as there are
+stages; state steps for a fair bound. No official code, no deviation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import Module
+
+from clbench.adapters import Lora
+from clbench.loss import answer_loss
+from clbench.protocols import Method
+from clbench.types import Batch, Source, Stage
+
+
+@dataclass(kw_only=True)
+class Joint(Method):
+    """Fine-tuning of one LoRA on the whole stream at once."""
+
+    lora: Lora
+    seed: int
+
+    def wrap(self, model: Module) -> Module:
+        """Adds the one adapter that all stages train."""
+        return self.lora.add(model, seed=self.seed)
+
+    def training_set(self, stage: Stage) -> Sequence[Source]:
+        """The training examples of every task."""
+        return (Source(examples=stage.whole_stream),)
+
+    def loss(self, model: Module, batch: Batch) -> Tensor:
+        """Cross-entropy on the mixture's answers, in nats per answer token."""
+        return answer_loss(model, batch)

@@ -1,0 +1,75 @@
+"""L2: the update is pulled to zero. LoRA whose weight change is penalised by its squared Frobenius norm.
+
+    loss = CE + sum over layers of strength/2 * ||DeltaW||_F^2,        DeltaW = s B A,  s = alpha/r,
+    ||DeltaW||_F^2 = s^2 tr((B^T B)(A A^T)),    d/dA = strength s^2 (B^T B) A,    d/dB = strength s^2 B (A A^T).
+
+Penalising the product rather than the factors makes the penalty independent of how DeltaW is split into A and B, and
+zero at the start; the r x r products cost r^2 (in + out) per layer. A control, not a published method: CLoRA's
+"LoRA-L2" (arXiv 2410.16801, mechanism not stated) and L2-SP (arXiv 1802.01483) are its relatives. Any gain of a
+method with a penalty has to show against this one. No official code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import Module
+
+from clbench.adapters import Lora
+from clbench.loss import answer_loss
+from clbench.pairs import Pair, lora_pairs
+from clbench.protocols import Engine, Method
+from clbench.types import Batch
+
+
+def gram(factor: Tensor) -> Tensor:
+    """[rank, rank]: A A^T of a factor A [rank, width]; B is given transposed."""
+    return factor @ factor.T
+
+
+def penalty(gram_a: Tensor, gram_b: Tensor, *, scale: float) -> Tensor:
+    """1/2 ||scale * B A||_F^2 from A A^T and B^T B, both [rank, rank]; no unit."""
+    return 0.5 * scale**2 * (gram_b * gram_a).sum()
+
+
+def penalty_gradient(factor: Tensor, gram_other: Tensor, *, scale: float) -> Tensor:
+    """d penalty / d factor [rank, width], from the other factor's Gram matrix; B is given and returned transposed."""
+    return scale**2 * (gram_other @ factor)
+
+
+@dataclass(kw_only=True)
+class L2(Method):
+    """LoRA with `strength`/2 times the squared Frobenius norm of the update."""
+
+    lora: Lora
+    seed: int
+    strength: float
+    pairs: tuple[Pair, ...] = ()
+
+    def wrap(self, model: Module) -> Module:
+        """Adds the one adapter that all stages train."""
+        wrapped = self.lora.add(model, seed=self.seed)
+        self.pairs = lora_pairs(wrapped)
+        return wrapped
+
+    def loss(self, model: Module, batch: Batch) -> Tensor:
+        """Cross-entropy on the current task's answers, in nats per answer token; the penalty enters as a gradient."""
+        return answer_loss(model, batch)
+
+    def correct_gradients(self, engine: Engine) -> Tensor | float:
+        """Adds the penalty's gradient to every factor; returns strength times the penalty."""
+        if self.strength == 0:
+            return 0.0
+        rows = {pair.A: pair for pair in self.pairs}
+        columns = {pair.B: pair for pair in self.pairs}
+        # Whole matrices come one at a time, so both Gram matrices are taken before either factor's gradient is touched.
+        grams = {shard.name: gram(shard.value) for shard in engine.matrices(rows)}
+        grams |= {shard.name: gram(shard.value.T) for shard in engine.matrices(columns)}
+        for shard in engine.matrices(rows):
+            pair = rows[shard.name]
+            shard.grad += self.strength * penalty_gradient(shard.value, grams[pair.B], scale=pair.scale)
+        for shard in engine.matrices(columns):
+            pair = columns[shard.name]
+            shard.grad += self.strength * penalty_gradient(shard.value.T, grams[pair.A], scale=pair.scale).T
+        return self.strength * sum(penalty(grams[pair.A], grams[pair.B], scale=pair.scale) for pair in self.pairs)

@@ -1,0 +1,81 @@
+"""Merge-average: SEQ, examined at the average of its own trajectory. Training is sequential fine-tuning, bit for bit.
+
+After stage t the examined weights are the running average of the updates that the stages left behind,
+
+    W_examined = W_0 + 1/t * sum_{s<=t} (alpha/r) B_s A_s            (the mean of products, not of factors),
+
+while the next stage goes on from the un-averaged ones. So it costs no training and shows how much of forgetting a
+free average undoes. Model averaging along fine-tuning: model soups (arXiv 2203.05482), task arithmetic (arXiv
+2212.04089), magnitude merging for continual learning (MagMax, arXiv 2407.06322); no one paper's method and no
+official code. Interpretation: the average is over stages, uniform, and only a view.
+Memory: rank (in + out) numbers per layer and task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+from clbench.adapters import Lora
+from clbench.loss import answer_loss
+from clbench.pairs import Pair, lora_pairs, stack
+from clbench.protocols import Method
+from clbench.types import Batch
+
+
+@contextmanager
+def averaged(pairs: tuple[Pair, ...], stacks: dict[str, Tensor]) -> Iterator[None]:
+    """The weights hold the mean of the stacked updates, the live adapter nothing; bitwise restored on exit."""
+    stacked = pairs if stacks else ()
+    touched = [tensor for pair in stacked for tensor in (pair.weight, pair.live()[pair.B])]
+    kept = [tensor.clone() for tensor in touched]
+    for pair in stacked:
+        stages = stacks[pair.A].shape[0] // pair.rank
+        pair.weight.add_(pair.update(stacks) / stages)
+        pair.live()[pair.B].zero_()
+    try:
+        yield
+    finally:
+        for tensor, before in zip(touched, kept, strict=True):
+            tensor.copy_(before)
+
+
+@dataclass(kw_only=True)
+class MergeAverage(Method):
+    """Sequential fine-tuning of one LoRA, examined at the mean of its updates after each stage so far."""
+
+    lora: Lora
+    seed: int
+    stacks: dict[str, Tensor] = field(default_factory=dict)
+    pairs: tuple[Pair, ...] = ()
+
+    def wrap(self, model: Module) -> Module:
+        """Adds the one adapter that all stages train."""
+        wrapped = self.lora.add(model, seed=self.seed)
+        self.pairs = lora_pairs(wrapped)
+        return wrapped
+
+    def loss(self, model: Module, batch: Batch) -> Tensor:
+        """Cross-entropy on the current task's answers, in nats per answer token."""
+        return answer_loss(model, batch)
+
+    def consolidate(self, model: Module) -> None:
+        """Stacks the factors as this stage left them."""
+        self.stacks = stack(self.pairs, self.stacks)
+
+    def views(self, model: Module) -> dict[str, AbstractContextManager]:
+        """The average alone; the un-averaged weights are those of SEQ."""
+        return {"average": averaged(self.pairs, self.stacks)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stacked factors by parameter name."""
+        return dict(self.stacks)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes them back."""
+        self.stacks = dict(state)

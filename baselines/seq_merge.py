@@ -1,0 +1,64 @@
+"""SEQ-merge: a new LoRA for every task. After each task the adapter is merged into the weights and started afresh.
+
+    W <- W + s B A, then A drawn anew, B = 0                                                   after every stage
+
+Equals "IncLoRA" of O-LoRA (arXiv 2310.14152), where old adapters are kept frozen and summed, up to the rounding of
+the sum: the rank of the total update grows with the stream, at no cost in memory or time of a forward. No official
+code of its own. Deviation: a bfloat16 base rounds every merge to bfloat16. The merged factors, rank (in + out)
+numbers per layer and task, are kept, so that resuming repeats the same sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.nn import Module
+
+from clbench.adapters import Lora
+from clbench.loss import answer_loss
+from clbench.pairs import Pair, lora_pairs, merge_and_restart, merge_stacks, stack
+from clbench.protocols import Method
+from clbench.types import Batch
+
+
+@dataclass(kw_only=True)
+class SeqMerge(Method):
+    """Sequential fine-tuning of one LoRA per task, each merged when its task ends."""
+
+    merges: ClassVar[bool] = True
+
+    lora: Lora
+    seed: int
+    stages: int = 0
+    retired: dict[str, Tensor] = field(default_factory=dict)
+    pairs: tuple[Pair, ...] = ()
+
+    def wrap(self, model: Module) -> Module:
+        """Adds the adapter of the first task."""
+        wrapped = self.lora.add(model, seed=self.seed)
+        self.pairs = lora_pairs(wrapped)
+        return wrapped
+
+    def loss(self, model: Module, batch: Batch) -> Tensor:
+        """Cross-entropy on the current task's answers, in nats per answer token."""
+        return answer_loss(model, batch)
+
+    def consolidate(self, model: Module) -> None:
+        """Merges the finished task's adapter and starts the next one's."""
+        self.stages += 1
+        self.retired = stack(self.pairs, self.retired)
+        merge_and_restart(self.pairs, seed=self.seed, restart=self.stages)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The merged factors: rows of A and columns of B, task after task."""
+        return {"stages": self.stages, **self.retired}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes them back and merges them again."""
+        self.stages = state["stages"]
+        if self.stages:
+            live = {name: factor for pair in self.pairs for name, factor in pair.live().items()}
+            self.retired = {name: state[name].to(factor) for name, factor in live.items()}
+            merge_stacks(self.pairs, self.retired)

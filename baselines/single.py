@@ -1,0 +1,42 @@
+"""Single: one model per task. Before every task the adapter goes back to its initial values.
+
+What one task's data alone can teach the pretrained model: the bound of learning without forgetting or transfer. Only
+the diagonal counts, the score on task t after stage t ("learning accuracy"); what stage t scores on other tasks is
+that of a model made for task t. "SingleFT" of TRACE (arXiv 2310.06762), "PerTaskFT" of O-LoRA (arXiv 2310.14152). The
+initial values are the same for every task. No official code, no deviation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.nn import Module
+
+from clbench.adapters import Lora, load_trainable_state, trainable_state
+from clbench.loss import answer_loss
+from clbench.protocols import Method
+from clbench.types import Batch, Stage
+
+
+@dataclass(kw_only=True)
+class Single(Method):
+    """Fine-tuning of one LoRA on each task from the same start."""
+
+    lora: Lora
+    seed: int
+    initial: dict[str, Tensor] = field(default_factory=dict)
+
+    def wrap(self, model: Module) -> Module:
+        """Adds the adapter and remembers its initial values, which `seed` decides (no part of a checkpoint)."""
+        wrapped = self.lora.add(model, seed=self.seed)
+        self.initial = trainable_state(wrapped)
+        return wrapped
+
+    def begin_stage(self, stage: Stage, model: Module) -> None:
+        """Forgets the last task."""
+        load_trainable_state(model, self.initial)
+
+    def loss(self, model: Module, batch: Batch) -> Tensor:
+        """Cross-entropy on the task's answers, in nats per answer token."""
+        return answer_loss(model, batch)
