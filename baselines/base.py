@@ -5,6 +5,7 @@ The reference of base-knowledge retention (1 by definition) and of what a task's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.nn import Module
 
 from clbench.loss import answer_loss
 from clbench.protocols import Method
-from clbench.types import Batch
+from clbench.types import Batch, Source, Stage
 
 
 @dataclass(kw_only=True)
@@ -22,6 +23,10 @@ class Base(Method):
     def wrap(self, model: Module) -> Module:
         """Freezes all weights."""
         return model.requires_grad_(False)
+
+    def training_set(self, stage: Stage) -> Sequence[Source]:
+        """Nothing."""
+        return ()
 
     def loss(self, model: Module, batch: Batch) -> Tensor:
         """Cross-entropy on the current task's answers, in nats per answer token; nothing minimises it."""

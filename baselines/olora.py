@@ -20,7 +20,7 @@ long ones.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
@@ -46,7 +46,7 @@ def penalty_gradient(live: Tensor, old: Tensor) -> Tensor:
 class OLora(Method):
     """One LoRA per task, held orthogonal to its predecessors by a penalty of `strength`."""
 
-    merges: ClassVar[bool] = True
+    merges = True
 
     lora: Lora
     seed: int

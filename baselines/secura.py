@@ -93,6 +93,7 @@ class Secura(Method):
                 raise UserMistake(f"method.{key}={value!r} is unknown; choose one of {', '.join(allowed)}")
         if self.inner <= self.rank:
             raise UserMistake(f"method.inner={self.inner} must be larger than method.rank={self.rank}")
+        self.merges = self.merge == "m1"
 
     def wrap(self, model: Module) -> Module:
         """Freezes the model and gives every target layer its C, A, B, R and beta."""

@@ -11,7 +11,7 @@ numbers per layer and task, are kept, so that resuming repeats the same sums.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
@@ -27,7 +27,7 @@ from clbench.types import Batch
 class SeqMerge(Method):
     """Sequential fine-tuning of one LoRA per task, each merged when its task ends."""
 
-    merges: ClassVar[bool] = True
+    merges = True
 
     lora: Lora
     seed: int

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -104,6 +104,18 @@ def show_leaderboard(results_dir: Path) -> None:
     print(f"leaderboard: {results_dir / 'leaderboard.csv'}")
 
 
+def compose(overrides: Sequence[str]) -> Config:
+    """The checked configuration that `python -m clbench <overrides>` would run; for tools and tests in this process."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+        composed = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(composed)
+        with open_dict(composed):
+            del composed["hydra"]
+        config = resolve(composed)
+    check(config)
+    return config
+
+
 def resolve(composed: DictConfig) -> Config:
     """The typed configuration: the stream's tasks filled in from `conf/task/`, interpolations resolved."""
     choices = HydraConfig.get().runtime.choices
@@ -116,7 +128,7 @@ def resolve(composed: DictConfig) -> Config:
             raise UserMistake("method._target_ was given on the command line: give its label too, method.name=NAME")
     plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict), type(plain)
-    return from_plain({str(key): value for key, value in plain.items() if key in {field.name for field in fields(Config)}})
+    return from_plain({str(key): value for key, value in plain.items()})
 
 
 def _task(name: str) -> DictConfig:

@@ -11,8 +11,9 @@ import copy
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from clbench.types import UserMistake
 
 RESUME = ("auto", "never", "must")
 SCHEDULES = ("linear", "cosine", "constant")
+ORDER = r"default|reversed|latin:\d+|random:\d+"
 DTYPES = ("float32", "bfloat16")
 
 # What a run's scores do not depend on, or what names a place on one machine: no part of a run's identity.
@@ -108,16 +110,17 @@ class Config:
     tasks: dict[str, Any] = field(default_factory=dict)
 
 
+GROUPS = {"stream": StreamConfig, "engine": EngineConfig, "probe": ProbeConfig, "train": TrainConfig, "tracking": TrackingConfig}
+
+
 def from_plain(plain: dict[str, Any]) -> Config:
     """The typed configuration from the plain values that Hydra composed (or that a frozen JSON file holds)."""
-    nested = {
-        "stream": StreamConfig(**plain["stream"]),
-        "engine": EngineConfig(**plain["engine"]),
-        "probe": ProbeConfig(**plain["probe"]),
-        "train": TrainConfig(**plain["train"]),
-        "tracking": TrackingConfig(**plain["tracking"]),
-    }
-    return Config(**{**plain, **nested})
+    for prefix, shape, values in (("", Config, plain), *((f"{key}.", shape, plain[key]) for key, shape in GROUPS.items())):
+        unknown = sorted(values.keys() - {field.name for field in fields(shape)})
+        if unknown:
+            allowed = ", ".join(field.name for field in fields(shape))
+            raise UserMistake(f"{prefix}{unknown[0]} is no key of the configuration; allowed there: {allowed}")
+    return Config(**{**plain, **{key: shape(**plain[key]) for key, shape in GROUPS.items()}})
 
 
 def config_hash(config: Config, *, without_seed: bool = False) -> str:
@@ -145,6 +148,8 @@ def run_name(config: Config) -> str:
 def check(config: Config) -> None:
     """Raises UserMistake, in one line, for the first value that cannot be meant."""
     train, stream = config.train, config.stream
+    if not re.fullmatch(ORDER, config.order):
+        raise UserMistake(f"order={config.order!r} is unknown; choose one of default, reversed, latin:K (rotated by K places), random:SEED")
     _one_of("resume", config.resume, RESUME)
     _one_of("train.schedule", train.schedule, SCHEDULES)
     _one_of("engine.dtype", config.engine.dtype, DTYPES)

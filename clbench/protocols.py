@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from clbench.types import Batch, Example, Score, Source, Stage
 
@@ -78,7 +78,7 @@ class Method(ABC):
     `merges` declares that it writes into weights that do not train.
     """
 
-    merges: ClassVar[bool] = False
+    merges: bool = False
 
     @abstractmethod
     def wrap(self, model: Module) -> Module:

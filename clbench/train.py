@@ -44,9 +44,11 @@ class Plan:
 
 
 def plan_stage(sources: Sequence[Source], config: TrainConfig) -> Plan:
-    """How many steps the stage takes on which sources."""
+    """How many steps the stage takes on which sources; none without sources."""
     mixed = tuple(source for source in sources if not source.after)
     after = tuple(source for source in sources if source.after and source.examples)
+    if not mixed:
+        return Plan(mixed=(), after=(), steps=0, after_steps=())
     steps = config.steps if config.steps is not None else math.ceil(len(mixed[0].examples) * config.epochs / config.batch_size)
     passes = tuple(math.ceil(len(source.examples) / config.batch_size) if steps else 0 for source in after)
     return Plan(mixed=mixed, after=after, steps=steps, after_steps=passes)

@@ -14,9 +14,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from baselines import curlora, ewc, secura
+from baselines import clora, curlora, ewc, ilora, secura
 from clbench import cur, metrics
+from clbench.data import Encoder
 from clbench.engine import LocalEngine
+from clbench.model import word_tokenizer
+from clbench.types import Example, Stage
 
 HERE = Path(__file__).parent / "golden" / "methods.json"
 DOUBLE = {"rel": 1e-6, "abs": 1e-12, "nan_ok": True}
@@ -181,6 +184,47 @@ def test_a_secura_layer_has_the_golden_restraint_and_outputs(golden, magnorm):
     else:
         assert close(layer.divisor(layer.weight, delta), expect[f"S_{magnorm}"])
         assert close(effective, expect[f"effective_{magnorm}"])
-        assert close(outputs, x @ tensor(expect[f"effective_{magnorm}"]).t())
+        assert close(x @ effective.t(), outputs.tolist())
     if magnorm == "weight_id":
         assert close(outputs, expect["y_id"])
+
+
+def test_cloras_penalty_and_its_gradient_equal_the_golden_numbers(golden):
+    block = golden["clora"]
+    a, b, p_v, p_u = (tensor(block[key]) for key in ("A", "B", "P_v", "P_u"))
+    strength, expect = block["strength"], block["expect"]
+    assert close(clora.penalty(a, p_v) + clora.penalty(b.T, p_u), expect["penalty"])
+    assert close(strength * clora.penalty_gradient(a, p_v), expect["grad_A"])
+    assert close(strength * clora.penalty_gradient(b.T, p_u).T, expect["grad_B"])
+
+
+def test_iloras_moving_average_equals_the_golden_one(golden):
+    block = golden["ilora"]["ema"]
+    fast = tensor(block["fast"])
+    slow = fast[0]
+    for step in fast[1:]:
+        slow = ilora.ema(slow, step, block["decay"])
+    assert close(slow, block["expect"]["slow"])
+
+
+def test_iloras_consistency_equals_the_golden_one(golden):
+    block = golden["ilora"]["consistency"]
+    hidden_fast, hidden_slow = tensor(block["hidden_fast"]), tensor(block["hidden_slow"])
+    mse = ilora.consistency(list(hidden_fast), list(hidden_slow), torch.tensor(block["attention_mask"]))
+    assert close(mse, block["expect"]["mse"])
+
+
+def test_iloras_loss_weighs_current_task_and_memory_alike(golden):
+    block = golden["ilora"]["loss"]
+    method = ilora.Ilora(
+        lora=None, seed=0, decay=0.9, warm_up=True, consistency=block["weight"], all_layers=True, one_sided=False, fraction=0.5, capacity=None, ratio=1.0
+    )
+    example = Example(id="x", prompt="a", answer="a a")
+    method.memory.examples.append(example)
+    encoder = Encoder(word_tokenizer(["a"]), max_length=8)
+    stage = Stage(index=2, name="x", task=None, train=(example,), test=(), collate=encoder.collate, whole_stream=())
+    sources = method.training_set(stage)
+    (batch,) = encoder.micro_batches([(example, index, source.weight) for index, source in enumerate(sources)], rows=2)
+    answer_tokens = 3  # two words and EOS
+    cross_entropy = (tensor([block["current"], block["memory"]]) * batch.weights * answer_tokens).sum()
+    assert close(ilora.total_loss(cross_entropy, block["consistency"], block["weight"]), block["expect"]["total"])

@@ -1,0 +1,36 @@
+"""Shared by the tests: one torch thread, no network, and a tiny model with a tiny stream that a whole run passes in a second."""
+
+import os
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="disabled", DS_ACCELERATOR="cpu", TQDM_DISABLE="1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+TINY_MODEL = (
+    "model.steps=20",
+    "model.corpus.lines=1500",
+    "model.batch_size=8",
+    "model.architecture.hidden_size=32",
+    "model.architecture.intermediate_size=64",
+    "model.architecture.num_hidden_layers=2",
+    "model.architecture.num_attention_heads=2",
+    "model.architecture.num_key_value_heads=2",
+)
+TINY_STREAM = ("stream.limit=3", "stream.train_rows=24", "stream.test_rows=6", "train.steps=3", "train.batch_size=4", "probe.limit=12")
+QUIET = ("tracking.progress=false", "engine.threads=1")
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tiny model is kept for the whole session."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture()
+def overrides(cache_dir: Path, tmp_path: Path) -> list[str]:
+    """The command line of a run that takes about a second."""
+    return [*TINY_MODEL, *TINY_STREAM, *QUIET, f"cache_dir={cache_dir}", f"results_dir={tmp_path / 'results'}"]

@@ -1,0 +1,72 @@
+"""What a user sees on the command line: help at once, mistakes in one line with exit code 2."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def clbench(*arguments: str, module: str = "clbench", cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+def test_help_answers_in_two_seconds_and_lists_the_groups():
+    started = time.monotonic()
+    answer = clbench("--help")
+    assert answer.returncode == 0
+    assert time.monotonic() - started < 2.0
+    for group in ("method", "stream", "task", "model", "probe", "engine", "train", "tracking"):
+        assert f"{group}:" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        ("method=nonesuch", ("nonesuch", "seq", "ewc")),
+        ("train.stpes=3", ("train.stpes", "steps")),
+        ("+train.stpes=3", ("train.stpes", "steps")),
+        ("+stpes=3", ("stpes", "seed")),
+        ("data_dir=/nonesuch", ("data_dir", "/nonesuch")),
+        ("results_dir=/dev/null/x", ("results_dir", "/dev/null/x")),
+        ("cache_dir=/dev/null/x", ("cache_dir", "/dev/null/x")),
+        ("train.steps=-1", ("train.steps=-1", "least")),
+        ("train.steps=many", ("train.steps", "many")),
+        ("train.lr=-1", ("train.lr=-1",)),
+        ("stream.tasks=[world_total,world_sort,world_total]", ("world_total", "more than once")),
+        ("stream.tasks=[nonesuch]", ("nonesuch", "world_total")),
+        ("stream.tasks=[]", ("stream.tasks", "empty")),
+        ("order=sideways", ("order='sideways'", "reversed", "latin:K")),
+        ("resume=perhaps", ("resume='perhaps'", "auto", "never", "must")),
+        ("method._target_=mine.Method", ("method.name",)),
+        ("train.epochs=1", ("train.steps", "train.epochs")),
+        ("seed=-1", ("seed=-1",)),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_two(mistake, words, tmp_path):
+    answer = clbench(mistake, *([] if mistake.startswith("results_dir") else [f"results_dir={tmp_path}"]))
+    assert answer.returncode == 2, answer.stderr
+    lines = [line for line in answer.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, answer.stderr
+    for word in words:
+        assert word in lines[0]
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_mistake_in_one_job_of_a_multirun_exits_with_two(tmp_path):
+    answer = clbench("-m", "method=seq,nonesuch", f"results_dir={tmp_path}")
+    assert answer.returncode == 2
+    assert "nonesuch" in answer.stderr and "Traceback" not in answer.stderr
+
+
+def test_the_leaderboard_of_a_missing_folder_is_a_mistake(tmp_path):
+    answer = clbench(str(tmp_path / "nonesuch"), module="clbench.leaderboard")
+    assert answer.returncode == 2 and len(answer.stderr.strip().splitlines()) == 1
+
+
+def test_configuration_is_found_from_any_working_directory(tmp_path):
+    answer = clbench("--cfg", "job", cwd=tmp_path)
+    assert answer.returncode == 0 and "baselines.seq.Seq" in answer.stdout

@@ -1,0 +1,131 @@
+"""Whole runs of a tiny model over a tiny stream: the same numbers however they come about."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from clbench import experiment, leaderboard
+from clbench.cli import compose
+from clbench.ledger import Ledger
+from clbench.types import UserMistake
+
+
+def run(overrides: list[str], *more: str) -> Path:
+    config = compose([*overrides, *more])
+    path = experiment.run(config)
+    leaderboard.refresh(Path(config.results_dir))
+    return path
+
+
+def scores(path: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (path / "scores.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def elsewhere(overrides: list[str], tmp_path: Path, name: str) -> list[str]:
+    return [*(item for item in overrides if not item.startswith("results_dir")), f"results_dir={tmp_path / name}"]
+
+
+@pytest.mark.parametrize("method", ["base", "seq", "er", "ewc"])
+def test_a_run_leaves_a_whole_ledger(overrides, method):
+    path = run(overrides, f"method={method}")
+    assert (path / "status").read_text() == "complete\n"
+    rows = scores(path)
+    assert {row["stage"] for row in rows} == {0, 1, 2, 3}
+    assert {row["probe"] for row in rows} == {"stream", "knowledge", "perplexity"}
+    assert len([line for line in (path / "cost.jsonl").read_text().splitlines()]) == 4
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["method"] == method and len(manifest["tasks"]) == 3 and manifest["data"].keys() == set(manifest["tasks"])
+
+
+def test_equal_seeds_give_equal_bytes_and_other_seeds_other_scores(overrides, tmp_path):
+    csvs = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(elsewhere(overrides, tmp_path, name), "method=er", f"seed={seed}")
+        csvs.append((tmp_path / name / "stages.csv").read_bytes())
+    assert csvs[0] == csvs[1]
+    values = [pd.read_csv(tmp_path / name / "stages.csv")["value"] for name in "ac"]
+    assert len(values[0]) == len(values[1]) and not values[0].equals(values[1])
+
+
+def test_row_zero_is_the_same_for_every_method(overrides):
+    first = [[row for row in scores(run(overrides, f"method={method}")) if row["stage"] == 0] for method in ("base", "seq", "er", "ewc")]
+    assert first[0] and all(other == first[0] for other in first[1:])
+
+
+def test_without_steps_every_stage_is_row_zero(overrides):
+    rows = scores(run(overrides, "method=seq", "train.steps=0"))
+    floors = ("chance", "majority")
+    value = {(row["stage"], row["probe"], row["task"], row["metric"]): row["value"] for row in rows if row["metric"] not in floors}
+    for (_, *rest), found in value.items():
+        assert found == value[0, *rest], rest
+
+
+def test_training_changes_scores(overrides):
+    rows = scores(run(overrides, "method=seq"))
+    nll = [row["value"] for row in rows if row["metric"] == "nll_token"]
+    assert len(set(nll)) == len(nll) == 4
+
+
+class Killed(BaseException):
+    """Stands in for a kill: nothing in the code under test may catch it."""
+
+
+@pytest.mark.parametrize("moment", ["before the scores", "after the scores", "after the checkpoint"])
+@pytest.mark.parametrize("method", ["seq", "er", "ewc"])
+def test_a_killed_run_continues_to_the_same_bytes(overrides, tmp_path, monkeypatch, method, moment):
+    run(elsewhere(overrides, tmp_path, "whole"), f"method={method}")
+    append, save = Ledger.append, Ledger.save
+
+    def killed_append(self, rows):
+        rows = list(rows)
+        if rows[0].stage == 2 and moment == "before the scores":
+            raise Killed
+        append(self, rows)
+        if rows[0].stage == 2 and moment == "after the scores":
+            raise Killed
+
+    def killed_save(self, stage, **rest):
+        save(self, stage, **rest)
+        if stage == 2 and moment == "after the checkpoint":
+            raise Killed
+
+    killed = elsewhere(overrides, tmp_path, "killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "append", killed_append)
+        patch.setattr(Ledger, "save", killed_save)
+        with pytest.raises(Killed):
+            run(killed, f"method={method}")
+    path = run(killed, f"method={method}", "resume=must")
+    assert (path / "status").read_text() == "complete\n"
+    for name in ("stages.csv", "retention.csv"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_complete_run_is_left_alone(overrides):
+    path = run(overrides)
+    before = (path / "scores.jsonl").stat().st_mtime_ns
+    assert run(overrides) == path
+    assert (path / "scores.jsonl").stat().st_mtime_ns == before
+
+
+def test_resume_must_and_never_mean_what_they_say(overrides):
+    with pytest.raises(UserMistake, match="no run"):
+        run(overrides, "resume=must")
+    run(overrides, "resume=never")
+    with pytest.raises(UserMistake, match="resume=never"):
+        run(overrides, "resume=never")
+
+
+def test_changed_data_is_refused_on_resume(overrides, monkeypatch):
+    run(overrides)
+    monkeypatch.setattr("clbench.stream.fingerprint", lambda rows: "other")
+    with pytest.raises(UserMistake, match="other data"):
+        run(overrides)
+
+
+def test_orders_are_permutations_of_the_stream(overrides):
+    runs = {order: json.loads((run(overrides, f"order={order}", "train.steps=0", "stream.test_rows=1") / "manifest.json").read_text())["tasks"] for order in ("default", "reversed", "latin:1", "random:3")}
+    assert len({tuple(tasks) for tasks in runs.values()}) == 4

@@ -1,0 +1,104 @@
+"""Scores of the student against the plainest possible computation: one row at a time, no padding, the whole vocabulary everywhere."""
+
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from clbench.data import IGNORED, Encoder
+from clbench.loss import answer_loss
+from clbench.student import Student
+from clbench.types import Example
+from tests.test_data import Words
+
+VOCABULARY = 40
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.5,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def plain_log_probs(model, ids):
+    with torch.inference_mode():
+        return model(torch.tensor([ids])).logits[0].log_softmax(-1)
+
+
+def requests():
+    rng = torch.Generator().manual_seed(0)
+    drawn = []
+    for context_length, continuation_length in ((3, 1), (3, 2), (7, 1), (1, 4), (12, 3), (5, 1)):
+        ids = torch.randint(3, VOCABULARY, (context_length + continuation_length,), generator=rng).tolist()
+        drawn.append(((1, *ids[:context_length]), tuple(ids[context_length:])))
+    shared = drawn[2][0]
+    return [*drawn, *((shared, (token,)) for token in range(3, 9))]
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 20, 4096])
+def test_log_likelihoods_equal_one_plain_forward_each(model, tokens_per_batch):
+    asked = requests()
+    scored = Student(model, Encoder(Words(), max_length=32), tokens_per_batch=tokens_per_batch).log_likelihoods(asked)
+    for (context, continuation), (value, greedy) in zip(asked, scored, strict=True):
+        log_probs = plain_log_probs(model, [*context, *continuation])
+        steps = range(len(context) - 1, len(context) + len(continuation) - 1)
+        expected = sum(float(log_probs[step, token]) for step, token in zip(steps, continuation, strict=True))
+        assert value == pytest.approx(expected, abs=1e-4)
+        assert greedy == all(int(log_probs[step].argmax()) == token for step, token in zip(steps, continuation, strict=True))
+
+
+def test_a_context_is_read_once_for_all_its_one_token_continuations(model):
+    student = Student(model, Encoder(Words(), max_length=32))
+    student.log_likelihoods([((1, 5, 6), (token,)) for token in range(3, 13)])
+    assert student.tokens_scored == 3
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 4096])
+def test_generation_equals_greedy_decoding_of_one_prompt(model, tokens_per_batch):
+    class Decodable(Words):
+        def decode(self, ids, skip_special_tokens):
+            return " ".join(str(token) for token in ids if token > 2)
+
+    prompts = [context for context, _ in requests()[:6]]
+    answers = Student(model, Encoder(Decodable(), max_length=32), tokens_per_batch=tokens_per_batch).generate(prompts, max_new_tokens=5)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = list(prompt)
+        for _ in range(5):
+            ids.append(int(plain_log_probs(model, ids)[-1].argmax()))
+            if ids[-1] == 2:
+                break
+        assert answer == " ".join(str(token) for token in ids[len(prompt) :] if token > 2)
+
+
+def test_window_nll_predicts_every_token_once(model):
+    text = tuple(torch.randint(3, VOCABULARY, (11,), generator=torch.Generator().manual_seed(1)).tolist())
+    (nll,) = Student(model, Encoder(Words(), max_length=32)).window_nll([text], window=4)
+    whole, expected = (1, *text), 0.0
+    for start in (0, 4, 8):  # windows of four predictions, one token of context each
+        piece = whole[start : start + 5]
+        log_probs = plain_log_probs(model, list(piece[:-1]))
+        expected -= sum(float(log_probs[i, token]) for i, token in enumerate(piece[1:]))
+    assert nll == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_answer_loss_is_transformers_own_loss(model):
+    examples = [Example(id=str(i), prompt="a " * (i + 1), answer="b c " * (3 - i)) for i in range(3)]
+    batch = Encoder(Words(), max_length=32).collate(examples)
+    with torch.inference_mode():
+        theirs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+        ours = answer_loss(model, batch)
+    assert float(ours) == pytest.approx(float(theirs), abs=1e-5)
+    assert (batch.labels != IGNORED).sum() > 0 and math.isfinite(float(ours))
