@@ -120,8 +120,7 @@ def resolve(composed: DictConfig) -> Config:
     """The typed configuration: the stream's tasks filled in from `conf/task/`, interpolations resolved."""
     choices = HydraConfig.get().runtime.choices
     with open_dict(composed):
-        for name in composed.stream.tasks:
-            composed.tasks[name] = _task(name)
+        composed.tasks = _tasks(composed.stream.tasks)
         if not composed.experiment:
             composed.experiment = choices.get("experiment") or composed.stream.name
         if "method._target_" in _overridden() and "method.name" not in _overridden():
@@ -131,16 +130,16 @@ def resolve(composed: DictConfig) -> Config:
     return from_plain({str(key): value for key, value in plain.items()})
 
 
-def _task(name: str) -> DictConfig:
-    """`conf/task/<name>.yaml`, wherever Hydra's search path finds it."""
+def _tasks(names: Sequence[str]) -> DictConfig:
+    """`conf/task/<name>.yaml` of every name, wherever Hydra's search path finds it."""
     loader = GlobalHydra.instance().config_loader()
     known = loader.get_group_options("task")
-    if name not in known:
-        raise UserMistake(f"stream.tasks names {name!r}, which has no yaml in conf/task; known: {', '.join(sorted(known))}")
-    loaded = loader.load_configuration(f"task/{name}", overrides=[], run_mode=RunMode.RUN)
-    task = OmegaConf.create(OmegaConf.to_container(loaded, resolve=False)).get("task")
-    assert task is not None, name
-    return task
+    for name in names:
+        if name not in known:
+            raise UserMistake(f"stream.tasks names {name!r}, which has no yaml in conf/task; known: {', '.join(sorted(known))}")
+    together = [f"+task@{name}={name}" for name in dict.fromkeys(names)]
+    loaded = loader.load_configuration(None, overrides=together, run_mode=RunMode.RUN)
+    return OmegaConf.create({name: OmegaConf.to_container(loaded[name], resolve=False) for name in names})
 
 
 def _overridden() -> set[str]:

@@ -91,7 +91,8 @@ class Encoder:
     """Turns examples into token ids, each once, and ids into batches.
 
     The prompt and the answer are tokenised apart, so a prompt has the same ids in training and in examination. The answer is set off by
-    one space. When the whole is longer than `max_length`, the prompt loses tokens from its left, after the BOS; the answer never does.
+    one space. When the whole is longer than `max_length`, the prompt loses tokens from its left, after the BOS; the answer never does
+    (UserMistake where it alone is too long).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, device: torch.device | str = "cpu") -> None:
@@ -120,6 +121,10 @@ class Encoder:
         key = (example.prompt, example.answer)
         if key not in self._encoded:
             answer = (*self.answer(example.answer), self.tokenizer.eos_token_id)
+            if len(answer) + 1 > self.max_length:
+                raise UserMistake(
+                    f"the answer of {example.id} has {len(answer)} tokens; train.max_length={self.max_length} must hold it and a prompt"
+                )
             prompt = clip_left(self.prompt(example.prompt), self.max_length - len(answer))
             self._encoded[key] = Encoded(ids=(*prompt, *answer), answer_start=len(prompt))
         return self._encoded[key]

@@ -81,7 +81,8 @@ class Student:
     def generate(self, prompts: Sequence[Ids], *, max_new_tokens: int) -> list[str]:
         """Greedy continuation of each prompt until EOS or `max_new_tokens`, as text without special tokens."""
         tokenizer = self.encoder.tokenizer
-        room = self.encoder.max_length - max_new_tokens
+        positions = causal_lm(self.model).config.max_position_embeddings
+        room = min(self.encoder.max_length, positions - max_new_tokens)
         rows = [(clip_left(prompt, room), [index]) for index, prompt in enumerate(prompts)]
         answers = [""] * len(prompts)
         for batch in self._batches(rows):

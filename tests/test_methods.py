@@ -45,6 +45,8 @@ TINY = {
     "max_position_embeddings": 64,
 }
 
+TOY = (f"train.steps={STEPS}", f"train.batch_size={ROWS}", "train.max_length=32", "train.warmup=0", "train.schedule=constant")
+
 torch.set_num_threads(1)
 
 
@@ -73,11 +75,9 @@ class ToyTask(Task):
 @cache
 def composed(name: str, *overrides: str) -> Config:
     with initialize_config_dir(str(cli.CONF_DIR), version_base="1.3"):
-        tree = compose("config", overrides=[f"method={name}", *overrides])
+        tree = compose("config", overrides=[f"method={name}", *TOY, *overrides])
     plain = OmegaConf.to_container(tree, resolve=True)
-    config = from_plain({key: plain[key] for key in Config.__dataclass_fields__})
-    train = replace(config.train, steps=STEPS, batch_size=ROWS, max_length=32, warmup=0.0, schedule="constant")
-    return replace(config, train=train)
+    return from_plain({key: plain[key] for key in Config.__dataclass_fields__})
 
 
 def method_class(name: str) -> type[Method]:
@@ -566,20 +566,16 @@ def test_the_fisher_is_the_mean_of_squared_gradients_of_single_examples(name):
         torch.testing.assert_close(fisher[key], value / mean, rtol=1e-4, atol=1e-5)
 
 
-def test_the_fisher_depends_neither_on_batch_size_nor_on_the_penalty():
-    found = []
-    for overrides in ((), ("method.strength=0",), ("train.micro_batch_size=1",)):
-        toy = lab("ewc", *overrides)
-        toy.train(1)
-        reference = toy.method.importance if not found else found[0][1]
-        load_trainable_state(toy.model, found[0][0] if found else trainable_state(toy.model))
-        _, engine = toy.open(2)
-        engine = LocalEngine(toy.model, optimizer=None, schedule=None, clip=0.0)
-        found.append((trainable_state(toy.model), toy.method.fisher(toy.stage(1), engine)))
-        assert reference
-    assert same(found[0][1], found[1][1])
-    assert same(found[0][1], found[2][1])
-    assert toy.method.importance, "a penalty was in place when the last Fisher was taken"
+@pytest.mark.parametrize("overrides", [("train.micro_batch_size=1",), ("method.strength=1e4",), ("train.batch_size=7",)])
+def test_the_fisher_depends_neither_on_batches_nor_on_a_penalty(overrides):
+    toy = lab("ewc")
+    fisher = toy.method.fisher(toy.stage(1), toy.step(1))
+    other = lab("ewc", *overrides)
+    other.train(1)
+    engine = other.step(2)
+    load_trainable_state(other.model, trainable_state(toy.model))
+    assert other.method.importance, "a penalty is in place"
+    assert same(other.method.fisher(other.stage(1), engine), fisher)
 
 
 # --- 8 bfloat16 ---------------------------------------------------------------------------------------------------------
@@ -590,8 +586,6 @@ def test_a_bfloat16_base_trains_with_float32_state(name):
     toy = lab(name, dtype=torch.bfloat16)
     assert {value.dtype for value in trainable(toy.model).values()} == {torch.float32}
     check_liveness(toy)
-    toy = lab(name, dtype=torch.bfloat16)
-    toy.train(1)
     toy.train(2)
     state = [value for value in toy.method.state_dict().values() if isinstance(value, Tensor)]
     for value in [*trainable_state(toy.model).values(), *state]:
@@ -666,7 +660,7 @@ def test_ilora_consistency_has_the_gradient_of_its_value():
     for (name, parameter), gradient in zip(trainable(toy.model).items(), steepest, strict=True):
         # Llama's norms compute in float32 whatever the weights are, so the step is wide and the direction the steepest.
         direction = gradient / gradient.norm()
-        slope = central_difference(lambda: float(pull()), parameter, direction, width=1e-3)
+        slope = central_difference(lambda: float(pull().detach()), parameter, direction, width=1e-3)
         assert float(gradient.norm()) == pytest.approx(slope, rel=1e-2), name
 
 
@@ -677,7 +671,7 @@ def test_ilora_consistency_is_zero_when_slow_is_fast_and_ignores_padding():
     plan, _ = toy.open(2)
     rows = global_batch(plan, 0, config=toy.run.config.train, seed=0, stage=2)
     (batch,) = toy.run.encoder.micro_batches(rows, rows=len(rows))
-    assert float(toy.method.loss(toy.model, batch)) == float(answer_loss(toy.model, batch))
+    assert torch.equal(toy.method.loss(toy.model, batch), answer_loss(toy.model, batch))
     hidden = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0]])
     noisy = torch.where(mask[None, :, :, None] == 1, hidden, 1e6)
@@ -851,7 +845,7 @@ def test_full_fine_tuning_trains_every_weight():
     assert len(trainable(toy.model)) == len(toy.base)
 
 
-def test_a_method_on_lora_factors_refuses_dora():
-    for name in ("ilora", "l2", "clora", "olora", "seq_merge", "merge_average"):
-        with pytest.raises(UserMistake, match="dora"):
-            lab(name, "+method.lora.dora=true")
+@pytest.mark.parametrize("name", ["l2", "ilora"])
+def test_a_method_on_lora_factors_refuses_dora(name):
+    with pytest.raises(UserMistake, match="dora"):
+        lab(name, "+method.lora.dora=true")
