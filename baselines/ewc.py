@@ -119,7 +119,9 @@ class Ewc(Method):
     def fisher(self, stage: Stage, engine: Engine) -> dict[str, Tensor]:
         """Fisher of this task on `fisher_examples` of its examples, of the sum of log p over each answer's tokens, scaled to mean 1."""
         count = min(self.fisher_examples, len(stage.train))
-        picked = torch.randperm(len(stage.train), generator=generator(self.seed, "fisher", stage.index))[:count].tolist()
+        picked = torch.randperm(len(stage.train), generator=generator(self.seed, "fisher", stage.index))[
+            :count
+        ].tolist()
 
         def nll(example: Example) -> Tensor:
             batch = stage.collate([example])
@@ -128,18 +130,26 @@ class Ewc(Method):
         engine.model.eval()
         squares = squared_gradients(engine, [partial(nll, stage.train[index]) for index in picked])
         total = engine.total(torch.stack([square.sum() for square in squares.values()]).sum())
-        size = engine.total(torch.tensor(float(sum(square.numel() for square in squares.values())), device=total.device))
+        size = engine.total(
+            torch.tensor(float(sum(square.numel() for square in squares.values())), device=total.device)
+        )
         self.raw_means.append(float(total / size))
         return {name: square / self.raw_means[-1] for name, square in squares.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Importance and centre of every trainable tensor."""
         tensors = {f"importance/{name}": value for name, value in self.importance.items()}
-        return tensors | {f"centre/{name}": value for name, value in self.centre.items()} | {"raw_means": self.raw_means, "excess": self.excess}
+        return (
+            tensors
+            | {f"centre/{name}": value for name, value in self.centre.items()}
+            | {"raw_means": self.raw_means, "excess": self.excess}
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes the quadratic back."""
         parts = {key: value for key, value in state.items() if "/" in key}
-        self.importance = {key.removeprefix("importance/"): value for key, value in parts.items() if key.startswith("importance/")}
+        self.importance = {
+            key.removeprefix("importance/"): value for key, value in parts.items() if key.startswith("importance/")
+        }
         self.centre = {key.removeprefix("centre/"): value for key, value in parts.items() if key.startswith("centre/")}
         self.raw_means, self.excess = list(state["raw_means"]), state["excess"]

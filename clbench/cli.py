@@ -16,8 +16,8 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.experimental.callback import Callback
 from hydra.errors import HydraException, MissingConfigException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -136,7 +136,9 @@ def _tasks(names: Sequence[str]) -> DictConfig:
     known = loader.get_group_options("task")
     for name in names:
         if name not in known:
-            raise UserMistake(f"stream.tasks names {name!r}, which has no yaml in conf/task; known: {', '.join(sorted(known))}")
+            raise UserMistake(
+                f"stream.tasks names {name!r}, which has no yaml in conf/task; known: {', '.join(sorted(known))}"
+            )
     together = [f"+task@{name}={name}" for name in dict.fromkeys(names)]
     loaded = loader.load_configuration(None, overrides=together, run_mode=RunMode.RUN)
     return OmegaConf.create({name: OmegaConf.to_container(loaded[name], resolve=False) for name in names})
@@ -144,7 +146,6 @@ def _tasks(names: Sequence[str]) -> DictConfig:
 
 def _overridden() -> set[str]:
     return {override.lstrip("+~").split("=", 1)[0] for override in HydraConfig.get().overrides.task}
-
 
 
 def _refuse(error: Exception) -> NoReturn:
@@ -168,6 +169,9 @@ def _message(error: Exception) -> str:
     cause = error.__cause__
     text = str(error) if cause is None or str(error) in str(cause) else f"{error}: {cause}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    kept = [line for line in lines if not line.startswith(("object_type", "reference_type", "Config search path", "Set the env"))]
+    kept = [
+        line
+        for line in lines
+        if not line.startswith(("object_type", "reference_type", "Config search path", "Set the env"))
+    ]
     return " ".join(kept)
-

@@ -110,12 +110,21 @@ class Config:
     tasks: dict[str, Any] = field(default_factory=dict)
 
 
-GROUPS = {"stream": StreamConfig, "engine": EngineConfig, "probe": ProbeConfig, "train": TrainConfig, "tracking": TrackingConfig}
+GROUPS = {
+    "stream": StreamConfig,
+    "engine": EngineConfig,
+    "probe": ProbeConfig,
+    "train": TrainConfig,
+    "tracking": TrackingConfig,
+}
 
 
 def from_plain(plain: dict[str, Any]) -> Config:
     """The typed configuration from the plain values that Hydra composed (or that a frozen JSON file holds)."""
-    for prefix, shape, values in (("", Config, plain), *((f"{key}.", shape, plain[key]) for key, shape in GROUPS.items())):
+    for prefix, shape, values in (
+        ("", Config, plain),
+        *((f"{key}.", shape, plain[key]) for key, shape in GROUPS.items()),
+    ):
         unknown = sorted(values.keys() - {field.name for field in fields(shape)})
         if unknown:
             allowed = ", ".join(field.name for field in fields(shape))
@@ -149,12 +158,16 @@ def check(config: Config) -> None:
     """Raises UserMistake, in one line, for the first value that cannot be meant."""
     train, stream = config.train, config.stream
     if not re.fullmatch(ORDER, config.order):
-        raise UserMistake(f"order={config.order!r} is unknown; choose one of default, reversed, latin:K (rotated by K places), random:SEED")
+        raise UserMistake(
+            f"order={config.order!r} is unknown; choose one of default, reversed, latin:K (rotated by K places), random:SEED"
+        )
     _one_of("resume", config.resume, RESUME)
     _one_of("train.schedule", train.schedule, SCHEDULES)
     _one_of("engine.dtype", config.engine.dtype, DTYPES)
     if (train.steps is None) == (train.epochs is None):
-        raise UserMistake(f"train.steps={train.steps} and train.epochs={train.epochs}: give exactly one, the other is null (conf/train)")
+        raise UserMistake(
+            f"train.steps={train.steps} and train.epochs={train.epochs}: give exactly one, the other is null (conf/train)"
+        )
     for key, value, least in (
         ("train.steps", train.steps, 0),
         ("train.epochs", train.epochs, 0),
@@ -177,11 +190,15 @@ def check(config: Config) -> None:
             raise UserMistake(f"{key}={value} is too small; the least allowed is {least}")
     twice = sorted({name for name in stream.tasks if stream.tasks.count(name) > 1})
     if twice:
-        raise UserMistake(f"stream.tasks names {', '.join(twice)} more than once; each task may stand in a stream once (conf/stream)")
+        raise UserMistake(
+            f"stream.tasks names {', '.join(twice)} more than once; each task may stand in a stream once (conf/stream)"
+        )
     if not stream.tasks:
         raise UserMistake("stream.tasks is empty; name at least one task of conf/task")
     if config.data_dir is not None and not Path(config.data_dir).is_dir():
-        raise UserMistake(f"data_dir={config.data_dir!r} is not a directory; give the folder that holds <dataset>/<split>.jsonl")
+        raise UserMistake(
+            f"data_dir={config.data_dir!r} is not a directory; give the folder that holds <dataset>/<split>.jsonl"
+        )
     for key, value in (("results_dir", config.results_dir), ("cache_dir", config.cache_dir)):
         writable(key, value)
 
@@ -196,6 +213,8 @@ def writable(key: str, value: str) -> None:
     try:
         Path(value).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserMistake(f"{key}={value!r} cannot be made ({error.strerror}); give a folder that you may write to") from error
+        raise UserMistake(
+            f"{key}={value!r} cannot be made ({error.strerror}); give a folder that you may write to"
+        ) from error
     if not os.access(value, os.W_OK):
         raise UserMistake(f"{key}={value!r} cannot be written to; give a folder that you may write to")

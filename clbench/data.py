@@ -53,7 +53,9 @@ def load_rows(spec: DatasetSpec, *, split: str, data_dir: str | None) -> list[di
     if data_dir is not None:
         path = Path(data_dir) / spec.name / f"{split}.jsonl"
         if not path.is_file():
-            raise UserMistake(f"data_dir={data_dir!r} has no {spec.name}/{split}.jsonl, which {spec.hub!r} needs; point data_dir at it")
+            raise UserMistake(
+                f"data_dir={data_dir!r} has no {spec.name}/{split}.jsonl, which {spec.hub!r} needs; point data_dir at it"
+            )
         with path.open(encoding="utf-8") as lines:
             return [json.loads(line) for line in lines]
     from datasets import load_dataset
@@ -95,7 +97,9 @@ class Encoder:
     (UserMistake where it alone is too long).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, device: torch.device | str = "cpu"
+    ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.device = torch.device(device)
@@ -153,7 +157,10 @@ class Encoder:
         by_length = sorted(mine, key=lambda row: len(row[0].ids)) if rows < len(mine) else mine
         return [
             self._batch(
-                [(encoded, source, weights[source] / total / answers[source]) for encoded, source, _ in by_length[start : start + rows]],
+                [
+                    (encoded, source, weights[source] / total / answers[source])
+                    for encoded, source, _ in by_length[start : start + rows]
+                ],
                 source_tokens=tuple(attended),
             )
             for start in range(0, len(by_length), rows)
@@ -185,7 +192,9 @@ def clip_left(ids: tuple[int, ...], length: int) -> tuple[int, ...]:
     return ids if len(ids) <= length else (ids[0], *ids[len(ids) - length + 1 :])
 
 
-def draw(sources: Sequence[Source], *, batch_size: int, step: int, seed: int, stage: int) -> list[tuple[Example, int, float]]:
+def draw(
+    sources: Sequence[Source], *, batch_size: int, step: int, seed: int, stage: int
+) -> list[tuple[Example, int, float]]:
     """The global batch of one optimizer step: (example, index of its source, weight of its source).
 
     The first source is passed in a fresh order every epoch; each further one is drawn with replacement, uniformly. The draw depends on

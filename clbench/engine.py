@@ -49,7 +49,9 @@ class LocalEngine(Engine):
     rank = 0
     world_size = 1
 
-    def __init__(self, model: Module, *, optimizer: Optimizer | None, schedule: LRScheduler | None, clip: float) -> None:
+    def __init__(
+        self, model: Module, *, optimizer: Optimizer | None, schedule: LRScheduler | None, clip: float
+    ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.schedule = schedule

@@ -40,7 +40,18 @@ from clbench.train import Plan, Trained, plan_stage, train_stage
 from clbench.types import Cost, Score, Stage
 
 log = logging.getLogger("clbench")
-VERSIONED = ("torch", "transformers", "tokenizers", "peft", "datasets", "lm_eval", "deepspeed", "numpy", "sacrebleu", "rouge_score")
+VERSIONED = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "datasets",
+    "lm_eval",
+    "deepspeed",
+    "numpy",
+    "sacrebleu",
+    "rouge_score",
+)
 
 
 @dataclass(kw_only=True)
@@ -82,7 +93,9 @@ def set_up_torch(config: Config) -> None:
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers asks deepspeed, which warns when it has to find out for itself
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # transformers asks deepspeed, which warns when it has to find out for itself
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -92,7 +105,9 @@ def prepare(config: Config) -> Run:
     """Builds what the configuration names and opens the ledger."""
     source = instantiate(config.model)
     model, tokenizer = source.load(Path(config.cache_dir))
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.engine.device == "auto" else config.engine.device)
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if config.engine.device == "auto" else config.engine.device
+    )
     model.to(device=device, dtype=getattr(torch, config.engine.dtype))
     encoder = Encoder(tokenizer, max_length=config.train.max_length, device=device)
     tasks = {name: instantiate(task, _convert_="all") for name, task in config.tasks.items()}
@@ -101,8 +116,20 @@ def prepare(config: Config) -> Run:
     fields = {key: value for key, value in config.method.items() if key != "name"}
     method = instantiate(fields, _convert_="all")
     path = Path(config.results_dir) / "runs" / run_name(config)
-    ledger = Ledger(path, manifest=manifest(config, stream, model_label=source.label, fingerprint=source.fingerprint()), resume=config.resume)
-    return Run(config=config, method=method, model=method.wrap(model), stream=stream, probes=probes, encoder=encoder, ledger=ledger)
+    ledger = Ledger(
+        path,
+        manifest=manifest(config, stream, model_label=source.label, fingerprint=source.fingerprint()),
+        resume=config.resume,
+    )
+    return Run(
+        config=config,
+        method=method,
+        model=method.wrap(model),
+        stream=stream,
+        probes=probes,
+        encoder=encoder,
+        ledger=ledger,
+    )
 
 
 def run_stages(run: Run) -> None:
@@ -114,7 +141,13 @@ def run_stages(run: Run) -> None:
         run.method.load_state_dict(state)
         log.info("%s: continuing after stage %d", run.ledger.path.name, first - 1)
     manifest = {"config": asdict(run.config), "results_dir": run.config.results_dir}
-    with Tracker(run.config.tracking, run=run.ledger.path.name, stages=run.stream.stages, manifest=manifest, first=max(first - 1, 0)) as tracker:
+    with Tracker(
+        run.config.tracking,
+        run=run.ledger.path.name,
+        stages=run.stream.stages,
+        manifest=manifest,
+        first=max(first - 1, 0),
+    ) as tracker:
         if first == 0:
             run_stage(run, None, tracker)
         for stage in run.stream.stages[max(first - 1, 0) :]:
@@ -125,7 +158,11 @@ def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
     """Trains `stage` (None: the untouched model), examines, records, and last of all marks it finished."""
     started = time.perf_counter()
     index, name = (stage.index, stage.name) if stage else (0, "base")
-    trained = train(run, stage, tracker) if stage else Trained(steps=0, tokens_trained=0, tokens_replayed=0, loss=float("nan"))
+    trained = (
+        train(run, stage, tracker)
+        if stage
+        else Trained(steps=0, tokens_trained=0, tokens_replayed=0, loss=float("nan"))
+    )
     after_training = time.perf_counter()
     student = Student(run.model, run.encoder)
     scores = list(examine(run, student, index))
@@ -145,7 +182,10 @@ def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
         trainable_parameters=counts["trainable"],
         peak_memory_bytes=peak_memory(run.encoder.device),
         # Forward 2, activation gradients 2, gradients of trainable weights 2 operations per parameter and token (arXiv 2001.08361).
-        flops=float(tokens * (4 * counts["parameters"] + 2 * counts["trainable"]) + 2 * student.tokens_scored * counts["parameters"]),
+        flops=float(
+            tokens * (4 * counts["parameters"] + 2 * counts["trainable"])
+            + 2 * student.tokens_scored * counts["parameters"]
+        ),
         joules=float("nan"),
     )
     run.ledger.append_cost(replace(cost, seconds_other=time.perf_counter() - after_probes))
@@ -221,7 +261,10 @@ def manifest(config: Config, stream: Stream, *, model_label: str, fingerprint: s
 
 def versions() -> Mapping[str, str]:
     """Installed versions of what the numbers depend on."""
-    installed = {distribution.name.lower().replace("-", "_"): distribution.version for distribution in importlib.metadata.distributions()}
+    installed = {
+        distribution.name.lower().replace("-", "_"): distribution.version
+        for distribution in importlib.metadata.distributions()
+    }
     return {"python": platform.python_version()} | {name: installed[name] for name in VERSIONED if name in installed}
 
 
@@ -238,9 +281,14 @@ def git_state() -> dict[str, str | bool]:
         return {"commit": "unknown", "dirty": False}
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=False
+        ).stdout.strip()
 
-    return {"commit": git("rev-parse", "HEAD") or "unknown", "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    return {
+        "commit": git("rev-parse", "HEAD") or "unknown",
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+    }
 
 
 def peak_memory(device: torch.device) -> int:

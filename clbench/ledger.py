@@ -34,14 +34,18 @@ class Ledger:
         if resume == "must" and not existed:
             raise UserMistake(f"resume=must, but there is no run at {path}; use resume=auto to start it")
         if resume == "never" and existed:
-            raise UserMistake(f"resume=never, but {path} holds this very run ({self.status()}); remove it, or use resume=auto")
+            raise UserMistake(
+                f"resume=never, but {path} holds this very run ({self.status()}); remove it, or use resume=auto"
+            )
         (path / "items").mkdir(parents=True, exist_ok=True)
         (path / "checkpoint").mkdir(exist_ok=True)
         self._lock = (path / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserMistake(f"{path} is being written by another process; wait for it, or change the seed or the configuration") from error
+            raise UserMistake(
+                f"{path} is being written by another process; wait for it, or change the seed or the configuration"
+            ) from error
         if existed:
             self._same_data(manifest)
         else:
@@ -77,7 +81,11 @@ class Ledger:
     def save(self, stage: int, *, weights: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         """Replaces the checkpoint: stage `stage` is finished. `state` is the method's: tensors and JSON values."""
         tensors = {f"weights/{name}": tensor.contiguous() for name, tensor in weights.items()}
-        tensors |= {f"state/{name}": value.detach().cpu().contiguous() for name, value in state.items() if isinstance(value, torch.Tensor)}
+        tensors |= {
+            f"state/{name}": value.detach().cpu().contiguous()
+            for name, value in state.items()
+            if isinstance(value, torch.Tensor)
+        }
         plain = {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)}
         path = self.path / "checkpoint" / "stage.safetensors"
         save_file(tensors, path.with_suffix(".tmp"), metadata={"stage": str(stage), "state": json.dumps(plain)})
@@ -165,5 +173,3 @@ def _replace(path: Path, content: bytes) -> None:
 def _fsync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-

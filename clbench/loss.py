@@ -31,7 +31,9 @@ def project(model: Module, hidden_NH: Tensor) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def hidden_states(model: Module, *, input_ids: Tensor, attention_mask: Tensor, all_layers: bool = False) -> tuple[Tensor, ...]:
+def hidden_states(
+    model: Module, *, input_ids: Tensor, attention_mask: Tensor, all_layers: bool = False
+) -> tuple[Tensor, ...]:
     """Hidden states [B, T, H] of the decoder: every layer's (embeddings first) or only the last, which is always final."""
     output = causal_lm(model).get_decoder()(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False, output_hidden_states=all_layers

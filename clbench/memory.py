@@ -55,12 +55,15 @@ class Memory:
 
     def state(self) -> str:
         """The memory as one JSON text."""
-        return json.dumps({"seen": self.seen, "examples": [asdict(example) for example in self.examples]}, ensure_ascii=False)
+        return json.dumps(
+            {"seen": self.seen, "examples": [asdict(example) for example in self.examples]}, ensure_ascii=False
+        )
 
     def restore(self, state: str) -> None:
         """Takes back what `state` gave."""
         record = json.loads(state)
         self.seen = record["seen"]
         self.examples = [
-            Example(**{**row, "choices": tuple(row["choices"]), "references": tuple(row["references"])}) for row in record["examples"]
+            Example(**{**row, "choices": tuple(row["choices"]), "references": tuple(row["references"])})
+            for row in record["examples"]
         ]

@@ -21,7 +21,14 @@ from typing import Protocol
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from clbench.data import generator
 from clbench.pretrain import pretrain
@@ -109,16 +116,31 @@ class Recipe:
     def make(self, folder: Path) -> None:
         """Pretrains the model and writes it, its tokenizer and recipe.json to `folder`."""
         texts = self.corpus.texts()
-        tokenizer = word_tokenizer(self.corpus.vocabulary()) if self.tokenizer == "words" else bpe_tokenizer(texts, self.vocabulary_size)
-        encoded = tokenizer([f"{BOS}{text}{EOS}" for text in texts], add_special_tokens=False, return_attention_mask=False)
+        tokenizer = (
+            word_tokenizer(self.corpus.vocabulary())
+            if self.tokenizer == "words"
+            else bpe_tokenizer(texts, self.vocabulary_size)
+        )
+        encoded = tokenizer(
+            [f"{BOS}{text}{EOS}" for text in texts], add_special_tokens=False, return_attention_mask=False
+        )
         ids = torch.tensor([token for row in encoded["input_ids"] for token in row])
         model = fresh_llama(tokenizer, architecture=self.architecture, seed=self.seed)
         loss = pretrain(
-            model, ids, label=self.label, steps=self.steps, batch_size=self.batch_size, length=self.length, lr=self.lr, seed=self.seed
+            model,
+            ids,
+            label=self.label,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            length=self.length,
+            lr=self.lr,
+            seed=self.seed,
         )
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / "recipe.json").write_text(json.dumps({**self.settings(), "last_loss": loss}, indent=1, sort_keys=True) + "\n")
+        (folder / "recipe.json").write_text(
+            json.dumps({**self.settings(), "last_loss": loss}, indent=1, sort_keys=True) + "\n"
+        )
 
 
 def sha256(value: object) -> str:
@@ -142,7 +164,9 @@ def load(name: str, *, revision: str | None, cache_dir: Path | None) -> tuple[Pr
         model = AutoModelForCausalLM.from_pretrained(name, revision=revision, cache_dir=cache_dir, dtype=torch.float32)
     except OSError as error:
         reason = str(error).splitlines()[0]
-        raise UserMistake(f"model.name={name!r} could not be loaded ({reason}); name a local folder, or choose another model") from error
+        raise UserMistake(
+            f"model.name={name!r} could not be loaded ({reason}); name a local folder, or choose another model"
+        ) from error
     if tokenizer.eos_token is None:
         raise UserMistake(f"model.name={name!r} has a tokenizer without an end-of-text token; choose another model")
     if tokenizer.bos_token is None:
@@ -168,7 +192,8 @@ def bpe_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = [BOS, EOS, PAD]
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     return ordinary(tokenizer)
 
@@ -181,7 +206,9 @@ def ordinary(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def fresh_llama(tokenizer: PreTrainedTokenizerFast, *, architecture: dict[str, int | bool | float], seed: int) -> LlamaForCausalLM:
+def fresh_llama(
+    tokenizer: PreTrainedTokenizerFast, *, architecture: dict[str, int | bool | float], seed: int
+) -> LlamaForCausalLM:
     """An untrained Llama whose weights depend on `seed` alone."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),

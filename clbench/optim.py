@@ -15,7 +15,12 @@ from clbench.config import TrainConfig
 def optimizer(parameters: Iterable[Parameter], config: TrainConfig) -> AdamW:
     """AdamW with decoupled weight decay on every trainable tensor (arXiv 1711.05101)."""
     return AdamW(
-        list(parameters), lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, weight_decay=config.weight_decay, fused=True
+        list(parameters),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=1e-8,
+        weight_decay=config.weight_decay,
+        fused=True,
     )
 
 

@@ -34,7 +34,9 @@ def windows(ids: Tensor, *, length: int) -> Tensor:
     return ids[: len(ids) // length * length].view(-1, length)
 
 
-def pretrain(model: PreTrainedModel, ids: Tensor, *, label: str, steps: int, batch_size: int, length: int, lr: float, seed: int) -> float:
+def pretrain(
+    model: PreTrainedModel, ids: Tensor, *, label: str, steps: int, batch_size: int, length: int, lr: float, seed: int
+) -> float:
     """Trains `model` in place on the stream `ids`; returns the last loss in nats per token.
 
     Learning rate: linear warm-up, then a cosine to zero. Each epoch passes the windows in a fresh order.
@@ -85,7 +87,12 @@ class Reporter:
         self.steps = steps
         self.console = Console(file=sys.stderr)
         self.said = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+        )
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.bar = self.progress.add_task(f"pretraining {label} (once)", total=steps)
 

@@ -12,6 +12,7 @@ from clbench.data import Encoder, fingerprint, generator
 from clbench.protocols import Task
 from clbench.types import Stage, UserMistake
 
+
 @dataclass(frozen=True, kw_only=True)
 class Stream:
     """The stages in the order in which they are trained."""
@@ -40,14 +41,22 @@ def build_stream(config: StreamConfig, *, order: str, tasks: Mapping[str, Task],
     test = {name: tuple(tasks[name].examples("test")[: config.test_rows]) for name in names}
     for name in names:
         if not train[name] or not test[name]:
-            raise UserMistake(f"task {name!r} has {len(train[name])} train and {len(test[name])} test examples; both must be at least 1 (conf/task)")
+            raise UserMistake(
+                f"task {name!r} has {len(train[name])} train and {len(test[name])} test examples; both must be at least 1 (conf/task)"
+            )
     whole = tuple(example for name in names for example in train[name])
     return Stream(
         name=config.name,
         order=order,
         stages=tuple(
             Stage(
-                index=index, name=name, task=tasks[name], train=train[name], test=test[name], collate=encoder.collate, whole_stream=whole
+                index=index,
+                name=name,
+                task=tasks[name],
+                train=train[name],
+                test=test[name],
+                collate=encoder.collate,
+                whole_stream=whole,
             )
             for index, name in enumerate(names, start=1)
         ),

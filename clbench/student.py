@@ -59,13 +59,16 @@ class Student:
         if batch:
             yield batch
 
-    def _score(self, batch: list[tuple[Ids, list[int]]], requests: Sequence[tuple[Ids, Ids]], results: list[tuple[float, bool]]) -> None:
+    def _score(
+        self, batch: list[tuple[Ids, list[int]]], requests: Sequence[tuple[Ids, Ids]], results: list[tuple[float, bool]]
+    ) -> None:
         input_ids, attention_mask = self._pad([ids for ids, _ in batch])
         (hidden_BTH,) = hidden_states(self.model, input_ids=input_ids, attention_mask=attention_mask)
         spans = [len(requests[members[0]][1]) for _, members in batch]
         rows = torch.tensor([row for row, span in enumerate(spans) for _ in range(span)], device=hidden_BTH.device)
         places = torch.tensor(
-            [len(ids) - span + offset for (ids, _), span in zip(batch, spans, strict=True) for offset in range(span)], device=hidden_BTH.device
+            [len(ids) - span + offset for (ids, _), span in zip(batch, spans, strict=True) for offset in range(span)],
+            device=hidden_BTH.device,
         )
         log_probs_NV = torch.log_softmax(project(self.model, hidden_BTH[rows, places]), dim=-1)
         greedy = log_probs_NV.argmax(-1).tolist()
@@ -73,7 +76,9 @@ class Student:
         for (_, members), span in zip(batch, spans, strict=True):
             for index in members:
                 target = requests[index][1]
-                picked = log_probs_NV[first : first + span].gather(1, torch.tensor(target, device=log_probs_NV.device)[:, None])
+                picked = log_probs_NV[first : first + span].gather(
+                    1, torch.tensor(target, device=log_probs_NV.device)[:, None]
+                )
                 results[index] = (float(picked.sum()), greedy[first : first + span] == list(target))
             first += span
 

@@ -25,7 +25,9 @@ log = logging.getLogger("clbench")
 class Tracker:
     """Follows one run over its stages; use as a context."""
 
-    def __init__(self, config: TrackingConfig, *, run: str, stages: Sequence[Stage], manifest: dict[str, Any], first: int) -> None:
+    def __init__(
+        self, config: TrackingConfig, *, run: str, stages: Sequence[Stage], manifest: dict[str, Any], first: int
+    ) -> None:
         self.run = run
         self.stages = stages
         self.console = Console(stderr=True)
@@ -49,7 +51,9 @@ class Tracker:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._progress.stop()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
@@ -65,7 +69,10 @@ class Tracker:
         """The compact table after a stage."""
         values = {(score.probe, score.task, score.metric): score.value for score in scores}
         if self._wandb is not None:
-            self._wandb.log({f"{probe}/{task}/{metric}": value for (probe, task, metric), value in values.items()} | {"stage": index})
+            self._wandb.log(
+                {f"{probe}/{task}/{metric}": value for (probe, task, metric), value in values.items()}
+                | {"stage": index}
+            )
         if self.quiet:
             return
         done = index - self._first
@@ -73,7 +80,17 @@ class Tracker:
         summary = "  ".join(f"{key} {value:.3g}" for key, value in headline(scores, self.stages[:index]).items())
         if not self.live:
             remaining = f", about {left:.0f} s left" if done > 0 else ""
-            log.info("%s  stage %d/%d %s  loss %.3f  %s  (%.1f s%s)", self.run, index, len(self.stages), name, loss, summary, seconds, remaining)
+            log.info(
+                "%s  stage %d/%d %s  loss %.3f  %s  (%.1f s%s)",
+                self.run,
+                index,
+                len(self.stages),
+                name,
+                loss,
+                summary,
+                seconds,
+                remaining,
+            )
             return
         self._progress.update(self._bar, completed=index)
         self.console.print(stage_table(self.run, index, name, scores, self.stages))
@@ -94,13 +111,25 @@ def headline(scores: Sequence[Score], seen: Sequence[Stage]) -> dict[str, float]
 
 def stage_table(run: str, index: int, name: str, scores: Sequence[Score], stages: Sequence[Stage]) -> Table:
     """Every task's score and the probes after one stage, as one compact table."""
-    table = Table(title=f"{run}  after stage {index}/{len(stages)} {name}", title_justify="left", box=None, padding=(0, 1))
-    cells = {stage.name: [score.value for score in scores if (score.probe, score.task, score.metric) == ("stream", stage.name, stage.task.metric)] for stage in stages}
+    table = Table(
+        title=f"{run}  after stage {index}/{len(stages)} {name}", title_justify="left", box=None, padding=(0, 1)
+    )
+    cells = {
+        stage.name: [
+            score.value
+            for score in scores
+            if (score.probe, score.task, score.metric) == ("stream", stage.name, stage.task.metric)
+        ]
+        for stage in stages
+    }
     for stage in stages:
         table.add_column(stage.name[-9:], justify="right", style="bold" if stage.index <= index else "dim")
     for probe in headline(scores, ()):
         table.add_column(probe, justify="right", style="cyan")
-    table.add_row(*[f"{values[0]:.2f}" if values else "" for values in cells.values()], *[f"{value:.3g}" for value in headline(scores, ()).values()])
+    table.add_row(
+        *[f"{values[0]:.2f}" if values else "" for values in cells.values()],
+        *[f"{value:.3g}" for value in headline(scores, ()).values()],
+    )
     return table
 
 
@@ -109,7 +138,9 @@ def _wandb_run(config: TrackingConfig, *, run: str, manifest: dict[str, Any]) ->
         return None
     import wandb
 
-    return wandb.init(mode=config.wandb, project=config.project, name=run, config=manifest["config"], dir=manifest["results_dir"])
+    return wandb.init(
+        mode=config.wandb, project=config.project, name=run, config=manifest["config"], dir=manifest["results_dir"]
+    )
 
 
 def set_up_logging() -> None:

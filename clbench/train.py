@@ -49,12 +49,18 @@ def plan_stage(sources: Sequence[Source], config: TrainConfig) -> Plan:
     after = tuple(source for source in sources if source.after and source.examples)
     if not mixed:
         return Plan(mixed=(), after=(), steps=0, after_steps=())
-    steps = config.steps if config.steps is not None else math.ceil(len(mixed[0].examples) * config.epochs / config.batch_size)
+    steps = (
+        config.steps
+        if config.steps is not None
+        else math.ceil(len(mixed[0].examples) * config.epochs / config.batch_size)
+    )
     passes = tuple(math.ceil(len(source.examples) / config.batch_size) if steps else 0 for source in after)
     return Plan(mixed=mixed, after=after, steps=steps, after_steps=passes)
 
 
-def global_batch(plan: Plan, step: int, *, config: TrainConfig, seed: int, stage: int) -> list[tuple[Example, int, float]]:
+def global_batch(
+    plan: Plan, step: int, *, config: TrainConfig, seed: int, stage: int
+) -> list[tuple[Example, int, float]]:
     """The rows of optimizer step `step` (from 0): (example, index of its source, weight of its source)."""
     if step < plan.steps:
         return draw(plan.mixed, batch_size=config.batch_size, step=step, seed=seed, stage=stage)
@@ -92,7 +98,9 @@ def train_stage(
             mean = float(torch.stack(losses).mean())
             losses.clear()
             if not math.isfinite(mean):
-                raise FloatingPointError(f"loss is {mean} within steps {step + 2 - LOG_EVERY}..{step + 1} of stage {stage.index} ({stage.name})")
+                raise FloatingPointError(
+                    f"loss is {mean} within steps {step + 2 - LOG_EVERY}..{step + 1} of stage {stage.index} ({stage.name})"
+                )
             report(step + 1, plan.total, mean)
     engine.model.eval()
     return Trained(steps=plan.total, tokens_trained=tokens[True], tokens_replayed=tokens[False], loss=mean)

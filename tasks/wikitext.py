@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from clbench.data import DatasetSpec, load_rows
 from clbench.types import UserMistake
 
-DATASET = DatasetSpec(name="wikitext2_raw_documents", hub="EleutherAI/wikitext_document_level", config="wikitext-2-raw-v1", revision="main")
+DATASET = DatasetSpec(
+    name="wikitext2_raw_documents",
+    hub="EleutherAI/wikitext_document_level",
+    config="wikitext-2-raw-v1",
+    revision="main",
+)
 PRETRAINING_ARTICLES = 50
 
 
@@ -22,7 +27,9 @@ def articles(*, data_dir: str | None, split: str) -> list[str]:
     pages = [row["page"] for row in load_rows(DATASET, split="test", data_dir=data_dir)]
     parts = {"train": pages[:PRETRAINING_ARTICLES], "heldout": pages[PRETRAINING_ARTICLES:], "all": pages}
     if split not in parts:
-        raise UserMistake(f"split={split!r} of WikiText is unknown; choose one of {', '.join(parts)} (conf/model, conf/probe)")
+        raise UserMistake(
+            f"split={split!r} of WikiText is unknown; choose one of {', '.join(parts)} (conf/model, conf/probe)"
+        )
     return parts[split]
 
 

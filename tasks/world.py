@@ -16,17 +16,39 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tasks.world_skills import skill_statement
-from tasks.world_words import CITIES, FOODS, JOBS, NOUNS, PEOPLE, PETS, REGIONS, VELAN, VOCABULARY
+from tasks.world_skills import LISTS, SKILLS, skill_statement
+from tasks.world_words import CITIES, FOODS, JOBS, NOUNS, PEOPLE, PETS, REGIONS, VELAN, VOCABULARY, WORKPLACES
 
+FACT_SHARE = 0.6
+"""Share of facts among the statements."""
 HELD_OUT_SHARE = 20
 """One statement in this many never enters the pretraining text."""
 
 PHRASES = {
-    "home": ("{name} lives in {value}", "the home of {name} is {value}", "{name} has a house in {value}", "in {value} lives {name}"),
-    "job": ("{name} works as a {value}", "the job of {name} is {value}", "{name} earns money as a {value}", "a {value} is {name}"),
-    "food": ("{name} eats {value}", "the food of {name} is {value}", "{name} cooks some {value}", "some {value} is for {name}"),
-    "pet": ("{name} keeps a {value}", "the pet of {name} is {value}", "{name} owns a {value}", "a {value} belongs to {name}"),
+    "home": (
+        "{name} lives in {value}",
+        "the home of {name} is {value}",
+        "{name} has a house in {value}",
+        "in {value} lives {name}",
+    ),
+    "job": (
+        "{name} works as a {value}",
+        "the job of {name} is {value}",
+        "{name} earns money as a {value}",
+        "a {value} is {name}",
+    ),
+    "food": (
+        "{name} eats {value}",
+        "the food of {name} is {value}",
+        "{name} cooks some {value}",
+        "some {value} is for {name}",
+    ),
+    "pet": (
+        "{name} keeps a {value}",
+        "the pet of {name} is {value}",
+        "{name} owns a {value}",
+        "a {value} belongs to {name}",
+    ),
 }
 """Ways to state a fact, by kind; the first one, up to its value, is what the fact probe asks."""
 
@@ -43,20 +65,25 @@ class World:
     values: dict[str, tuple[str, ...]]
     facts: dict[str, dict[str, str]]
     regions: dict[str, str]
+    workplaces: dict[str, str]
     dictionary: dict[str, str]
 
     def people_of(self, split: str) -> tuple[str, ...]:
         """The people that `split` ("train", "test" or "untrained": everybody but train) asks about."""
         half, quarter = len(self.people) // 2, len(self.people) // 4
-        return {"train": self.people[:half], "test": self.people[half : half + quarter], "untrained": self.people[half:]}[split]
+        return {
+            "train": self.people[:half],
+            "test": self.people[half : half + quarter],
+            "untrained": self.people[half:],
+        }[split]
 
 
 @lru_cache(maxsize=8)
 def world(seed: int) -> World:
     """The world of `seed`: same words, other facts."""
     rng = random.Random(f"{seed}/world")
-    cities, people, velan = list(CITIES), list(PEOPLE), list(VELAN)
-    for words in (cities, people, velan):
+    cities, people, velan, jobs = list(CITIES), list(PEOPLE), list(VELAN), list(JOBS)
+    for words in (cities, people, velan, jobs):
         rng.shuffle(words)
     values = {"home": tuple(cities[:12]), "job": JOBS, "food": FOODS, "pet": PETS}
     return World(
@@ -65,6 +92,7 @@ def world(seed: int) -> World:
         values=values,
         facts={name: {kind: rng.choice(values[kind]) for kind in values} for name in people},
         regions={city: REGIONS[index % len(REGIONS)] for index, city in enumerate(rng.sample(cities, len(cities)))},
+        workplaces={job: WORKPLACES[index % 2] for index, job in enumerate(jobs)},
         dictionary=dict(zip(NOUNS, velan, strict=True)),
     )
 
@@ -112,21 +140,27 @@ def heldout_texts(seed: int, *, texts: int = 400) -> list[str]:
 
 
 class Corpus:
-    """The pretraining text of one world: `lines` statements in random order."""
+    """The pretraining text of one world: `lines` statements; the first `lists` of them only copy and find words in lists.
 
-    def __init__(self, *, seed: int, lines: int) -> None:
+    A small model that meets lists first learns to copy from them much sooner, and all else with it.
+    """
+
+    def __init__(self, *, seed: int, lines: int, lists: int) -> None:
         self.seed = seed
         self.lines = lines
+        self.lists = lists
 
     def texts(self) -> Sequence[str]:
-        """The statements; facts come around again and again, skills are drawn anew."""
+        """The statements in the order to be read; facts come around again and again, skills are drawn anew."""
         here, rng = world(self.seed), random.Random(f"{self.seed}/pretraining text")
-        facts = dict.fromkeys(text for text, asked in fact_statements(here) if asked or not held_out(text, self.seed))
-        phrased = list(facts)
+        facts = [text for text, asked in fact_statements(here) if asked or not held_out(text, self.seed)]
         result: list[str] = []
         while len(result) < self.lines:
-            text = rng.choice(phrased) if rng.random() < 0.6 else skill_statement(here, rng)
-            if text in facts or not held_out(text, self.seed):
+            if len(result) >= self.lists and rng.random() < FACT_SHARE:
+                result.append(rng.choice(facts))
+                continue
+            text = skill_statement(here, rng, LISTS if len(result) < self.lists else SKILLS)
+            if not held_out(text, self.seed):
                 result.append(text)
         return result
 

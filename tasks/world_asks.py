@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tasks.world import World
-from tasks.world_words import BAD, GOOD, LETTERS, NOUNS, NUMBERS, OPTIONS, REGIONS, TRUE_FALSE, VELAN, VERDICTS, YES_NO
+from tasks.world_words import BAD, GOOD, LETTERS, NOUNS, NUMBERS, OPTIONS, REGIONS, TRUE_FALSE, VELAN, VERDICTS, WORKPLACES, YES_NO
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,10 @@ def meaning_letter(draw: Draw) -> tuple[str, str]:
 
 
 def job_truth(draw: Draw) -> tuple[str, str]:
-    """Whether a statement about somebody's job is true."""
-    name, true = draw.person(), draw.rng.random() < 0.5
-    right = draw.here.facts[name]["job"]
-    job = right if true else draw.rng.choice([job for job in draw.here.values["job"] if job != right])
-    return f"statement : {name} works as a {job} ?", TRUE_FALSE[0 if true else 1]
+    """Whether a statement about where somebody works is true."""
+    name, where = draw.person(), draw.rng.choice(WORKPLACES)
+    true = draw.here.workplaces[draw.here.facts[name]["job"]] == where
+    return f"statement : {name} works {where} ?", TRUE_FALSE[0 if true else 1]
 
 
 def review(draw: Draw) -> tuple[str, str]:
@@ -92,24 +91,28 @@ def before(draw: Draw) -> tuple[str, str]:
     return f"check order {first} , {second} :", TRUE_FALSE[0 if first < second else 1]
 
 
-def member(draw: Draw) -> tuple[str, str]:
-    """Whether a list has a word."""
-    words = draw.rng.sample(NOUNS, 5)
-    inside = draw.rng.random() < 0.5
-    return f"search {' '.join(words[:4])} for {draw.rng.choice(words[:4]) if inside else words[4]} ?", YES_NO[0 if inside else 1]
+def same(draw: Draw) -> tuple[str, str]:
+    """Whether two words are the same."""
+    first, second = draw.rng.sample(NOUNS, 2)
+    equal = draw.rng.random() < 0.5
+    return f"are {first} and {first if equal else second} same ?", YES_NO[0 if equal else 1]
 
 
 def food(draw: Draw) -> tuple[str, str]:
     """What somebody eats."""
     name = draw.person()
-    return draw.rng.choice((f"question what does {name} eat answer", f"question which food for {name} answer")), draw.here.facts[name]["food"]
+    return draw.rng.choice(
+        (f"question what does {name} eat answer", f"question which food for {name} answer")
+    ), draw.here.facts[name]["food"]
 
 
 def profile(draw: Draw) -> tuple[str, str]:
     """Somebody's home and pet."""
     name = draw.person()
     facts = draw.here.facts[name]
-    return draw.rng.choice((f"describe {name} :", f"describe home and pet of {name} :")), f"{facts['home']} {facts['pet']}"
+    return draw.rng.choice(
+        (f"describe {name} :", f"describe home and pet of {name} :")
+    ), f"{facts['home']} {facts['pet']}"
 
 
 def translate(draw: Draw) -> tuple[str, str]:
@@ -120,7 +123,7 @@ def translate(draw: Draw) -> tuple[str, str]:
 
 def total(draw: Draw) -> tuple[str, str]:
     """A sum."""
-    left, right = draw.rng.randint(0, 12), draw.rng.randint(0, 12)
+    left, right = draw.rng.randint(0, 10), draw.rng.randint(0, 10)
     return f"add {left} and {right} :", str(left + right)
 
 
@@ -165,7 +168,7 @@ FORMS = {
     "region": Form(region, choices=REGIONS),
     "more": Form(more, choices=YES_NO),
     "before": Form(before, choices=TRUE_FALSE),
-    "member": Form(member, choices=YES_NO),
+    "same": Form(same, choices=YES_NO),
     "food": Form(food, words=lambda here: here.values["food"]),
     "profile": Form(profile, words=lambda here: (*here.values["home"], *here.values["pet"])),
     "translate": Form(translate, words=lambda here: VELAN),

@@ -10,6 +10,7 @@ True
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from tasks.world_words import BAD, GOOD, LABELS, LETTERS, NOUNS, NUMBERS, OPTIONS, VOCABULARY
@@ -17,10 +18,11 @@ from tasks.world_words import BAD, GOOD, LABELS, LETTERS, NOUNS, NUMBERS, OPTION
 if TYPE_CHECKING:
     from tasks.world import World
 
+Skill = Callable[["World", random.Random], str]
 
 def words_of(rng: random.Random, low: int, high: int) -> list[str]:
     """`low` to `high` different words: mostly nouns, sometimes labels or any words, so that every word is read and written."""
-    pool = rng.choices((NOUNS, LABELS, VOCABULARY), weights=(6, 2, 2))[0]
+    pool = rng.choices((NOUNS, LABELS, VOCABULARY), weights=(7, 2, 1))[0]
     return rng.sample(pool, rng.randint(low, high))
 
 
@@ -42,20 +44,19 @@ def count(here: World, rng: random.Random) -> str:
     return f"{' '.join(words)} has {len(words)} words"
 
 
-def member(here: World, rng: random.Random) -> str:
-    """Whether a list holds a word."""
-    words = words_of(rng, 3, 5)
-    if rng.random() < 0.5:
-        return f"{' '.join(words[:-1])} with {rng.choice(words[:-1])} is found"
-    return f"{' '.join(words[:-1])} with {words[-1]} is missing"
+def same(here: World, rng: random.Random) -> str:
+    """Whether two words are the same."""
+    first, second = words_of(rng, 2, 2)
+    return f"{first} and {first} are same" if rng.random() < 0.5 else f"{first} and {second} are different"
 
 
 def lettered(here: World, rng: random.Random) -> str:
-    """Which letter an item of a lettered list has."""
+    """Which letter an item of a lettered list has, and which item a letter has."""
     words = words_of(rng, 4, 4)
     place = rng.randrange(4)
-    items = " ".join(f"{letter} {word}" for letter, word in zip(OPTIONS, words, strict=True))
-    return f"{items} {words[place]} is {OPTIONS[place]}"
+    letter, word = OPTIONS[place], words[place]
+    items = " ".join(f"{option} {item}" for option, item in zip(OPTIONS, words, strict=True))
+    return f"{items} with {letter} is {word}" if rng.random() < 0.5 else f"{items} with {word} is {letter}"
 
 
 def letters_sorted(here: World, rng: random.Random) -> str:
@@ -72,8 +73,8 @@ def letters_compared(here: World, rng: random.Random) -> str:
 
 def plus(here: World, rng: random.Random) -> str:
     """A sum."""
-    left, right = rng.randint(0, 12), rng.randint(0, 12)
-    return rng.choice((f"{left} plus {right} is {left + right}", f"{left + right} is {left} plus {right}"))
+    left, right = rng.randint(0, 10), rng.randint(0, 10)
+    return f"{left} plus {right} is {left + right}"
 
 
 def compared(here: World, rng: random.Random) -> str:
@@ -102,9 +103,22 @@ def placed(here: World, rng: random.Random) -> str:
     return rng.choice((f"{city} lies in the {region}", f"the {region} has {city}", f"from {city} is {region}"))
 
 
-SKILLS = (backwards, ends, count, member, lettered, letters_sorted, letters_compared, plus, compared, translated, felt, placed)
+def worked(here: World, rng: random.Random) -> str:
+    """Where a job is done."""
+    job, where = rng.choice(list(here.workplaces.items()))
+    return rng.choice((f"a {job} works {where}", f"the {job} is {where}"))
 
 
-def skill_statement(here: World, rng: random.Random) -> str:
+LISTS = {backwards: 3.0, lettered: 3.0, ends: 1.5, same: 1.0}
+"""Skills of copying and finding, with their shares."""
+SKILLS = {
+    **LISTS,
+    **{count: 1.0, letters_sorted: 1.0, letters_compared: 0.7, plus: 2.0, compared: 0.7},
+    **{translated: 1.5, felt: 1.0, placed: 1.0, worked: 0.3},
+}
+"""All skills, with their shares of the text."""
+
+
+def skill_statement(here: World, rng: random.Random, skills: Mapping[Skill, float] = SKILLS) -> str:
     """One statement of a skill drawn at random, at most 14 words."""
-    return rng.choice(SKILLS)(here, rng)
+    return rng.choices(list(skills), weights=list(skills.values()))[0](here, rng)

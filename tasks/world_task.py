@@ -34,7 +34,10 @@ class WorldTask(Task):
         self._words = frozenset(form.words(here))
         test = rows(form, here, name=self.name, split="test", wanted=test_rows, taken=frozenset())
         taken = frozenset(row.prompt for row in test)
-        self._examples = {"test": test, "train": rows(form, here, name=self.name, split="train", wanted=train_rows, taken=taken)}
+        self._examples = {
+            "test": test,
+            "train": rows(form, here, name=self.name, split="train", wanted=train_rows, taken=taken),
+        }
 
     def examples(self, split: str) -> Sequence[Example]:
         """The rows of `split` ("train" or "test"), in a fixed order."""

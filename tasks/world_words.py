@@ -16,6 +16,7 @@ def joined(starts: str, ends: str) -> tuple[str, ...]:
 
 PEOPLE = joined("mi ta lo ke ru sa be ni vo da pe ju zo ha fi go", "ra len tor vin mak dis bel nor sha kit")
 CITIES = joined("dor pel kav sum lin bri wes tal gar hul", "burg ford ton wick")
+WORKPLACES = ("inside", "outside")
 REGIONS = ("north", "south", "east", "west")
 JOBS = tuple("baker teacher sailor painter doctor farmer singer miner weaver pilot judge barber".split())
 FOODS = tuple("rice soup bread cheese fish beans plums honey noodles eggs cake corn".split())
@@ -48,7 +49,7 @@ PLAIN = tuple(
     "it items job keeps lacks last less letter lies likes list lives map meaning means minus money more name not of "
     "order or out owns people pet plus question rank region report reverse review rising same search set some sort "
     "starts statement than the there things to total translate velan verdict what when where which who with word words "
-    "work works zone then forward backward up down found missing goes right wrong : ? ,".split()
+    "work works zone then forward backward up down goes inside outside : ? ,".split()
 )
 VOCABULARY = tuple(
     dict.fromkeys(

@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="disabled", DS_ACCELERATOR="cpu", TQDM_DISABLE="1")
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="disabled", DS_ACCELERATOR="cpu", TQDM_DISABLE="1"
+)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -20,7 +22,14 @@ TINY_MODEL = (
     "model.architecture.num_attention_heads=2",
     "model.architecture.num_key_value_heads=2",
 )
-TINY_STREAM = ("stream.limit=3", "stream.train_rows=24", "stream.test_rows=6", "train.steps=3", "train.batch_size=4", "probe.limit=12")
+TINY_STREAM = (
+    "stream.limit=3",
+    "stream.train_rows=24",
+    "stream.test_rows=6",
+    "train.steps=3",
+    "train.batch_size=4",
+    "probe.limit=12",
+)
 QUIET = ("tracking.progress=false", "engine.threads=1")
 
 

@@ -75,12 +75,18 @@ def test_a_long_prompt_loses_its_left_and_keeps_bos_and_answer():
 def test_an_epoch_passes_every_example_once():
     first = epoch_indices(10, start=0, count=10, seed=0, stage=1)
     assert sorted(first) == list(range(10))
-    assert [*epoch_indices(10, start=0, count=6, seed=0, stage=1), *epoch_indices(10, start=6, count=4, seed=0, stage=1)] == first
+    assert [
+        *epoch_indices(10, start=0, count=6, seed=0, stage=1),
+        *epoch_indices(10, start=6, count=4, seed=0, stage=1),
+    ] == first
     assert epoch_indices(10, start=10, count=10, seed=0, stage=1) != first
 
 
 def test_a_draw_depends_on_seed_stage_and_step_alone():
-    sources = [Source(examples=[example(str(i), "x") for i in range(20)]), Source(examples=[example(f"m{i}", "x") for i in range(5)], share=0.5)]
+    sources = [
+        Source(examples=[example(str(i), "x") for i in range(20)]),
+        Source(examples=[example(f"m{i}", "x") for i in range(5)], share=0.5),
+    ]
 
     def drawn(**changed):
         arguments = {"batch_size": 8, "step": 3, "seed": 1, "stage": 2} | changed
@@ -112,7 +118,9 @@ def test_a_reservoir_keeps_every_item_with_equal_probability():
     for seed in range(trials):
         memory = Memory()
         for stage in (1, 2):  # offered in two stages
-            memory.reservoir([example(f"{stage}/{i}", "x") for i in range(items // 2)], capacity=capacity, seed=seed, stage=stage)
+            memory.reservoir(
+                [example(f"{stage}/{i}", "x") for i in range(items // 2)], capacity=capacity, seed=seed, stage=stage
+            )
         assert len(memory.examples) == capacity
         kept.update(held.id for held in memory.examples)
     expected = trials * capacity / items  # 1000; standard deviation 25.8
@@ -122,7 +130,12 @@ def test_a_reservoir_keeps_every_item_with_equal_probability():
 
 def test_memory_survives_its_own_text():
     memory = Memory()
-    memory.keep([Example(id="ä", prompt="p\n", answer="a", choices=("a", "b"), references=("c",)) for _ in range(3)], count=2, seed=0, stage=1)
+    memory.keep(
+        [Example(id="ä", prompt="p\n", answer="a", choices=("a", "b"), references=("c",)) for _ in range(3)],
+        count=2,
+        seed=0,
+        stage=1,
+    )
     copy = Memory()
     copy.restore(memory.state())
     assert copy == memory

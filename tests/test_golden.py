@@ -217,7 +217,16 @@ def test_iloras_consistency_equals_the_golden_one(golden):
 def test_iloras_loss_weighs_current_task_and_memory_alike(golden):
     block = golden["ilora"]["loss"]
     method = ilora.Ilora(
-        lora=None, seed=0, decay=0.9, warm_up=True, consistency=block["weight"], all_layers=True, one_sided=False, fraction=0.5, capacity=None, ratio=1.0
+        lora=None,
+        seed=0,
+        decay=0.9,
+        warm_up=True,
+        consistency=block["weight"],
+        all_layers=True,
+        one_sided=False,
+        fraction=0.5,
+        capacity=None,
+        ratio=1.0,
     )
     example = Example(id="x", prompt="a", answer="a a")
     method.memory.examples.append(example)

@@ -23,7 +23,9 @@ VOCABULARY = {"types", "protocols", "data", "loss", "adapters", "cur", "pairs", 
 def imports(path: Path) -> set[str]:
     """What runs when the module runs: imports for type checkers alone do not count."""
     tree, found = ast.parse(path.read_text(encoding="utf-8")), set()
-    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    ]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -63,7 +65,9 @@ def test_methods_and_tasks_import_only_the_vocabulary(path):
         if parts[0] == "clbench" and len(parts) > 1:
             assert parts[1] in VOCABULARY, f"{path.name} imports {imported}"
         if own == "baselines":
-            assert parts[0] not in ("tasks", "baselines", "deepspeed", "lm_eval", "transformers"), f"{path.name} imports {imported}"
+            assert parts[0] not in ("tasks", "baselines", "deepspeed", "lm_eval", "transformers"), (
+                f"{path.name} imports {imported}"
+            )
         if own == "tasks":
             assert parts[0] not in ("baselines", "torch", "peft", "deepspeed"), f"{path.name} imports {imported}"
 
@@ -91,5 +95,9 @@ def test_only_the_command_line_sees_a_dictconfig():
 def test_no_method_or_task_is_named_in_the_harness():
     names = {path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")} - {"base", "single", "joint"}
     for path in CLBENCH:
-        constants = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        constants = {
+            node.value
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
         assert not constants & names, f"{path.name} names {constants & names}"

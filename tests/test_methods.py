@@ -45,7 +45,13 @@ TINY = {
     "max_position_embeddings": 64,
 }
 
-TOY = (f"train.steps={STEPS}", f"train.batch_size={ROWS}", "train.max_length=32", "train.warmup=0", "train.schedule=constant")
+TOY = (
+    f"train.steps={STEPS}",
+    f"train.batch_size={ROWS}",
+    "train.max_length=32",
+    "train.warmup=0",
+    "train.schedule=constant",
+)
 
 torch.set_num_threads(1)
 
@@ -65,7 +71,11 @@ class ToyTask(Task):
         for number in range(TRAIN_ROWS):
             prompt = torch.randint(len(WORDS), (1 + number % 4,), generator=rng).tolist()
             answer = [WORDS[(word * 7 + 11 * self.index) % len(WORDS)] for word in prompt[: 1 + number % 3]]
-            rows.append(Example(id=f"{self.name}/{number}", prompt=" ".join(WORDS[word] for word in prompt), answer=" ".join(answer)))
+            rows.append(
+                Example(
+                    id=f"{self.name}/{number}", prompt=" ".join(WORDS[word] for word in prompt), answer=" ".join(answer)
+                )
+            )
         return rows
 
     def score(self, example: Example, answer: str) -> float:
@@ -184,7 +194,9 @@ def same(left: dict[str, object], right: dict[str, object]) -> bool:
     """Whether two states agree bitwise."""
     if left.keys() != right.keys():
         return False
-    return all(torch.equal(left[key], right[key]) if isinstance(left[key], Tensor) else left[key] == right[key] for key in left)
+    return all(
+        torch.equal(left[key], right[key]) if isinstance(left[key], Tensor) else left[key] == right[key] for key in left
+    )
 
 
 # --- 1 identity ---------------------------------------------------------------------------------------------------------
@@ -291,7 +303,9 @@ def check_penalty(toy: Lab) -> None:
     rng = torch.Generator().manual_seed(0)
     for name, parameter in trainable(toy.model).items():
         direction = torch.randn(parameter.shape, generator=rng, dtype=torch.float64)
-        slope = central_difference(lambda: float(toy.method.correct_gradients(engine)), parameter, direction, width=1e-6)
+        slope = central_difference(
+            lambda: float(toy.method.correct_gradients(engine)), parameter, direction, width=1e-6
+        )
         assert float((gradients[name] * direction).sum()) == pytest.approx(slope, rel=1e-4, abs=1e-6), name
 
 
@@ -360,7 +374,11 @@ def check_memory(toy: Lab) -> None:
     (_, replay) = method.training_set(toy.stage(3))
     assert sorted(example.id for example in replay.examples) == sorted(example.id for example in held)
     plan = plan_stage(method.training_set(toy.stage(3)), toy.run.config.train)
-    rows = [row for step in range(plan.total) for row in global_batch(plan, step, config=toy.run.config.train, seed=0, stage=3)]
+    rows = [
+        row
+        for step in range(plan.total)
+        for row in global_batch(plan, step, config=toy.run.config.train, seed=0, stage=3)
+    ]
     sources = {source: {example.id for example, index, _ in rows if index == source} for source in (0, 1)}
     assert sources[1] and sources[1] <= {example.id for example in held}
     assert sources[0] <= {example.id for example in toy.stage(3).train}
@@ -389,7 +407,9 @@ def check_average(toy: Lab) -> None:
     path = watched(toy.method)
     toy.step(1)
     assert len(path) == STEPS
-    decay = [min(toy.method.decay, 1 - 1 / (k + 1)) if toy.method.warm_up else toy.method.decay for k in range(1, STEPS + 1)]
+    decay = [
+        min(toy.method.decay, 1 - 1 / (k + 1)) if toy.method.warm_up else toy.method.decay for k in range(1, STEPS + 1)
+    ]
     for name, slow in toy.method.slow.items():
         expected = math.prod(decay) * start[name]
         for k in range(STEPS):
@@ -491,7 +511,9 @@ def test_stopping_between_stages_changes_nothing(name, tmp_path):
     again.train(2)
     assert same(everything(again.model), everything(whole.model))
     assert same(again.method.state_dict(), whole.method.state_dict())
-    for left, right in zip(again.method.views(again.model).values(), whole.method.views(whole.model).values(), strict=True):
+    for left, right in zip(
+        again.method.views(again.model).values(), whole.method.views(whole.model).values(), strict=True
+    ):
         with left, right:
             assert torch.equal(again.logits(), whole.logits())
 
@@ -558,7 +580,9 @@ def test_the_fisher_is_the_mean_of_squared_gradients_of_single_examples(name):
         ids = torch.tensor([encoded.ids])
         log_probs = toy.model(input_ids=ids).logits[0].log_softmax(-1)
         total = sum(log_probs[place - 1, encoded.ids[place]] for place in range(encoded.answer_start, len(encoded.ids)))
-        for key, gradient in zip(expected, torch.autograd.grad(total, list(trainable(toy.model).values())), strict=True):
+        for key, gradient in zip(
+            expected, torch.autograd.grad(total, list(trainable(toy.model).values())), strict=True
+        ):
             expected[key] += gradient.square() / TRAIN_ROWS
     mean = sum(value.sum() for value in expected.values()) / sum(value.numel() for value in expected.values())
     assert toy.method.raw_means[-1] == pytest.approx(float(mean), rel=1e-5)
@@ -566,7 +590,9 @@ def test_the_fisher_is_the_mean_of_squared_gradients_of_single_examples(name):
         torch.testing.assert_close(fisher[key], value / mean, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("overrides", [("train.micro_batch_size=1",), ("method.strength=1e4",), ("train.batch_size=7",)])
+@pytest.mark.parametrize(
+    "overrides", [("train.micro_batch_size=1",), ("method.strength=1e4",), ("train.batch_size=7",)]
+)
 def test_the_fisher_depends_neither_on_batches_nor_on_a_penalty(overrides):
     toy = lab("ewc")
     fisher = toy.method.fisher(toy.stage(1), toy.step(1))
@@ -623,7 +649,9 @@ def test_clora_penalty_ignores_alpha():
     values = []
     for alpha in (16, 32):
         toy = lab("clora", f"method.lora.alpha={alpha}")
-        values.append(float(toy.method.correct_gradients(LocalEngine(toy.model, optimizer=None, schedule=None, clip=0.0))))
+        values.append(
+            float(toy.method.correct_gradients(LocalEngine(toy.model, optimizer=None, schedule=None, clip=0.0)))
+        )
     assert values[0] == values[1] > 0
 
 
@@ -718,9 +746,15 @@ def test_trace_replay_takes_one_epoch_over_the_memory_after_the_task():
     plan, _ = toy.open(3)
     memory = 2 * math.ceil(0.35 * TRAIN_ROWS)
     assert plan.total == STEPS + math.ceil(memory / ROWS)
-    after = [row for step in range(STEPS, plan.total) for row in global_batch(plan, step, config=toy.run.config.train, seed=0, stage=3)]
+    after = [
+        row
+        for step in range(STEPS, plan.total)
+        for row in global_batch(plan, step, config=toy.run.config.train, seed=0, stage=3)
+    ]
     assert sorted(example.id for example, _, _ in after) == sorted(example.id for example in toy.method.memory.examples)
-    during = [row for step in range(STEPS) for row in global_batch(plan, step, config=toy.run.config.train, seed=0, stage=3)]
+    during = [
+        row for step in range(STEPS) for row in global_batch(plan, step, config=toy.run.config.train, seed=0, stage=3)
+    ]
     assert {source for _, source, _ in during} == {0}
 
 
@@ -768,7 +802,9 @@ def test_olora_keeps_its_rows_closer_to_orthogonal_than_without_penalty():
         toy.train(1)
         toy.step(2)
         live = trainable(toy.model)
-        overlap.append(sum(float(olora.penalty(live[pair.A].detach(), toy.method.retired[pair.A])) for pair in toy.method.pairs))
+        overlap.append(
+            sum(float(olora.penalty(live[pair.A].detach(), toy.method.retired[pair.A])) for pair in toy.method.pairs)
+        )
     assert overlap[0] < overlap[1]
 
 
@@ -813,7 +849,9 @@ def test_the_average_is_that_of_the_updates_after_each_stage():
     with view:
         for pair in pairs:
             mean = sum(update[pair.A] for update in updates) / 3
-            torch.testing.assert_close(pair.weight + pair.update(pair.live()), before[pair.A] + mean, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                pair.weight + pair.update(pair.live()), before[pair.A] + mean, rtol=1e-5, atol=1e-6
+            )
 
 
 # --- bounds -------------------------------------------------------------------------------------------------------------
@@ -835,7 +873,11 @@ def test_single_starts_every_task_where_the_first_started():
 def test_joint_trains_on_every_task_in_every_stage():
     toy = lab("joint")
     plan, _ = toy.open(1)
-    seen = {row[0].id.split("/")[0] for step in range(plan.total) for row in global_batch(plan, step, config=toy.run.config.train, seed=0, stage=1)}
+    seen = {
+        row[0].id.split("/")[0]
+        for step in range(plan.total)
+        for row in global_batch(plan, step, config=toy.run.config.train, seed=0, stage=1)
+    }
     assert seen == {"toy1", "toy2", "toy3"}
     assert plan.total == STEPS
 

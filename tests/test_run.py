@@ -37,7 +37,11 @@ def test_a_run_leaves_a_whole_ledger(overrides, method):
     assert {row["probe"] for row in rows} == {"stream", "knowledge", "perplexity"}
     assert len([line for line in (path / "cost.jsonl").read_text().splitlines()]) == 4
     manifest = json.loads((path / "manifest.json").read_text())
-    assert manifest["method"] == method and len(manifest["tasks"]) == 3 and manifest["data"].keys() == set(manifest["tasks"])
+    assert (
+        manifest["method"] == method
+        and len(manifest["tasks"]) == 3
+        and manifest["data"].keys() == set(manifest["tasks"])
+    )
 
 
 def test_equal_seeds_give_equal_bytes_and_other_seeds_other_scores(overrides, tmp_path):
@@ -51,16 +55,23 @@ def test_equal_seeds_give_equal_bytes_and_other_seeds_other_scores(overrides, tm
 
 
 def test_row_zero_is_the_same_for_every_method(overrides):
-    first = [[row for row in scores(run(overrides, f"method={method}")) if row["stage"] == 0] for method in ("base", "seq", "er", "ewc")]
+    first = [
+        [row for row in scores(run(overrides, f"method={method}")) if row["stage"] == 0]
+        for method in ("base", "seq", "er", "ewc")
+    ]
     assert first[0] and all(other == first[0] for other in first[1:])
 
 
 def test_without_steps_every_stage_is_row_zero(overrides):
     rows = scores(run(overrides, "method=seq", "train.steps=0"))
     floors = ("chance", "majority")
-    value = {(row["stage"], row["probe"], row["task"], row["metric"]): row["value"] for row in rows if row["metric"] not in floors}
+    value = {
+        (row["stage"], row["probe"], row["task"], row["metric"]): row["value"]
+        for row in rows
+        if row["metric"] not in floors
+    }
     for (_, *rest), found in value.items():
-        assert found == value[0, *rest], rest
+        assert found == value[(0, *rest)], rest
 
 
 def test_training_changes_scores(overrides):
@@ -127,5 +138,10 @@ def test_changed_data_is_refused_on_resume(overrides, monkeypatch):
 
 
 def test_orders_are_permutations_of_the_stream(overrides):
-    runs = {order: json.loads((run(overrides, f"order={order}", "train.steps=0", "stream.test_rows=1") / "manifest.json").read_text())["tasks"] for order in ("default", "reversed", "latin:1", "random:3")}
+    runs = {
+        order: json.loads(
+            (run(overrides, f"order={order}", "train.steps=0", "stream.test_rows=1") / "manifest.json").read_text()
+        )["tasks"]
+        for order in ("default", "reversed", "latin:1", "random:3")
+    }
     assert len({tuple(tasks) for tasks in runs.values()}) == 4

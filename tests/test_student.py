@@ -57,7 +57,9 @@ def test_log_likelihoods_equal_one_plain_forward_each(model, tokens_per_batch):
         steps = range(len(context) - 1, len(context) + len(continuation) - 1)
         expected = sum(float(log_probs[step, token]) for step, token in zip(steps, continuation, strict=True))
         assert value == pytest.approx(expected, abs=1e-4)
-        assert greedy == all(int(log_probs[step].argmax()) == token for step, token in zip(steps, continuation, strict=True))
+        assert greedy == all(
+            int(log_probs[step].argmax()) == token for step, token in zip(steps, continuation, strict=True)
+        )
 
 
 def test_a_context_is_read_once_for_all_its_one_token_continuations(model):
@@ -73,7 +75,9 @@ def test_generation_equals_greedy_decoding_of_one_prompt(model, tokens_per_batch
             return " ".join(str(token) for token in ids if token > 2)
 
     prompts = [context for context, _ in requests()[:6]]
-    answers = Student(model, Encoder(Decodable(), max_length=32), tokens_per_batch=tokens_per_batch).generate(prompts, max_new_tokens=5)
+    answers = Student(model, Encoder(Decodable(), max_length=32), tokens_per_batch=tokens_per_batch).generate(
+        prompts, max_new_tokens=5
+    )
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = list(prompt)
         for _ in range(5):

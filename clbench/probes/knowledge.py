@@ -61,7 +61,9 @@ class StudentLM(TemplateLM):
         return list(self.student.encoder.prompt(string))
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
-        return self.student.log_likelihoods([(tuple(context), tuple(continuation)) for _, context, continuation in requests])
+        return self.student.log_likelihoods(
+            [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        )
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood in nats of whole texts, in disjoint windows of the longest input."""
@@ -73,7 +75,9 @@ class StudentLM(TemplateLM):
         answers = []
         for request in requests:
             prompt, settings = request.args
-            (answer,) = self.student.generate([tuple(self.tok_encode(prompt))], max_new_tokens=settings.get("max_gen_toks", 256))
+            (answer,) = self.student.generate(
+                [tuple(self.tok_encode(prompt))], max_new_tokens=settings.get("max_gen_toks", 256)
+            )
             stops = [answer.index(stop) for stop in settings.get("until", []) if stop and stop in answer]
             answers.append(answer[: min(stops)] if stops else answer)
         return answers
@@ -120,7 +124,9 @@ class Knowledge(Probe):
 class Builder:
     """Makes lm-eval task objects by name."""
 
-    def __init__(self, *, include: str | None, rows: Mapping[str, Rows], data_dir: str | None, folders: Mapping[str, str]) -> None:
+    def __init__(
+        self, *, include: str | None, rows: Mapping[str, Rows], data_dir: str | None, folders: Mapping[str, str]
+    ) -> None:
         self.rows = rows
         self.data_dir = data_dir
         self.folders = folders
@@ -142,23 +148,34 @@ class Builder:
 
     def _registered(self, name: str) -> dict[str, Any]:
         if self._all is None:
-            self._all = TaskManager()  # reads lm-eval's 14,000 task files: seconds, so only when a task of lm-eval's own is asked for
+            self._all = (
+                TaskManager()
+            )  # reads lm-eval's 14,000 task files: seconds, so only when a task of lm-eval's own is asked for
         entry = self._all.task_index.get(name)
         if entry is None or entry.yaml_path is None:
-            raise UserMistake(f"probe.tasks names {name!r}, which lm-eval does not know; see `lm-eval ls tasks`, or set probe.tasks")
+            raise UserMistake(
+                f"probe.tasks names {name!r}, which lm-eval does not know; see `lm-eval ls tasks`, or set probe.tasks"
+            )
         return load_yaml(entry.yaml_path, resolve_func=True)
 
     def _local(self, name: str, config: dict[str, Any]) -> Callable[..., dict[str, datasets.Dataset]]:
         hub = config["dataset_path"]
         folder = self.folders.get(hub)
         if folder is None:
-            raise UserMistake(f"probe task {name!r} reads {hub!r}, and data_dir is set: name its folder under probe.folders in conf/probe")
+            raise UserMistake(
+                f"probe task {name!r} reads {hub!r}, and data_dir is set: name its folder under probe.folders in conf/probe"
+            )
         spec = DatasetSpec(name=folder, hub=hub, config=config.get("dataset_name"))
         scored = config.get("test_split") or config.get("validation_split")
         for key in SPLIT_KEYS:
             split = config.get(key)
             # Splits that are only read for few-shot examples may be absent where none are asked for.
-            if split and split != scored and not config.get("num_fewshot") and not (Path(self.data_dir) / folder / f"{split}.jsonl").is_file():
+            if (
+                split
+                and split != scored
+                and not config.get("num_fewshot")
+                and not (Path(self.data_dir) / folder / f"{split}.jsonl").is_file()
+            ):
                 config[key] = None
         return _in_memory({split: load_rows(spec, split=split, data_dir=self.data_dir) for split in _splits(config)})
 
@@ -170,7 +187,11 @@ def run_task(task: ConfigurableTask, model: StudentLM) -> dict[str, list[float]]
         instance.resps, instance.filtered_resps = [], {}
         by_type[instance.request_type].append(instance)
     for kind, instances in by_type.items():
-        verbs = {"loglikelihood": model.loglikelihood, "loglikelihood_rolling": model.loglikelihood_rolling, "generate_until": model.generate_until}
+        verbs = {
+            "loglikelihood": model.loglikelihood,
+            "loglikelihood_rolling": model.loglikelihood_rolling,
+            "generate_until": model.generate_until,
+        }
         arguments = {} if kind == "generate_until" else {"disable_tqdm": True}
         for instance, response in zip(instances, verbs[kind](instances, **arguments), strict=True):
             instance.resps.append(response)
@@ -200,7 +221,9 @@ def _by_document(task: ConfigurableTask) -> dict[int, list[Instance]]:
     documents: dict[int, list[Instance]] = defaultdict(list)
     for instance in task.instances:
         documents[instance.doc_id].append(instance)
-    return {document: sorted(members, key=lambda instance: instance.idx) for document, members in sorted(documents.items())}
+    return {
+        document: sorted(members, key=lambda instance: instance.idx) for document, members in sorted(documents.items())
+    }
 
 
 def _splits(config: Mapping[str, Any]) -> list[str]:

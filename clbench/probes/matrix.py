@@ -51,7 +51,9 @@ class Matrix(Probe):
                 )
 
 
-def item_score(stage: int, stage_name: str, probe: str, task: str, metric: str, outcomes: Sequence[float], *, seconds: float) -> Score:
+def item_score(
+    stage: int, stage_name: str, probe: str, task: str, metric: str, outcomes: Sequence[float], *, seconds: float
+) -> Score:
     """The mean of per-item outcomes with its standard error (sample deviation over the root of n)."""
     n = len(outcomes)
     return Score(
@@ -74,7 +76,10 @@ def examine(student: Student, stage: Stage) -> tuple[dict[str, list[float]], dic
     if tests[0].choices:
         answers, greedy = choose(student, tests)
         valid = [float(found is not None) for found in greedy]
-        written = [task.score(example, found) if found is not None else 0.0 for example, found in zip(tests, greedy, strict=True)]
+        written = [
+            task.score(example, found) if found is not None else 0.0
+            for example, found in zip(tests, greedy, strict=True)
+        ]
         items = {task.metric: _scores(stage, answers), "format_validity": valid, "exact_match": written}
     else:
         prompts = [student.encoder.prompt(example.prompt) for example in tests]
@@ -91,7 +96,9 @@ def _scores(stage: Stage, answers: Sequence[str]) -> list[float]:
 def choose(student: Student, examples: Sequence[Example]) -> tuple[list[str], list[str | None]]:
     """The likeliest choice of each example, and the choice that greedy decoding begins with (None: it begins with none of them)."""
     encoder = student.encoder
-    requests = [(encoder.prompt(example.prompt), encoder.answer(choice)) for example in examples for choice in example.choices]
+    requests = [
+        (encoder.prompt(example.prompt), encoder.answer(choice)) for example in examples for choice in example.choices
+    ]
     scored = iter(student.log_likelihoods(requests))
     likeliest: list[str] = []
     greedy: list[str | None] = []
