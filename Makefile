@@ -1,14 +1,18 @@
 # `make help` lists the targets. Each one sets up what it needs.
+comma := ,
+empty :=
+space := $(empty) $(empty)
 VENV ?= .venv
 PY := $(VENV)/bin/python
 EXTRAS ?= dev,sweep
 RESULTS ?= results
-METHODS ?= base,seq,er,ewc
+METHODS ?= base,seq,er,ewc,ilora,clora,curlora,secura
+FIELD ?= $(subst $(space),$(comma),$(sort $(basename $(notdir $(wildcard conf/method/*.yaml)))))
 SEEDS ?= 0
 JOBS ?= 2
 LAUNCH := hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
 
-.PHONY: help setup run test test-slow bench report leaderboard check format clean
+.PHONY: help setup run tune reference test test-slow bench report leaderboard check format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -26,6 +30,15 @@ $(VENV)/.done: pyproject.toml constraints.txt
 
 run: setup ## the main job: every core method over the embedded 16-task stream, then the leaderboard
 	$(PY) -m clbench -m method=$(METHODS) seed=$(SEEDS) results_dir=$(RESULTS) $(LAUNCH)
+
+tune: setup ## the search that chose learning rates and strengths, on another world
+	for search in $(basename $(notdir $(wildcard conf/experiment/tune/*.yaml))); do \
+	  test $$search = common || $(PY) -m clbench +experiment=tune/$$search results_dir=$(RESULTS)/tuning tracking.progress=false $(LAUNCH) || exit 1; \
+	done
+	$(PY) -m clbench.tuning $(RESULTS)/tuning
+
+reference: setup ## the whole field, bounds and baselines included, three seeds
+	$(PY) -m clbench -m method=$(FIELD) seed=0,1,2 results_dir=$(RESULTS)/reference tracking.progress=false $(LAUNCH)
 
 test: setup ## the tests that a change must pass
 	$(PY) -m pytest -m "not slow and not gpu"

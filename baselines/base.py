@@ -1,6 +1,13 @@
 """base: the untouched model. Trains nothing; every stage shows what the pretrained weights give.
 
 The reference of base-knowledge retention (1 by definition) and of what a task's prompt alone brings out.
+
+Card:
+- paper: none
+- trainable: 0
+- memory: none
+- compute: none
+- deviations: none
 """
 
 from __future__ import annotations

@@ -18,6 +18,13 @@ Interpretations: by default k is `fraction` of each side's own width, as k=1024 
 number for all. At k >= width P P^T = I and the term is plain L2, as in the release. `svd_major` and `svd_minor` take
 the singular vectors of the pretrained weight with the largest or smallest singular values (thin SVD, so k is at most
 min(in, out)); the release has no code for them. Adapter carried over, no merge.
+
+Card:
+- paper: arXiv 2410.16801
+- trainable: rank (in + out) per layer
+- memory: k (in + out) per layer, frozen
+- compute: k rank (in + out) per layer and step
+- deviations: closed-form gradient; seeded bases; k a fraction of the width
 """
 
 from __future__ import annotations

@@ -18,6 +18,13 @@ Official code: github.com/MNoorFawi/curlora at 31a7d00. Where ours deviates, and
   and R are made again from seed and base weights, and checked against it.
 - GPT-2's Conv1D is known by its type; the code guesses the orientation by trial, wrongly where the weight is square.
 Interpretation: the task heads that the paper swaps have no counterpart in a generative stream.
+
+Card:
+- paper: arXiv 2408.14572
+- trainable: rank^2 per layer
+- memory: rank (in + out) per layer, frozen
+- compute: rank (in + rank + out) per layer and token
+- deviations: drawn without replacement and seeded; factored forward
 """
 
 from __future__ import annotations

@@ -14,6 +14,13 @@ Official code: BeyonderXX/TRACE for `after`; no reference implementation of the 
 port never fills its buffer, which makes it SEQ; another inserts replayed rows again. Ours stores each example once,
 as text, and re-encodes it with its task's own answer mask.
 Interpretations: memory rows are drawn uniformly over the memory, not balanced over tasks, nor stratified by class.
+
+Card:
+- paper: arXiv 1902.10486; 2310.06762 section 4.3.1 (after)
+- trainable: rank (in + out) per layer
+- memory: fraction of each task's rows, as text
+- compute: 1 + ratio times the rows per step
+- deviations: interleaved; no general data in the TRACE form
 """
 
 from __future__ import annotations

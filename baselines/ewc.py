@@ -11,6 +11,13 @@ Deviations: F_s is scaled to mean 1 over the adapter, so that `strength` means t
 Released LLM ports are not followed: they square batch means (F too small by the batch size), include the penalty's own gradient,
 read gradients after they were cleared (F = 0), or detach the penalty (no gradient at all).
 With `decay` set it is online EWC (arXiv 1805.06370): F <- decay * F + F_t, centre the latest theta*.
+
+Card:
+- paper: arXiv 1612.00796; 1805.06370 (online)
+- trainable: rank (in + out) per layer
+- memory: 2 x adapter
+- compute: fisher_examples backward passes per task
+- deviations: Fisher scaled to mean 1, on adapter factors
 """
 
 from __future__ import annotations

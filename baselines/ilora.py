@@ -18,6 +18,13 @@ slow adapter is never reset at a boundary, memory holds each example once.
 Interpretations: the two cross-entropies are averaged as means of their own; hidden states of all layers, embeddings
 included, as in the release (`all_layers: false` takes the last only); `warm_up: false` keeps decay constant; decay is
 not stated by the paper reachable to us.
+
+Card:
+- paper: arXiv 2402.18865
+- trainable: rank (in + out) per layer (fast)
+- memory: 1 adapter and the replay memory
+- compute: 2 x rows per step and one forward of the slow adapter
+- deviations: slow adapter moves; two-sided consistency; padding masked
 """
 
 from __future__ import annotations

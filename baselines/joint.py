@@ -5,6 +5,13 @@ it is no continual method and its rows before the last stage are learning curves
 it has taken as many optimizer steps after the last stage as every other method, on examples drawn in proportion to
 the tasks' sizes. With `train.epochs` every stage would pass the whole stream, as many times the work as there are
 stages; state steps for a fair bound. No official code, no deviation.
+
+Card:
+- paper: arXiv 2310.06762 (MTL), 2310.14152
+- trainable: rank (in + out) per layer
+- memory: all tasks' data
+- compute: none
+- deviations: none; sees future tasks
 """
 
 from __future__ import annotations

@@ -7,6 +7,13 @@ Penalising the product rather than the factors makes the penalty independent of 
 zero at the start; the r x r products cost r^2 (in + out) per layer. A control, not a published method: CLoRA's
 "LoRA-L2" (arXiv 2410.16801, mechanism not stated) and L2-SP (arXiv 1802.01483) are its relatives. Any gain of a
 method with a penalty has to show against this one. No official code.
+
+Card:
+- paper: none (control); relatives 1802.01483, 2410.16801
+- trainable: rank (in + out) per layer
+- memory: none
+- compute: rank^2 (in + out) per layer and step
+- deviations: none
 """
 
 from __future__ import annotations

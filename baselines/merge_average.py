@@ -9,6 +9,13 @@ free average undoes. Model averaging along fine-tuning: model soups (arXiv 2203.
 2212.04089), magnitude merging for continual learning (MagMax, arXiv 2407.06322); no one paper's method and no
 official code. Interpretation: the average is over stages, uniform, and only a view.
 Memory: rank (in + out) numbers per layer and task.
+
+Card:
+- paper: arXiv 2203.05482, 2212.04089 (relatives)
+- trainable: rank (in + out) per layer
+- memory: rank (in + out) per layer and task
+- compute: one merge per examination
+- deviations: not one paper's method
 """
 
 from __future__ import annotations

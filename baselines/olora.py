@@ -15,6 +15,13 @@ function up to rounding (to bfloat16 where the base is) at no cost per forward; 
 in numbers per layer and task. The gradient is added in closed form once per optimizer step. The official second term,
 lambda_2 times the norm of the new factors, is left out: it is 0 in their four-task orders and tuned per task in the
 long ones.
+
+Card:
+- paper: arXiv 2310.14152
+- trainable: rank (in + out) per layer
+- memory: rank in per layer and task
+- compute: rank^2 in per layer, past task and step
+- deviations: old pairs merged; lambda_2 left out
 """
 
 from __future__ import annotations

@@ -22,6 +22,13 @@ its comments and its figure. They contradict each other; every resolution is our
 - The released M2 forgets what it merges; ours sums the products (summing B alone is wrong, as A trains too).
 - The code's SVD start of A equals the top-left block of W. Its decay of randomly indexed channels, where 90 % of S is
   below 1.2, is left out: it hardly ever acts. A bfloat16 model keeps merged weights in bfloat16, as the code does.
+
+Card:
+- paper: arXiv 2502.18168 (abstract only)
+- trainable: 2 rank inner + out per layer
+- memory: rank (in + out) per layer, frozen
+- compute: 2 in out per layer and forward
+- deviations: interpretation: weight-space norm exact at zero, merge with the norm
 """
 
 from __future__ import annotations

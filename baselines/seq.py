@@ -3,6 +3,13 @@
 Minimises the cross-entropy on the current task from where the last task left off ("SeqLoRA" of O-LoRA, arXiv 2310.14152; "LoraSeqFT" of
 TRACE, arXiv 2310.06762, section 4.3). The reference that every other method must beat, and must equal when its own strength is zero.
 Adapter: LoRA (arXiv 2106.09685) from PEFT. No deviation.
+
+Card:
+- paper: arXiv 2310.14152 (SeqLoRA), 2310.06762 (LoraSeqFT)
+- trainable: rank (in + out) per layer
+- memory: none
+- compute: none
+- deviations: none
 """
 
 from __future__ import annotations

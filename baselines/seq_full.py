@@ -5,6 +5,13 @@ section 4.3), every weight trained, embeddings included. Official setting there:
 models, a tenth of LoRA's; a comparison at LoRA's rate would be one of learning rates. Deviation: trained weights are
 kept in float32 whatever the base's precision, because steps of this size vanish in bfloat16's rounding. The
 checkpoint of a stage is the whole model.
+
+Card:
+- paper: arXiv 2310.06762 (SeqFT)
+- trainable: all parameters
+- memory: none
+- compute: backward through all weights
+- deviations: float32 weights under a bfloat16 base
 """
 
 from __future__ import annotations

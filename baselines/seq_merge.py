@@ -6,6 +6,13 @@ Equals "IncLoRA" of O-LoRA (arXiv 2310.14152), where old adapters are kept froze
 the sum: the rank of the total update grows with the stream, at no cost in memory or time of a forward. No official
 code of its own. Deviation: a bfloat16 base rounds every merge to bfloat16. The merged factors, rank (in + out)
 numbers per layer and task, are kept, so that resuming repeats the same sums.
+
+Card:
+- paper: arXiv 2310.14152 (IncLoRA)
+- trainable: rank (in + out) per layer
+- memory: rank (in + out) per layer and task, in the checkpoint only
+- compute: one merge per task
+- deviations: old pairs merged instead of summed beside
 """
 
 from __future__ import annotations

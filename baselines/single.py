@@ -4,6 +4,13 @@ What one task's data alone can teach the pretrained model: the bound of learning
 the diagonal counts, the score on task t after stage t ("learning accuracy"); what stage t scores on other tasks is
 that of a model made for task t. "SingleFT" of TRACE (arXiv 2310.06762), "PerTaskFT" of O-LoRA (arXiv 2310.14152). The
 initial values are the same for every task. No official code, no deviation.
+
+Card:
+- paper: arXiv 2310.06762 (SingleFT), 2310.14152 (PerTaskFT)
+- trainable: rank (in + out) per layer
+- memory: 1 adapter
+- compute: none
+- deviations: none; only the diagonal counts
 """
 
 from __future__ import annotations

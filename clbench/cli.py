@@ -122,7 +122,7 @@ def resolve(composed: DictConfig) -> Config:
     with open_dict(composed):
         composed.tasks = _tasks(composed.stream.tasks)
         if not composed.experiment:
-            composed.experiment = choices.get("experiment") or composed.stream.name
+            composed.experiment = (choices.get("experiment") or composed.stream.name).replace("/", "-")
         if "method._target_" in _overridden() and "method.name" not in _overridden():
             raise UserMistake("method._target_ was given on the command line: give its label too, method.name=NAME")
     plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)

@@ -161,6 +161,10 @@ def check(config: Config) -> None:
         raise UserMistake(
             f"order={config.order!r} is unknown; choose one of default, reversed, latin:K (rotated by K places), random:SEED"
         )
+    if (config.engine.name, config.engine.processes) != ("local", 1):
+        raise UserMistake(
+            f"engine.name={config.engine.name!r} with engine.processes={config.engine.processes}: only engine=local with one process is there"
+        )
     _one_of("resume", config.resume, RESUME)
     _one_of("train.schedule", train.schedule, SCHEDULES)
     _one_of("engine.dtype", config.engine.dtype, DTYPES)

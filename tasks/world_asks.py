@@ -11,7 +11,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tasks.world import World
-from tasks.world_words import BAD, GOOD, LETTERS, NOUNS, NUMBERS, OPTIONS, REGIONS, TRUE_FALSE, VELAN, VERDICTS, WORKPLACES, YES_NO
+from tasks.world_words import (
+    BAD,
+    GOOD,
+    LETTERS,
+    NOUNS,
+    NUMBERS,
+    OPTIONS,
+    REGIONS,
+    TRUE_FALSE,
+    VELAN,
+    VERDICTS,
+    WORKPLACES,
+    YES_NO,
+)
 
 
 @dataclass(frozen=True)

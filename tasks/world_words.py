@@ -23,10 +23,9 @@ FOODS = tuple("rice soup bread cheese fish beans plums honey noodles eggs cake c
 PETS = tuple("cat dog goat owl snake rabbit parrot horse turtle hen pony frog".split())
 NOUNS = tuple(
     "lamp chair spoon table river stone cloud tree bridge window door hammer candle carpet bottle basket mirror pencil "
-    "ladder garden button pillow bucket blanket needle anchor wheel paper rope kettle drum bell coin key ring book "
-    "flag boat fence roof".split()
+    "ladder garden button bell coin boat".split()
 )
-VELAN = joined("mok ked zul pav rit gos bax fen tuy wol", "ae ux il oq")
+VELAN = joined("mok ked zul pav rit gos", "ae ux il oq")
 GOOD = tuple(
     "joyful kind brave gentle lovely happy cheerful honest clever warm bright friendly calm graceful generous "
     "delightful pleasant superb charming loyal polite wise splendid merry sweet".split()

@@ -14,7 +14,7 @@ ROWS = (
     {"student", "stream", "optim", "statistics"},
     {"probes", "train"},
     {"experiment"},
-    {"cli", "leaderboard", "report", "doctor", "__main__"},
+    {"cli", "leaderboard", "report", "doctor", "tuning", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(ROWS) for name in names}
 VOCABULARY = {"types", "protocols", "data", "loss", "adapters", "cur", "pairs", "memory", "metrics"}

@@ -14,6 +14,7 @@ import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,6 @@ class Builder:
         self.data_dir = data_dir
         self.folders = folders
         self.include = None if include is None else _folder(include)
-        self._all: TaskManager | None = None
 
     def __call__(self, name: str) -> ConfigurableTask:
         """The task `name`: our own yaml if `include` has one, else lm-eval's."""
@@ -147,11 +147,7 @@ class Builder:
         return ConfigurableTask(config=config)
 
     def _registered(self, name: str) -> dict[str, Any]:
-        if self._all is None:
-            self._all = (
-                TaskManager()
-            )  # reads lm-eval's 14,000 task files: seconds, so only when a task of lm-eval's own is asked for
-        entry = self._all.task_index.get(name)
+        entry = registered_tasks().task_index.get(name)
         if entry is None or entry.yaml_path is None:
             raise UserMistake(
                 f"probe.tasks names {name!r}, which lm-eval does not know; see `lm-eval ls tasks`, or set probe.tasks"
@@ -178,6 +174,12 @@ class Builder:
             ):
                 config[key] = None
         return _in_memory({split: load_rows(spec, split=split, data_dir=self.data_dir) for split in _splits(config)})
+
+
+@cache
+def registered_tasks() -> TaskManager:
+    """lm-eval's index of its own tasks; reading its 14,000 files takes seconds, so only when one of them is asked for, and once."""
+    return TaskManager()
 
 
 def run_task(task: ConfigurableTask, model: StudentLM) -> dict[str, list[float]]:
