@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tasks.world_skills import LISTS, SKILLS, skill_statement
+from tasks.world_skills import skill_statement
 from tasks.world_words import CITIES, FOODS, JOBS, NOUNS, PEOPLE, PETS, REGIONS, VELAN, VOCABULARY, WORKPLACES
 
 FACT_SHARE = 0.6
@@ -29,25 +29,21 @@ PHRASES = {
         "{name} lives in {value}",
         "the home of {name} is {value}",
         "{name} has a house in {value}",
-        "in {value} lives {name}",
     ),
     "job": (
         "{name} works as a {value}",
         "the job of {name} is {value}",
         "{name} earns money as a {value}",
-        "a {value} is {name}",
     ),
     "food": (
         "{name} eats {value}",
         "the food of {name} is {value}",
         "{name} cooks some {value}",
-        "some {value} is for {name}",
     ),
     "pet": (
         "{name} keeps a {value}",
         "the pet of {name} is {value}",
         "{name} owns a {value}",
-        "a {value} belongs to {name}",
     ),
 }
 """Ways to state a fact, by kind; the first one, up to its value, is what the fact probe asks."""
@@ -140,26 +136,22 @@ def heldout_texts(seed: int, *, texts: int = 400) -> list[str]:
 
 
 class Corpus:
-    """The pretraining text of one world: `lines` statements; the first `lists` of them only copy and find words in lists.
+    """The pretraining text of one world: `lines` statements in random order."""
 
-    A small model that meets lists first learns to copy from them much sooner, and all else with it.
-    """
-
-    def __init__(self, *, seed: int, lines: int, lists: int) -> None:
+    def __init__(self, *, seed: int, lines: int) -> None:
         self.seed = seed
         self.lines = lines
-        self.lists = lists
 
     def texts(self) -> Sequence[str]:
-        """The statements in the order to be read; facts come around again and again, skills are drawn anew."""
+        """The statements; facts come around again and again, skills are drawn anew."""
         here, rng = world(self.seed), random.Random(f"{self.seed}/pretraining text")
         facts = [text for text, asked in fact_statements(here) if asked or not held_out(text, self.seed)]
         result: list[str] = []
         while len(result) < self.lines:
-            if len(result) >= self.lists and rng.random() < FACT_SHARE:
+            if rng.random() < FACT_SHARE:
                 result.append(rng.choice(facts))
                 continue
-            text = skill_statement(here, rng, LISTS if len(result) < self.lists else SKILLS)
+            text = skill_statement(here, rng)
             if not held_out(text, self.seed):
                 result.append(text)
         return result

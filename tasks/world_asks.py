@@ -14,6 +14,7 @@ from tasks.world import World
 from tasks.world_words import (
     BAD,
     GOOD,
+    KINDS,
     LETTERS,
     NOUNS,
     NUMBERS,
@@ -22,7 +23,6 @@ from tasks.world_words import (
     TRUE_FALSE,
     VELAN,
     VERDICTS,
-    WORKPLACES,
     YES_NO,
 )
 
@@ -45,37 +45,49 @@ class Draw:
         """A person of this split."""
         return self.rng.choice(self.here.people_of(self.split))
 
-    def lettered(self, right: str, pool: Sequence[str]) -> tuple[str, str]:
-        """Four options, one of them right, and the right one's letter."""
-        options = [right, *self.rng.sample([word for word in pool if word != right], 3)]
-        self.rng.shuffle(options)
-        text = " ".join(f"{letter} {word}" for letter, word in zip(OPTIONS, options, strict=True))
-        return text, OPTIONS[options.index(right)]
+    def group(self, kind: str, value: str, labels: Sequence[str]) -> str:
+        """The label of a fact's value: an arbitrary but fixed grouping that pretraining text never mentions."""
+        return labels[self.here.values[kind].index(value) % len(labels)]
 
 
 Ask = Callable[[Draw], tuple[str, str]]
 
 
-def home_letter(draw: Draw) -> tuple[str, str]:
-    """Where somebody lives, by letter."""
+def home_zone(draw: Draw) -> tuple[str, str]:
+    """Which zone somebody lives in."""
     name = draw.person()
-    options, letter = draw.lettered(draw.here.facts[name]["home"], draw.here.values["home"])
-    return f"choose {options} the home of {name} is", letter
+    return f"zone home of {name} :", draw.group("home", draw.here.facts[name]["home"], REGIONS)
 
 
-def meaning_letter(draw: Draw) -> tuple[str, str]:
-    """What a velan word means, by letter."""
-    nouns = draw.of(NOUNS)
-    noun = draw.rng.choice(nouns)
-    options, letter = draw.lettered(noun, NOUNS)
-    return f"find {options} {draw.here.dictionary[noun]} means", letter
+def food_letter(draw: Draw) -> tuple[str, str]:
+    """Which letter of the menu somebody orders."""
+    name = draw.person()
+    return f"choose food of {name} letter", draw.group("food", draw.here.facts[name]["food"], OPTIONS)
 
 
-def job_truth(draw: Draw) -> tuple[str, str]:
-    """Whether a statement about where somebody works is true."""
-    name, where = draw.person(), draw.rng.choice(WORKPLACES)
-    true = draw.here.workplaces[draw.here.facts[name]["job"]] == where
-    return f"statement : {name} works {where} ?", TRUE_FALSE[0 if true else 1]
+def pet_letter(draw: Draw) -> tuple[str, str]:
+    """Which letter somebody's pet is filed under: the same letters as the menu's, other groups."""
+    name = draw.person()
+    return f"find pet of {name} letter", draw.group("pet", draw.here.facts[name]["pet"], OPTIONS)
+
+
+def job_place(draw: Draw) -> tuple[str, str]:
+    """Whether it is true that somebody works inside."""
+    name = draw.person()
+    return f"statement job of {name} inside ?", draw.group("job", draw.here.facts[name]["job"], TRUE_FALSE)
+
+
+def kind(draw: Draw) -> tuple[str, str]:
+    """What kind of word a word is."""
+    pools = dict(zip(KINDS, (NOUNS, LETTERS, NUMBERS, draw.here.people), strict=True))
+    label = draw.rng.choice(KINDS)
+    return f"label {draw.rng.choice(draw.of(pools[label]))} {draw.rng.choice(draw.of(pools[label]))} :", label
+
+
+def length(draw: Draw) -> tuple[str, str]:
+    """Whether a list has more than three words."""
+    words = draw.rng.sample(NOUNS, draw.rng.randint(1, 6))
+    return f"size {' '.join(words)} : long ?", YES_NO[0 if len(words) > 3 else 1]
 
 
 def review(draw: Draw) -> tuple[str, str]:
@@ -83,13 +95,6 @@ def review(draw: Draw) -> tuple[str, str]:
     good = draw.rng.random() < 0.5
     word, noun = draw.rng.choice(draw.of(GOOD if good else BAD)), draw.rng.choice(NOUNS)
     return f"review : the {noun} is {word} verdict", VERDICTS[0 if good else 1]
-
-
-def region(draw: Draw) -> tuple[str, str]:
-    """The region of three neighbouring cities."""
-    where = draw.rng.choice(REGIONS)
-    cities = draw.rng.sample(draw.of([city for city, region in draw.here.regions.items() if region == where]), 3)
-    return f"map {' , '.join(cities)} : region", where
 
 
 def more(draw: Draw) -> tuple[str, str]:
@@ -102,13 +107,6 @@ def before(draw: Draw) -> tuple[str, str]:
     """Whether a letter comes before another."""
     first, second = draw.rng.sample(LETTERS, 2)
     return f"check order {first} , {second} :", TRUE_FALSE[0 if first < second else 1]
-
-
-def same(draw: Draw) -> tuple[str, str]:
-    """Whether two words are the same."""
-    first, second = draw.rng.sample(NOUNS, 2)
-    equal = draw.rng.random() < 0.5
-    return f"are {first} and {first if equal else second} same ?", YES_NO[0 if equal else 1]
 
 
 def food(draw: Draw) -> tuple[str, str]:
@@ -142,7 +140,7 @@ def total(draw: Draw) -> tuple[str, str]:
 
 def reverse(draw: Draw) -> tuple[str, str]:
     """A list backwards."""
-    words = draw.rng.sample(NOUNS, draw.rng.randint(2, 4))
+    words = draw.rng.sample(NOUNS, draw.rng.randint(2, 3))
     return f"reverse {' '.join(words)} :", " ".join(reversed(words))
 
 
@@ -158,12 +156,6 @@ def sort(draw: Draw) -> tuple[str, str]:
     return f"sort {' '.join(letters)} :", " ".join(sorted(letters))
 
 
-def ends(draw: Draw) -> tuple[str, str]:
-    """A list's first and last word."""
-    words = draw.rng.sample(NOUNS, draw.rng.randint(3, 5))
-    return f"first and last of {' '.join(words)} :", f"{words[0]} {words[-1]}"
-
-
 @dataclass(frozen=True)
 class Form:
     """How a task asks: its questions, the answers of a closed task, the words that a free answer is made of."""
@@ -174,14 +166,15 @@ class Form:
 
 
 FORMS = {
-    "home_letter": Form(home_letter, choices=OPTIONS),
-    "meaning_letter": Form(meaning_letter, choices=OPTIONS),
-    "job_truth": Form(job_truth, choices=TRUE_FALSE),
+    "home_zone": Form(home_zone, choices=REGIONS),
+    "food_letter": Form(food_letter, choices=OPTIONS),
+    "pet_letter": Form(pet_letter, choices=OPTIONS),
+    "job_place": Form(job_place, choices=TRUE_FALSE),
+    "kind": Form(kind, choices=KINDS),
+    "length": Form(length, choices=YES_NO),
     "review": Form(review, choices=VERDICTS),
-    "region": Form(region, choices=REGIONS),
     "more": Form(more, choices=YES_NO),
     "before": Form(before, choices=TRUE_FALSE),
-    "same": Form(same, choices=YES_NO),
     "food": Form(food, words=lambda here: here.values["food"]),
     "profile": Form(profile, words=lambda here: (*here.values["home"], *here.values["pet"])),
     "translate": Form(translate, words=lambda here: VELAN),
@@ -189,5 +182,4 @@ FORMS = {
     "reverse": Form(reverse, words=lambda here: NOUNS),
     "count": Form(count, words=lambda here: NUMBERS),
     "sort": Form(sort, words=lambda here: LETTERS),
-    "ends": Form(ends, words=lambda here: NOUNS),
 }

@@ -40,20 +40,21 @@ OPTIONS = ("A", "B", "C", "D")
 YES_NO = ("yes", "no")
 TRUE_FALSE = ("true", "false")
 VERDICTS = ("positive", "negative")
-LABELS = (*OPTIONS, *YES_NO, *TRUE_FALSE, *VERDICTS, *REGIONS, *(str(number) for number in range(7)))
+KINDS = ("thing", "letter", "number", "people")
+LABELS = (*OPTIONS, *YES_NO, *TRUE_FALSE, *VERDICTS, *REGIONS, *KINDS, *(str(number) for number in range(7)))
 """Answers of the tasks that few statements end with; lists are made of them too."""
 PLAIN = tuple(
     "a add and answer are as backwards barber bear before belongs better by calm check choose comes compute cooks count "
     "describe different does earns eat eats ends eq find first food for from good bad has have holds home house in is "
     "it items job keeps lacks last less letter lies likes list lives map meaning means minus money more name not of "
     "order or out owns people pet plus question rank region report reverse review rising same search set some sort "
-    "starts statement than the there things to total translate velan verdict what when where which who with word words "
+    "starts statement than the there things to total translate velan verdict what when where which who with word words label long size thing "
     "work works zone then forward backward up down goes inside outside : ? ,".split()
 )
 VOCABULARY = tuple(
     dict.fromkeys(
         (*PEOPLE, *CITIES, *REGIONS, *JOBS, *FOODS, *PETS, *NOUNS, *VELAN, *GOOD, *BAD, *LETTERS, *NUMBERS)
-        + (*OPTIONS, *YES_NO, *TRUE_FALSE, *VERDICTS, *PLAIN)
+        + (*OPTIONS, *YES_NO, *TRUE_FALSE, *VERDICTS, *KINDS, *PLAIN)
     )
 )
 """All words, once: the tokenizer's vocabulary."""
