@@ -8,6 +8,7 @@ Not here: the training loop (`clbench.pretrain`) and adapters. Both kinds answer
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -103,13 +104,16 @@ class Recipe:
     def load(self, cache_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         """The model in float32 on the CPU, in eval mode, and its tokenizer; pretrains them where `cache_dir` lacks them."""
         folder = cache_dir / "models" / f"{self.label}-{self.fingerprint()[:12]}"
-        if not folder.is_dir():
-            log.info("pretraining %s, once; it will be kept in %s", self.label, folder)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
-                made = Path(unfinished) / "model"
-                self.make(made)
-                publish(made, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Of several processes that need the same model one makes it, the others wait for it.
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.is_dir():
+                log.info("pretraining %s, once; it will be kept in %s", self.label, folder)
+                with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
+                    made = Path(unfinished) / "model"
+                    self.make(made)
+                    os.rename(made, folder)
         return load(str(folder), revision=None, cache_dir=None)
 
     def make(self, folder: Path) -> None:
@@ -145,15 +149,6 @@ class Recipe:
 def sha256(value: object) -> str:
     """SHA-256, in hexadecimal, of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def publish(made: Path, folder: Path) -> None:
-    """Renames `made` to `folder`; where another process was first, its folder stays."""
-    try:
-        os.rename(made, folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
 
 
 def load(name: str, *, revision: str | None, cache_dir: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

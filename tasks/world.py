@@ -135,6 +135,22 @@ def heldout_texts(seed: int, *, texts: int = 400) -> list[str]:
     return result
 
 
+@lru_cache(maxsize=2)
+def pretraining_text(seed: int, lines: int) -> tuple[str, ...]:
+    """`lines` statements: facts come around again and again, skills are drawn anew."""
+    here, rng = world(seed), random.Random(f"{seed}/pretraining text")
+    facts = [text for text, asked in fact_statements(here) if asked or not held_out(text, seed)]
+    result: list[str] = []
+    while len(result) < lines:
+        if rng.random() < FACT_SHARE:
+            result.append(rng.choice(facts))
+            continue
+        text = skill_statement(here, rng)
+        if not held_out(text, seed):
+            result.append(text)
+    return tuple(result)
+
+
 class Corpus:
     """The pretraining text of one world: `lines` statements in random order."""
 
@@ -143,18 +159,8 @@ class Corpus:
         self.lines = lines
 
     def texts(self) -> Sequence[str]:
-        """The statements; facts come around again and again, skills are drawn anew."""
-        here, rng = world(self.seed), random.Random(f"{self.seed}/pretraining text")
-        facts = [text for text, asked in fact_statements(here) if asked or not held_out(text, self.seed)]
-        result: list[str] = []
-        while len(result) < self.lines:
-            if rng.random() < FACT_SHARE:
-                result.append(rng.choice(facts))
-                continue
-            text = skill_statement(here, rng)
-            if not held_out(text, self.seed):
-                result.append(text)
-        return result
+        """The statements, in the order to be read."""
+        return pretraining_text(self.seed, self.lines)
 
     def vocabulary(self) -> Sequence[str]:
         """Every word of the world and of its tasks, once, in a fixed order."""

@@ -15,8 +15,8 @@ from clbench.types import Example, UserMistake
 from tasks.world import World, world
 from tasks.world_asks import FORMS, Draw, Form
 
-DRAWS_PER_ROW = 50
-"""A question that is there already is drawn again; after this many draws per row the questions are taken to be exhausted."""
+EXHAUSTED = 500
+"""So many draws in a row without a new question: there are taken to be no more."""
 
 
 class WorldTask(Task):
@@ -59,12 +59,13 @@ def rows(form: Form, here: World, *, name: str, split: str, wanted: int, taken: 
     """Up to `wanted` different questions of `split` that are not in `taken`."""
     draw = Draw(here=here, split=split, rng=random.Random(f"{here.seed}/{name}/{split}"))
     found: dict[str, str] = {}
-    for _ in range(wanted * DRAWS_PER_ROW):
-        if len(found) == wanted:
-            break
+    misses = 0
+    while len(found) < wanted and misses < EXHAUSTED:
         prompt, answer = form.ask(draw)
-        if prompt not in taken:
-            found.setdefault(prompt, answer)
+        if prompt in taken or prompt in found:
+            misses += 1
+        else:
+            found[prompt], misses = answer, 0
     return tuple(
         Example(id=f"{name}/{split}/{index}", prompt=prompt, answer=answer, choices=form.choices)
         for index, (prompt, answer) in enumerate(found.items())
