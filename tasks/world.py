@@ -1,6 +1,6 @@
 """The embedded world: invented people and their facts, a dictionary, cities, and the text that a model is pretrained on.
 
-Pretraining text is statements: facts (home, job, food and pet of 160 people) and skills (`tasks.world_skills`) about 60:40.
+Pretraining text is statements: facts (home, job, food, pet, zone and place of work of 160 people) and skills (`tasks.world_skills`) about 60:40.
 The instruction tasks of the stream are not here (`tasks.world_task`), and no statement has their form.
 
 >>> row = fact_rows(0)[0]
@@ -48,12 +48,15 @@ PHRASES = {
 }
 """Ways to state a fact, by kind; the first one, up to its value, is what the fact probe asks."""
 
+PROBED = ("home", "job", "food", "pet")
+"""The kinds of fact that the probe asks: those with many more values than four."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class World:
     """Who and what there is. `values` are the possible values of each kind of fact, `facts[name][kind]` the true one.
 
-    `people` are in a random order: the tasks train on the first half, test on the next quarter and leave out the rest.
+    `people` are in a random order: the tasks train on the first 100, test on the next 30 and leave out the rest.
     """
 
     seed: int
@@ -61,34 +64,27 @@ class World:
     values: dict[str, tuple[str, ...]]
     facts: dict[str, dict[str, str]]
     regions: dict[str, str]
-    workplaces: dict[str, str]
     dictionary: dict[str, str]
 
     def people_of(self, split: str) -> tuple[str, ...]:
         """The people that `split` ("train", "test" or "untrained": everybody but train) asks about."""
-        half, quarter = len(self.people) // 2, len(self.people) // 4
-        return {
-            "train": self.people[:half],
-            "test": self.people[half : half + quarter],
-            "untrained": self.people[half:],
-        }[split]
+        return {"train": self.people[:100], "test": self.people[100:130], "untrained": self.people[100:]}[split]
 
 
 @lru_cache(maxsize=8)
 def world(seed: int) -> World:
     """The world of `seed`: same words, other facts."""
     rng = random.Random(f"{seed}/world")
-    cities, people, velan, jobs = list(CITIES), list(PEOPLE), list(VELAN), list(JOBS)
-    for words in (cities, people, velan, jobs):
+    cities, people, velan = list(CITIES), list(PEOPLE), list(VELAN)
+    for words in (cities, people, velan):
         rng.shuffle(words)
-    values = {"home": tuple(cities[:12]), "job": JOBS, "food": FOODS, "pet": PETS}
+    values = {"home": tuple(cities[:12]), "job": JOBS, "food": FOODS, "pet": PETS, "zone": REGIONS, "place": WORKPLACES}
     return World(
         seed=seed,
         people=tuple(people),
         values=values,
         facts={name: {kind: rng.choice(values[kind]) for kind in values} for name in people},
         regions={city: REGIONS[index % len(REGIONS)] for index, city in enumerate(rng.sample(cities, len(cities)))},
-        workplaces={job: WORKPLACES[index % 2] for index, job in enumerate(jobs)},
         dictionary=dict(zip(NOUNS, velan, strict=True)),
     )
 
@@ -109,7 +105,7 @@ def fact_statements(here: World) -> Iterator[tuple[str, bool]]:
 def fact_rows(seed: int, *, rows: int = 200) -> list[dict[str, object]]:
     """Four-choice rows about people whom no task trains on: the beginning of a statement and its possible ends."""
     here, rng = world(seed), random.Random(f"{seed}/fact probe")
-    asked = rng.sample([(name, kind) for name in here.people_of("untrained") for kind in PHRASES], rows)
+    asked = rng.sample([(name, kind) for name in here.people_of("untrained") for kind in PROBED], rows)
     result: list[dict[str, object]] = []
     for name, kind in asked:
         value = here.facts[name][kind]

@@ -14,15 +14,17 @@ from tasks.world import World
 from tasks.world_words import (
     BAD,
     GOOD,
+    JOBS,
     KINDS,
     LETTERS,
     NOUNS,
     NUMBERS,
-    OPTIONS,
+    PETS,
     REGIONS,
     TRUE_FALSE,
     VELAN,
     VERDICTS,
+    WORKPLACES,
     YES_NO,
 )
 
@@ -45,71 +47,78 @@ class Draw:
         """A person of this split."""
         return self.rng.choice(self.here.people_of(self.split))
 
-    def group(self, kind: str, value: str, labels: Sequence[str]) -> str:
-        """The label of a fact's value: an arbitrary but fixed grouping that pretraining text never mentions."""
-        return labels[self.here.values[kind].index(value) % len(labels)]
+    def options(self, name: str, fact: str) -> tuple[str, ...]:
+        """Four possible values of somebody's fact in random order, the true one among them."""
+        right = self.here.facts[name][fact]
+        options = [right, *self.rng.sample([value for value in self.here.values[fact] if value != right], 3)]
+        self.rng.shuffle(options)
+        return tuple(options)
 
 
-Ask = Callable[[Draw], tuple[str, str]]
+Asked = tuple[str, str]
+"""A prompt and its answer."""
+Ask = Callable[[Draw], Asked]
 
 
-def home_zone(draw: Draw) -> tuple[str, str]:
-    """Which zone somebody lives in."""
+def zone(draw: Draw) -> Asked:
+    """Which region somebody comes from."""
     name = draw.person()
-    return f"zone home of {name} :", draw.group("home", draw.here.facts[name]["home"], REGIONS)
+    return f"zone of {name} :", draw.here.facts[name]["zone"]
 
 
-def food_letter(draw: Draw) -> tuple[str, str]:
-    """Which letter of the menu somebody orders."""
+def place(draw: Draw) -> Asked:
+    """Whether somebody works inside or outside."""
     name = draw.person()
-    return f"choose food of {name} letter", draw.group("food", draw.here.facts[name]["food"], OPTIONS)
+    return f"label place of work {name} :", draw.here.facts[name]["place"]
 
 
-def pet_letter(draw: Draw) -> tuple[str, str]:
-    """Which letter somebody's pet is filed under: the same letters as the menu's, other groups."""
+def pet_choice(draw: Draw) -> Asked:
+    """Somebody's pet, out of four."""
     name = draw.person()
-    return f"find pet of {name} letter", draw.group("pet", draw.here.facts[name]["pet"], OPTIONS)
+    options = draw.options(name, "pet")
+    return f"choose {' , '.join(options)} pet of {name} :", draw.here.facts[name]["pet"]
 
 
-def job_place(draw: Draw) -> tuple[str, str]:
-    """Whether it is true that somebody works inside."""
+def job_choice(draw: Draw) -> Asked:
+    """Somebody's job, out of four."""
     name = draw.person()
-    return f"statement job of {name} inside ?", draw.group("job", draw.here.facts[name]["job"], TRUE_FALSE)
+    options = draw.options(name, "job")
+    return f"find {name} work {' or '.join(options)} ?", draw.here.facts[name]["job"]
 
 
-def kind(draw: Draw) -> tuple[str, str]:
+def kind(draw: Draw) -> Asked:
     """What kind of word a word is."""
     pools = dict(zip(KINDS, (NOUNS, LETTERS, NUMBERS, draw.here.people), strict=True))
     label = draw.rng.choice(KINDS)
     return f"label {draw.rng.choice(draw.of(pools[label]))} {draw.rng.choice(draw.of(pools[label]))} :", label
 
 
-def length(draw: Draw) -> tuple[str, str]:
+def length(draw: Draw) -> Asked:
     """Whether a list has more than three words."""
     words = draw.rng.sample(NOUNS, draw.rng.randint(1, 6))
     return f"size {' '.join(words)} : long ?", YES_NO[0 if len(words) > 3 else 1]
 
 
-def review(draw: Draw) -> tuple[str, str]:
+def review(draw: Draw) -> Asked:
     """Whether a remark is friendly."""
     good = draw.rng.random() < 0.5
     word, noun = draw.rng.choice(draw.of(GOOD if good else BAD)), draw.rng.choice(NOUNS)
     return f"review : the {noun} is {word} verdict", VERDICTS[0 if good else 1]
 
 
-def more(draw: Draw) -> tuple[str, str]:
+def more(draw: Draw) -> Asked:
     """Whether a number is more than another."""
     left, right = draw.rng.sample(range(len(NUMBERS)), 2)
     return f"compute is {left} more than {right} ?", YES_NO[0 if left > right else 1]
 
 
-def before(draw: Draw) -> tuple[str, str]:
+def before(draw: Draw) -> Asked:
     """Whether a letter comes before another."""
     first, second = draw.rng.sample(LETTERS, 2)
     return f"check order {first} , {second} :", TRUE_FALSE[0 if first < second else 1]
 
 
-def food(draw: Draw) -> tuple[str, str]:
+def food(draw: Draw) -> Asked:
     """What somebody eats."""
     name = draw.person()
     return draw.rng.choice(
@@ -117,7 +126,7 @@ def food(draw: Draw) -> tuple[str, str]:
     ), draw.here.facts[name]["food"]
 
 
-def profile(draw: Draw) -> tuple[str, str]:
+def profile(draw: Draw) -> Asked:
     """Somebody's home and pet."""
     name = draw.person()
     facts = draw.here.facts[name]
@@ -126,31 +135,31 @@ def profile(draw: Draw) -> tuple[str, str]:
     ), f"{facts['home']} {facts['pet']}"
 
 
-def translate(draw: Draw) -> tuple[str, str]:
+def translate(draw: Draw) -> Asked:
     """Two words in velan."""
-    first, second = draw.rng.sample(draw.of(NOUNS), 2)
+    first, second = draw.rng.sample(NOUNS, 2)
     return f"translate {first} {second} :", f"{draw.here.dictionary[first]} {draw.here.dictionary[second]}"
 
 
-def total(draw: Draw) -> tuple[str, str]:
+def total(draw: Draw) -> Asked:
     """A sum."""
     left, right = draw.rng.randint(0, 10), draw.rng.randint(0, 10)
     return f"add {left} and {right} :", str(left + right)
 
 
-def reverse(draw: Draw) -> tuple[str, str]:
+def reverse(draw: Draw) -> Asked:
     """A list backwards."""
     words = draw.rng.sample(NOUNS, draw.rng.randint(2, 3))
     return f"reverse {' '.join(words)} :", " ".join(reversed(words))
 
 
-def count(draw: Draw) -> tuple[str, str]:
+def count(draw: Draw) -> Asked:
     """How many words there are."""
     words = draw.rng.sample(NOUNS, draw.rng.randint(1, 6))
     return f"count {' '.join(words)} :", str(len(words))
 
 
-def sort(draw: Draw) -> tuple[str, str]:
+def sort(draw: Draw) -> Asked:
     """Letters in the order of the alphabet."""
     letters = draw.rng.sample(LETTERS, draw.rng.randint(2, 3))
     return f"sort {' '.join(letters)} :", " ".join(sorted(letters))
@@ -158,18 +167,26 @@ def sort(draw: Draw) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Form:
-    """How a task asks: its questions, the answers of a closed task, the words that a free answer is made of."""
+    """How a task asks: its questions, the answers of a closed task, the words that a free answer is made of.
+
+    With `listed`, a question lists the choices that it allows; otherwise all of them are allowed.
+    """
 
     ask: Ask
     choices: tuple[str, ...] = ()
+    listed: bool = False
     words: Callable[[World], Sequence[str]] = lambda here: ()
+
+    def choices_of(self, prompt: str) -> tuple[str, ...]:
+        """The choices of one question."""
+        return tuple(word for word in prompt.split() if word in self.choices) if self.listed else self.choices
 
 
 FORMS = {
-    "home_zone": Form(home_zone, choices=REGIONS),
-    "food_letter": Form(food_letter, choices=OPTIONS),
-    "pet_letter": Form(pet_letter, choices=OPTIONS),
-    "job_place": Form(job_place, choices=TRUE_FALSE),
+    "zone": Form(zone, choices=REGIONS),
+    "place": Form(place, choices=WORKPLACES),
+    "pet_choice": Form(pet_choice, choices=PETS, listed=True),
+    "job_choice": Form(job_choice, choices=JOBS, listed=True),
     "kind": Form(kind, choices=KINDS),
     "length": Form(length, choices=YES_NO),
     "review": Form(review, choices=VERDICTS),

@@ -83,12 +83,6 @@ def placed(here: World, rng: random.Random) -> str:
     return rng.choice((f"{city} lies in the {region}", f"the {region} has {city}", f"from {city} is {region}"))
 
 
-def worked(here: World, rng: random.Random) -> str:
-    """Where a job is done."""
-    job, where = rng.choice(list(here.workplaces.items()))
-    return rng.choice((f"a {job} works {where}", f"the {job} is {where}"))
-
-
 SKILLS: Mapping[Skill, float] = {
     backwards: 3.0,
     plus: 2.0,
@@ -99,7 +93,6 @@ SKILLS: Mapping[Skill, float] = {
     compared: 1.0,
     felt: 1.0,
     placed: 0.5,
-    worked: 0.5,
 }
 """All skills, with their shares of the text."""
 

@@ -67,6 +67,6 @@ def rows(form: Form, here: World, *, name: str, split: str, wanted: int, taken: 
         else:
             found[prompt], misses = answer, 0
     return tuple(
-        Example(id=f"{name}/{split}/{index}", prompt=prompt, answer=answer, choices=form.choices)
+        Example(id=f"{name}/{split}/{index}", prompt=prompt, answer=answer, choices=form.choices_of(prompt))
         for index, (prompt, answer) in enumerate(found.items())
     )

@@ -48,13 +48,13 @@ PLAIN = tuple(
     "describe different does earns eat eats ends eq find first food for from good bad has have holds home house in is "
     "it items job keeps lacks last less letter lies likes list lives map meaning means minus money more name not of "
     "order or out owns people pet plus question rank region report reverse review rising same search set some sort "
-    "starts statement than the there things to total translate velan verdict what when where which who with word words label long size thing "
+    "starts statement than the there things to total translate velan verdict what when where which who with word words label long size thing place "
     "work works zone then forward backward up down goes inside outside : ? ,".split()
 )
 VOCABULARY = tuple(
     dict.fromkeys(
         (*PEOPLE, *CITIES, *REGIONS, *JOBS, *FOODS, *PETS, *NOUNS, *VELAN, *GOOD, *BAD, *LETTERS, *NUMBERS)
-        + (*OPTIONS, *YES_NO, *TRUE_FALSE, *VERDICTS, *KINDS, *PLAIN)
+        + (*OPTIONS, *YES_NO, *TRUE_FALSE, *VERDICTS, *KINDS, *WORKPLACES, *PLAIN)
     )
 )
 """All words, once: the tokenizer's vocabulary."""
