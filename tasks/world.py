@@ -45,6 +45,16 @@ PHRASES = {
         "the pet of {name} is {value}",
         "{name} owns a {value}",
     ),
+    "zone": (
+        "{name} comes from the {value}",
+        "the zone of {name} is {value}",
+        "{name} is from the {value}",
+    ),
+    "place": (
+        "{name} works {value}",
+        "the place of {name} is {value}",
+        "the work of {name} is {value}",
+    ),
 }
 """Ways to state a fact, by kind; the first one, up to its value, is what the fact probe asks."""
 

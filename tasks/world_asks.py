@@ -63,13 +63,15 @@ Ask = Callable[[Draw], Asked]
 def zone(draw: Draw) -> Asked:
     """Which region somebody comes from."""
     name = draw.person()
-    return f"zone of {name} :", draw.here.facts[name]["zone"]
+    prompt = draw.rng.choice((f"zone of {name} :", f"question zone {name} answer"))
+    return prompt, draw.here.facts[name]["zone"]
 
 
 def place(draw: Draw) -> Asked:
     """Whether somebody works inside or outside."""
     name = draw.person()
-    return f"label place of work {name} :", draw.here.facts[name]["place"]
+    prompt = draw.rng.choice((f"label place of work {name} :", f"label work of {name} :"))
+    return prompt, draw.here.facts[name]["place"]
 
 
 def pet_choice(draw: Draw) -> Asked:
