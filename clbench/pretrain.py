@@ -42,7 +42,7 @@ def pretrain(
     Learning rate: linear warm-up, then a cosine to zero. Each epoch passes the windows in a fresh order.
     """
     pieces = windows(ids, length=length)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, foreach=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps=steps))
     loss = torch.tensor(math.nan)
     model.train()

@@ -12,19 +12,33 @@ def test_an_installed_wheel_composes_and_refuses_like_a_checkout(tmp_path):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     subprocess.run([*pip, "wheel", "--no-deps", "-w", str(tmp_path), str(ROOT)], check=True, timeout=300)
     (wheel,) = tmp_path.glob("clbench-*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)], check=True, timeout=300)
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)], check=True, timeout=300
+    )
     # -P and the wheel's folder first: neither the checkout nor its editable install may answer.
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PYTHONSAFEPATH": "1"}
     where = "import clbench, baselines.seq, tasks.world; print(clbench.__file__, baselines.seq.__file__, tasks.world.__file__)"
-    found = subprocess.run([sys.executable, "-c", where], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", where], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert all(path.startswith(str(tmp_path)) for path in found.stdout.split()), found.stdout
     composed = subprocess.run(
-        [sys.executable, "-m", "clbench", "--cfg", "job"], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "clbench", "--cfg", "job"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert composed.returncode == 0, composed.stderr
     assert "baselines.seq.Seq" in composed.stdout and "world_facts" in composed.stdout
     refused = subprocess.run(
-        [sys.executable, "-m", "clbench", "method=nonesuch"], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "clbench", "method=nonesuch"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert refused.returncode == 2 and "nonesuch" in refused.stderr
     assert (tmp_path / "site" / "tasks" / "lm_eval" / "world_facts.yaml").is_file()

@@ -59,7 +59,10 @@ def test_no_closed_task_is_mostly_one_answer(skill):
 @pytest.mark.parametrize("skill", ["zone", "place", "pet_choice", "job_choice", "food", "profile"])
 def test_people_asked_about_are_never_trained_on(skill):
     here = world(0)
-    people = {split: {word for e in task(skill).examples(split) for word in e.prompt.split() if word in here.facts} for split in ("train", "test")}
+    people = {
+        split: {word for e in task(skill).examples(split) for word in e.prompt.split() if word in here.facts}
+        for split in ("train", "test")
+    }
     assert people["train"] and people["test"] and not people["train"] & people["test"]
 
 
