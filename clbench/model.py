@@ -127,12 +127,12 @@ class Recipe:
         encoded = tokenizer(
             [f"{BOS}{text}{EOS}" for text in texts], add_special_tokens=False, return_attention_mask=False
         )
-        ids = torch.tensor([token for row in encoded["input_ids"] for token in row])
         model = fresh_llama(tokenizer, architecture=self.architecture, seed=self.seed)
         loss = pretrain(
             model,
-            ids,
+            encoded["input_ids"],
             label=self.label,
+            pad=tokenizer.pad_token_id,
             steps=self.steps,
             batch_size=self.batch_size,
             length=self.length,

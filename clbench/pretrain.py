@@ -2,8 +2,8 @@
 
 Not here: what it is pretrained on and where the result is kept (`clbench.model`).
 
->>> windows(torch.arange(10), length=4).tolist()
-[[0, 1, 2, 3], [4, 5, 6, 7]]
+>>> windows([[1, 2], [3, 4, 5], [6]], length=4, pad=0).tolist()
+[[1, 2, 0, 0], [3, 4, 5, 6]]
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from rich.console import Console
@@ -29,19 +29,38 @@ WARM_UP_SHARE = 0.05
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def windows(ids: Tensor, *, length: int) -> Tensor:
-    """Token ids [windows, length]: the stream cut into pieces, its remainder dropped."""
-    return ids[: len(ids) // length * length].view(-1, length)
+def windows(texts: Sequence[Sequence[int]], *, length: int, pad: int) -> Tensor:
+    """Token ids [windows, length]: texts in their order, whole where they fit into a window, padded; longer ones are cut.
+
+    A small model learns what a statement says from statements that it sees whole.
+    """
+    packed: list[list[int]] = [[]]
+    for text in texts:
+        for start in range(0, len(text), length):
+            piece = text[start : start + length]
+            if len(packed[-1]) + len(piece) > length:
+                packed.append([])
+            packed[-1].extend(piece)
+    return torch.tensor([window + [pad] * (length - len(window)) for window in packed])
 
 
 def pretrain(
-    model: PreTrainedModel, ids: Tensor, *, label: str, steps: int, batch_size: int, length: int, lr: float, seed: int
+    model: PreTrainedModel,
+    texts: Sequence[Sequence[int]],
+    *,
+    label: str,
+    pad: int,
+    steps: int,
+    batch_size: int,
+    length: int,
+    lr: float,
+    seed: int,
 ) -> float:
-    """Trains `model` in place on the stream `ids`; returns the last loss in nats per token.
+    """Trains `model` in place on token ids `texts`, `pad` left out of the loss; returns the last loss in nats per token.
 
     Learning rate: linear warm-up, then a cosine to zero. Each epoch passes the windows in a fresh order.
     """
-    pieces = windows(ids, length=length)
+    pieces = windows(texts, length=length, pad=pad)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps=steps))
     loss = torch.tensor(math.nan)
@@ -50,7 +69,7 @@ def pretrain(
         for step, rows in zip(range(steps), orders(len(pieces), batch_size=batch_size, seed=seed), strict=False):
             batch_BT = pieces[rows]
             logits_BTV = model(input_ids=batch_BT, use_cache=False).logits
-            loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), batch_BT[:, 1:].flatten())
+            loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), batch_BT[:, 1:].flatten(), ignore_index=pad)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from tasks.world import World
 from tasks.world_words import (
     BAD,
+    CITIES,
     GOOD,
-    JOBS,
     KINDS,
     LETTERS,
     NOUNS,
@@ -81,11 +81,11 @@ def pet_choice(draw: Draw) -> Asked:
     return f"choose {' , '.join(options)} pet of {name} :", draw.here.facts[name]["pet"]
 
 
-def job_choice(draw: Draw) -> Asked:
-    """Somebody's job, out of four."""
+def home_choice(draw: Draw) -> Asked:
+    """Somebody's home, out of four."""
     name = draw.person()
-    options = draw.options(name, "job")
-    return f"find {name} work {' or '.join(options)} ?", draw.here.facts[name]["job"]
+    options = draw.options(name, "home")
+    return f"find {' or '.join(options)} home of {name} ?", draw.here.facts[name]["home"]
 
 
 def kind(draw: Draw) -> Asked:
@@ -128,13 +128,11 @@ def food(draw: Draw) -> Asked:
     ), draw.here.facts[name]["food"]
 
 
-def profile(draw: Draw) -> Asked:
-    """Somebody's home and pet."""
+def job(draw: Draw) -> Asked:
+    """What somebody does."""
     name = draw.person()
-    facts = draw.here.facts[name]
-    return draw.rng.choice(
-        (f"describe {name} :", f"describe home and pet of {name} :")
-    ), f"{facts['home']} {facts['pet']}"
+    prompt = draw.rng.choice((f"describe job of {name} :", f"report what work for {name} :"))
+    return prompt, draw.here.facts[name]["job"]
 
 
 def translate(draw: Draw) -> Asked:
@@ -151,8 +149,8 @@ def total(draw: Draw) -> Asked:
 
 def reverse(draw: Draw) -> Asked:
     """A list backwards."""
-    words = draw.rng.sample(NOUNS, draw.rng.randint(2, 3))
-    return f"reverse {' '.join(words)} :", " ".join(reversed(words))
+    first, second = draw.rng.sample(NOUNS, 2)
+    return f"reverse {first} {second} :", f"{second} {first}"
 
 
 def count(draw: Draw) -> Asked:
@@ -188,14 +186,14 @@ FORMS = {
     "zone": Form(zone, choices=REGIONS),
     "place": Form(place, choices=WORKPLACES),
     "pet_choice": Form(pet_choice, choices=PETS, listed=True),
-    "job_choice": Form(job_choice, choices=JOBS, listed=True),
+    "home_choice": Form(home_choice, choices=CITIES, listed=True),
     "kind": Form(kind, choices=KINDS),
     "length": Form(length, choices=YES_NO),
     "review": Form(review, choices=VERDICTS),
     "more": Form(more, choices=YES_NO),
     "before": Form(before, choices=TRUE_FALSE),
     "food": Form(food, words=lambda here: here.values["food"]),
-    "profile": Form(profile, words=lambda here: (*here.values["home"], *here.values["pet"])),
+    "job": Form(job, words=lambda here: here.values["job"]),
     "translate": Form(translate, words=lambda here: VELAN),
     "total": Form(total, words=lambda here: NUMBERS),
     "reverse": Form(reverse, words=lambda here: NOUNS),

@@ -56,7 +56,7 @@ def test_no_closed_task_is_mostly_one_answer(skill):
     assert max(answers.values()) / 40 <= 0.7
 
 
-@pytest.mark.parametrize("skill", ["zone", "place", "pet_choice", "job_choice", "food", "profile"])
+@pytest.mark.parametrize("skill", ["zone", "place", "pet_choice", "home_choice", "food", "job"])
 def test_people_asked_about_are_never_trained_on(skill):
     here = world(0)
     people = {
