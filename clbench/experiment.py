@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ from clbench.adapters import describe, folded, load_trainable_state, seeded, tra
 from clbench.config import Config, config_hash, run_name
 from clbench.data import Encoder
 from clbench.engine import LocalEngine
-from clbench.ledger import COMPLETE, FAILED, INTERRUPTED, RUNNING, Ledger
+from clbench.ledger import COMPLETE, Ledger
 from clbench.protocols import Engine, Method, Probe
 from clbench.stream import Stream, build_stream
 from clbench.student import Student
@@ -75,16 +76,10 @@ def run(config: Config) -> Path:
     if ledger.status() == COMPLETE:
         log.info("%s is complete already", ledger.path)
         return ledger.path
-    ledger.set_status(RUNNING)
-    try:
+    # A polite kill counts as an interruption, like Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with ledger:
         run_stages(prepared)
-    except KeyboardInterrupt:
-        ledger.close(INTERRUPTED)
-        raise
-    except BaseException:
-        ledger.close(FAILED)
-        raise
-    ledger.close(COMPLETE)
     return ledger.path
 
 

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -113,9 +114,16 @@ class Ledger:
         rows = _read_lines(self.path / "cost.jsonl")
         return [Cost(**{key: math.nan if value is None else value for key, value in row.items()}) for row in rows]
 
-    def close(self, status: str) -> None:
-        """Records the final status and lets the directory go."""
-        self.set_status(status)
+    def __enter__(self) -> Ledger:
+        self.set_status(RUNNING)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Records how the run ended and lets the directory go."""
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self.set_status(COMPLETE if kind is None else INTERRUPTED if interrupted else FAILED)
         self._lock.close()
 
     def _finished(self) -> int:

@@ -1,0 +1,98 @@
+"""Models made from a recipe: made once, ordinary Hugging Face folders, known by what determines their weights."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from clbench.model import Pretrained, Recipe
+from clbench.pretrain import windows
+from clbench.types import UserMistake
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A corpus of two sentences."""
+
+    lines: int = 40
+
+    def texts(self):
+        return ["the cat sleeps", "a dog runs home"] * (self.lines // 2)
+
+    def vocabulary(self):
+        return tuple("the cat sleeps a dog runs home".split())
+
+
+def recipe(**changed) -> Recipe:
+    fields = {
+        "label": "toy",
+        "corpus": Text(),
+        "tokenizer": "words",
+        "architecture": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+        },
+        "steps": 3,
+        "batch_size": 2,
+        "length": 8,
+        "lr": 1e-2,
+        "seed": 0,
+    }
+    return Recipe(**(fields | changed))
+
+
+def test_a_recipe_is_pretrained_once_and_is_an_ordinary_folder(tmp_path, monkeypatch):
+    model, tokenizer = recipe().load(tmp_path)
+    (folder,) = [path for path in (tmp_path / "models").iterdir() if path.is_dir()]
+    assert {"config.json", "model.safetensors", "tokenizer.json", "recipe.json"} <= {
+        path.name for path in folder.iterdir()
+    }
+    monkeypatch.setattr("clbench.model.pretrain", lambda *_, **__: pytest.fail("pretrained twice"))
+    again, _ = recipe().load(tmp_path)
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("the dog")["input_ids"]]])
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    for other in (again, plain):
+        assert torch.equal(model(ids).logits, other(ids).logits)
+    assert AutoTokenizer.from_pretrained(folder)("a cat")["input_ids"] == tokenizer("a cat")["input_ids"]
+
+
+def test_equal_recipes_give_equal_weights(tmp_path):
+    first, _ = recipe().load(tmp_path / "a")
+    second, _ = recipe().load(tmp_path / "b")
+    other, _ = recipe(seed=1).load(tmp_path / "c")
+    assert all(torch.equal(x, y) for x, y in zip(first.parameters(), second.parameters(), strict=True))
+    assert not all(torch.equal(x, y) for x, y in zip(first.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("changed", [{"steps": 4}, {"seed": 1}, {"lr": 2e-2}, {"corpus": Text(lines=42)}])
+def test_whatever_determines_the_weights_is_in_the_fingerprint(changed):
+    assert recipe(**changed).fingerprint() != recipe().fingerprint()
+    assert recipe(label="other").fingerprint() == recipe().fingerprint()
+
+
+def test_a_bpe_tokenizer_reads_and_writes_any_text(tmp_path):
+    _, tokenizer = recipe(tokenizer="bpe", vocabulary_size=300).load(tmp_path)
+    text = "Größe 东 42!"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]).strip() == text
+    assert tokenizer.bos_token and tokenizer.eos_token and tokenizer.pad_token
+
+
+def test_windows_hold_whole_texts_and_cut_only_longer_ones():
+    assert windows([[1, 2, 3], [4, 5], [6, 7, 8, 9, 10], [11]], length=4, pad=0).tolist() == [
+        [1, 2, 3, 0],
+        [4, 5, 0, 0],
+        [6, 7, 8, 9],
+        [10, 11, 0, 0],
+    ]
+
+
+def test_a_model_that_is_not_there_is_a_mistake(tmp_path):
+    with pytest.raises(UserMistake, match="nonesuch"):
+        Pretrained(label="x", name=str(tmp_path / "nonesuch")).load(Path(tmp_path))
+    with pytest.raises(UserMistake, match="tokenizer"):
+        recipe(tokenizer="letters")
