@@ -47,7 +47,7 @@ test-slow: setup ## tests that take minutes
 	$(PY) -m pytest -m slow
 
 bench: setup ## timings against peers, equality first
-	$(PY) -m pytest tests/benchmarks -s
+	$(PY) -m tests.benchmarks.scoring
 
 report: setup ## results/report.html from the ledger
 	$(PY) -m clbench.report $(RESULTS)
