@@ -451,6 +451,11 @@ NEUTRAL = {
 """What makes a method do nothing. O-LoRA then equals SEQ-merge, all others SEQ."""
 
 
+SAME_RATE = "train.lr=5e-3"
+"""The yamls state the rate that each method was tuned to; equality is at equal rates."""
+SAME_MEMORY = "method.fraction=0.1"
+
+
 def neutral_overrides(name: str) -> list[str]:
     return NEUTRAL.get(composed(name).method["_target_"], [])
 
@@ -459,7 +464,7 @@ def neutral_overrides(name: str) -> list[str]:
 def test_at_neutral_strength_a_method_is_plain_fine_tuning(name):
     reference = "seq_merge" if "olora" in composed(name).method["_target_"] else "seq"
     weights = []
-    for toy in (lab(name, *neutral_overrides(name)), lab(reference)):
+    for toy in (lab(name, *neutral_overrides(name), SAME_RATE), lab(reference, SAME_RATE)):
         toy.train(1)
         toy.train(2)
         weights.append(everything(toy.model))
@@ -673,7 +678,7 @@ def test_clora_refuses_an_unknown_basis():
 
 
 def test_ilora_consistency_has_the_gradient_of_its_value():
-    toy = lab("ilora")
+    toy = lab("ilora", "method.consistency=1", SAME_RATE)
     toy.train(1)
     toy.step(2)
     toy.model.double()
@@ -708,7 +713,7 @@ def test_ilora_consistency_is_zero_when_slow_is_fast_and_ignores_padding():
 
 def test_ilora_without_consistency_is_er():
     weights = []
-    for toy in (lab("ilora", "method.consistency=0"), lab("er")):
+    for toy in (lab("ilora", "method.consistency=0", SAME_RATE, SAME_MEMORY), lab("er", SAME_RATE, SAME_MEMORY)):
         toy.train(1)
         toy.train(2)
         weights.append(trainable_state(toy.model))
