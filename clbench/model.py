@@ -72,7 +72,7 @@ class Recipe:
 
     `world_seed` is for the tasks that ask about the same world (0 where there is none). `tokenizer` is "words" (the corpus's
     vocabulary, split at spaces) or "bpe" (byte-level, `vocabulary_size` tokens, trained on the corpus). `architecture` holds
-    fields of LlamaConfig. `length` is the pretraining window in tokens.
+    fields of LlamaConfig. `length` is the pretraining window in tokens. `note` is said whenever the model is used.
     """
 
     label: str
@@ -86,6 +86,7 @@ class Recipe:
     seed: int
     world_seed: int = 0
     vocabulary_size: int = 0
+    note: str = ""
 
     def __post_init__(self) -> None:
         if self.tokenizer not in ("words", "bpe"):
@@ -93,7 +94,9 @@ class Recipe:
 
     def settings(self) -> dict[str, object]:
         """Everything that determines the weights, as JSON values; the corpus by its content."""
-        plain = {name: value for name, value in vars(self).items() if name not in ("corpus", "architecture", "label")}
+        plain = {
+            name: value for name, value in vars(self).items() if name not in ("corpus", "architecture", "label", "note")
+        }
         text = sha256([*self.corpus.vocabulary(), "", *self.corpus.texts()])
         return {**plain, "architecture": dict(self.architecture), "corpus": text}
 
@@ -114,6 +117,8 @@ class Recipe:
                     made = Path(unfinished) / "model"
                     self.make(made)
                     os.rename(made, folder)
+        if self.note:
+            log.warning("%s: %s", self.label, self.note)
         return load(str(folder), revision=None, cache_dir=None)
 
     def make(self, folder: Path) -> None:

@@ -1,6 +1,10 @@
 """Whole runs of a tiny model over a tiny stream: the same numbers however they come about."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -145,3 +149,29 @@ def test_orders_are_permutations_of_the_stream(overrides):
         for order in ("default", "reversed", "latin:1", "random:3")
     }
     assert len({tuple(tasks) for tasks in runs.values()}) == 4
+
+
+def test_a_run_killed_outright_continues_to_the_same_bytes(overrides, tmp_path):
+    whole = elsewhere(overrides, tmp_path, "whole")
+    run(whole, "method=er")
+    killed = elsewhere(overrides, tmp_path, "killed")
+    command = [sys.executable, "-m", "clbench", *killed, "method=er"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    scored = tmp_path / "killed" / "runs"
+    deadline = time.monotonic() + 120
+    while not any('"stage": 1,' in path.read_text() for path in scored.glob("*/scores.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    path = run(killed, "method=er", "resume=auto")
+    assert (path / "status").read_text() == "complete\n"
+    assert (tmp_path / "killed" / "stages.csv").read_bytes() == (tmp_path / "whole" / "stages.csv").read_bytes()
+
+
+def test_a_polite_kill_is_recorded_as_an_interruption(overrides, monkeypatch):
+    monkeypatch.setattr(Ledger, "append", lambda self, rows: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        run(overrides)
+    (path,) = Path(next(item for item in overrides if item.startswith("results_dir")).partition("=")[2]).glob("runs/*")
+    assert (path / "status").read_text() == "interrupted\n"

@@ -1,0 +1,50 @@
+"""Every yaml of conf/ composes, because it exists."""
+
+from pathlib import Path
+
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from clbench.cli import CONF_DIR, compose
+
+CONF = Path(CONF_DIR)
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+
+
+def options(group: str) -> list[str]:
+    return sorted(str(path.relative_to(CONF / group).with_suffix("")) for path in (CONF / group).rglob("*.yaml"))
+
+
+def test_the_groups_are_the_documented_ones():
+    assert GROUPS == sorted("experiment method stream task model probe engine train tracking".split())
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [(group, option) for group in GROUPS for option in options(group) if group not in ("task", "experiment")],
+)
+def test_an_option_composes(group, option, tmp_path):
+    # WikiText stands in for nothing here: only the configuration is made.
+    config = compose([f"{group}={option}", f"results_dir={tmp_path}", f"data_dir={tmp_path}"])
+    assert config.tasks and config.method["name"]
+
+
+@pytest.mark.parametrize("option", [option for option in options("experiment") if option != "tune/common"])
+def test_an_experiment_composes(option, tmp_path):
+    config = compose([f"+experiment={option}", f"results_dir={tmp_path}", f"data_dir={tmp_path}"])
+    assert config.experiment and "/" not in config.experiment
+
+
+@pytest.mark.parametrize("option", options("stream"))
+def test_a_stream_names_tasks_that_exist_each_once(option):
+    names = OmegaConf.to_container(OmegaConf.load(CONF / "stream" / f"{option}.yaml"))["tasks"]
+    assert len(names) == len(set(names)) == 16
+    assert set(names) <= set(options("task"))
+
+
+@pytest.mark.parametrize("option", [option for option in options("task") if option.startswith("world_")])
+def test_a_task_of_the_world_is_made_from_its_yaml(option, tmp_path):
+    config = compose([f"stream.tasks=[{option}]", f"results_dir={tmp_path}"])
+    task = instantiate(config.tasks[option], _convert_="all")
+    assert task.name == option and task.examples("train") and len(task.examples("test")) == 40
