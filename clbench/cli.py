@@ -7,6 +7,7 @@ traceback and exit code 1. Heavy imports wait until a run really starts, so `--h
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,7 +64,7 @@ def _run(composed: DictConfig) -> None:
     from clbench.experiment import run
 
     results_dir = Path(config.results_dir)
-    path = run(config)
+    path = run(config, command=shlex.join(["python", "-m", "clbench", *HydraConfig.get().overrides.task]))
     leaderboard.refresh(results_dir)
     if HydraConfig.get().mode == RunMode.RUN:
         show_leaderboard(results_dir)

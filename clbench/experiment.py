@@ -13,7 +13,6 @@ import platform
 import resource
 import signal
 import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -68,10 +67,13 @@ class Run:
     ledger: Ledger
 
 
-def run(config: Config) -> Path:
-    """Runs (or continues) one experiment to its end; gives its directory. A run that is complete is left alone."""
+def run(config: Config, *, command: str = "") -> Path:
+    """Runs (or continues) one experiment to its end; gives its directory. A run that is complete is left alone.
+
+    `command` is what the user typed, for the record.
+    """
     set_up_torch(config)
-    prepared = prepare(config)
+    prepared = prepare(config, command=command)
     ledger = prepared.ledger
     if ledger.status() == COMPLETE:
         log.info("%s is complete already", ledger.path)
@@ -96,7 +98,7 @@ def set_up_torch(config: Config) -> None:
     transformers.logging.disable_progress_bar()
 
 
-def prepare(config: Config) -> Run:
+def prepare(config: Config, *, command: str) -> Run:
     """Builds what the configuration names and opens the ledger."""
     source = instantiate(config.model)
     model, tokenizer = source.load(Path(config.cache_dir))
@@ -113,7 +115,7 @@ def prepare(config: Config) -> Run:
     path = Path(config.results_dir) / "runs" / run_name(config)
     ledger = Ledger(
         path,
-        manifest=manifest(config, stream, model_label=source.label, fingerprint=source.fingerprint()),
+        manifest=manifest(config, stream, model_label=source.label, fingerprint=source.fingerprint(), command=command),
         resume=config.resume,
     )
     return Run(
@@ -230,7 +232,7 @@ def examine(run: Run, student: Student, index: int) -> Iterator[Score]:
                     yield score if number == 0 else replace(score, probe=f"{score.probe}@{view}")
 
 
-def manifest(config: Config, stream: Stream, *, model_label: str, fingerprint: str) -> dict[str, Any]:
+def manifest(config: Config, stream: Stream, *, model_label: str, fingerprint: str, command: str) -> dict[str, Any]:
     """What was run, on what, with which versions: written once, when the run begins."""
     return {
         "run": run_name(config),
@@ -250,7 +252,7 @@ def manifest(config: Config, stream: Stream, *, model_label: str, fingerprint: s
         "git": git_state(),
         "versions": versions(),
         "hardware": hardware(),
-        "command": " ".join(sys.argv),
+        "command": command,
     }
 
 
