@@ -91,6 +91,12 @@ class Ewc(Method):
         """Adds the one adapter that all stages train."""
         return self.lora.add(model, seed=self.seed)
 
+    def begin_stage(self, stage: Stage, model: Module) -> None:
+        """A quadratic that was read back from a checkpoint goes where the weights are."""
+        device = next(model.parameters()).device
+        self.importance = {name: value.to(device) for name, value in self.importance.items()}
+        self.centre = {name: value.to(device) for name, value in self.centre.items()}
+
     def loss(self, model: Module, batch: Batch) -> Tensor:
         """Cross-entropy on the current task's answers; the penalty enters as a gradient."""
         return answer_loss(model, batch)
