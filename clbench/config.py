@@ -165,6 +165,12 @@ def check(config: Config) -> None:
         raise UserMistake(
             f"engine.name={config.engine.name!r} with engine.processes={config.engine.processes}: only engine=local with one process is there"
         )
+    if config.engine.zero_stage != 0:
+        raise UserMistake(f"engine.zero_stage={config.engine.zero_stage}: engine=local shards nothing; leave it at 0")
+    if train.carry_optimizer:
+        raise UserMistake(
+            "train.carry_optimizer=true is not there yet: every stage begins with a fresh optimizer; leave it at false"
+        )
     _one_of("resume", config.resume, RESUME)
     _one_of("train.schedule", train.schedule, SCHEDULES)
     _one_of("engine.dtype", config.engine.dtype, DTYPES)

@@ -46,6 +46,9 @@ def test_help_answers_in_two_seconds_and_lists_the_groups():
         ("method._target_=mine.Method", ("method.name",)),
         ("train.epochs=1", ("train.steps", "train.epochs")),
         ("seed=-1", ("seed=-1",)),
+        ("engine.processes=2", ("engine.processes=2", "engine=local")),
+        ("engine.zero_stage=2", ("engine.zero_stage=2",)),
+        ("train.carry_optimizer=true", ("train.carry_optimizer", "fresh optimizer")),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_two(mistake, words, tmp_path):
