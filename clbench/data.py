@@ -38,7 +38,8 @@ def generator(seed: int, purpose: str, stage: int = 0) -> torch.Generator:
 class DatasetSpec:
     """Where a dataset's rows are: `name` is its folder under `data_dir`, the rest its address on the hub.
 
-    `splits` maps our split names to the hub's; a split that is not listed has the same name on both sides.
+    `splits` maps our split names to the hub's; a split that is not listed has the same name on both sides. `data_files` names the one file
+    of each of our splits in a hub repository that holds many datasets (Super-NaturalInstructions: a file per task and split).
     """
 
     name: str
@@ -46,6 +47,7 @@ class DatasetSpec:
     config: str | None = None
     revision: str | None = None
     splits: dict[str, str] = field(default_factory=dict)
+    data_files: dict[str, str] = field(default_factory=dict)
 
 
 def load_rows(spec: DatasetSpec, *, split: str, data_dir: str | None) -> list[dict[str, Any]]:
@@ -62,7 +64,11 @@ def load_rows(spec: DatasetSpec, *, split: str, data_dir: str | None) -> list[di
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        rows = load_dataset(spec.hub, spec.config, split=spec.splits.get(split, split), revision=spec.revision)
+        if spec.data_files:
+            files = {split: spec.data_files[spec.splits.get(split, split)]}
+            rows = load_dataset(spec.hub, data_files=files, split=split, revision=spec.revision)
+        else:
+            rows = load_dataset(spec.hub, spec.config, split=spec.splits.get(split, split), revision=spec.revision)
     except (OSError, DatasetNotFoundError) as error:
         reason = str(error).splitlines()[0]
         raise UserMistake(

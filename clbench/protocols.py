@@ -10,7 +10,7 @@ Order of calls in one stage:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
+    from clbench.data import DatasetSpec
     from clbench.stream import Stream
     from clbench.student import Student
 
@@ -121,10 +122,15 @@ class Method(ABC):
 
 
 class Task(ABC):
-    """A kind of dataset: rows to examples, answers to scores. `name` and `metric` label the rows of the ledger."""
+    """A kind of dataset: rows to examples, answers to scores. `name` and `metric` label the rows of the ledger.
+
+    `dataset` is where its rows come from (None: they are made here), `licence` the terms they come under ("" where unstated).
+    """
 
     name: str
     metric: str
+    dataset: DatasetSpec | None = None
+    licence: str = ""
 
     @abstractmethod
     def examples(self, split: str) -> Sequence[Example]:
@@ -138,6 +144,10 @@ class Task(ABC):
         """Whether `answer` has the form that the task asks for, right or wrong."""
         return bool(answer.strip())
 
+    def answer_swaps(self, split: str, count: int) -> Sequence[tuple[Example, Example]]:
+        """Up to `count` examples, each beside what its row makes with another row's answer in it; () where there are no rows to swap in."""
+        return ()
+
     def corpus_scores(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
         """Further metrics that are not means over items (corpus BLEU, macro-F1), by name."""
         return {}
@@ -147,6 +157,17 @@ class Probe(ABC):
     """A measurement of the model as it is; sees nothing of how it was trained."""
 
     name: str
+
+    def begin(self, student: Student) -> None:
+        """Sees the untouched model once before any stage, also when a run continues: for what is compared with it."""
+
+    def datasets(self) -> Sequence[DatasetSpec]:
+        """Where its items come from; empty where they are made here."""
+        return ()
+
+    def documents(self) -> Mapping[str, Sequence[str]]:
+        """The text of its items by task, for the search for overlaps with training data."""
+        return {}
 
     @abstractmethod
     def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:

@@ -25,6 +25,11 @@ class Classification(HubTask):
     labels: Sequence[str]
     label: str
 
+    @property
+    def answer_columns(self) -> tuple[str, ...]:
+        """Where a row keeps its answer."""
+        return (self.label,)
+
     def example(self, row: Row, *, id: str) -> Example:
         """The text to classify and its label word."""
         given, labels = lookup(row, self.label), tuple(self.labels)

@@ -19,6 +19,11 @@ class Code(HubTask):
 
     answer: str
 
+    @property
+    def answer_columns(self) -> tuple[str, ...]:
+        """Where a row keeps its answer."""
+        return (self.answer,)
+
     def example(self, row: Row, *, id: str) -> Example:
         """The assignment and a program that solves it."""
         return Example(id=id, prompt=render(self.template, row), answer=tidy(str(lookup(row, self.answer))))

@@ -25,6 +25,11 @@ class Generation(HubTask):
 
     answer: str
 
+    @property
+    def answer_columns(self) -> tuple[str, ...]:
+        """Where a row keeps its answer."""
+        return (self.answer,)
+
     def example(self, row: Row, *, id: str) -> Example:
         """The input and one human answer to it."""
         return Example(id=id, prompt=render(self.template, row), answer=str(lookup(row, self.answer)).strip())

@@ -60,6 +60,11 @@ class HubTask(Task):
     def example(self, row: Row, *, id: str) -> Example:
         """The example that one row makes."""
 
+    @property
+    @abstractmethod
+    def answer_columns(self) -> tuple[str, ...]:
+        """The columns (or paths like `translation[en]`) that hold the right answer and nothing that the prompt may show."""
+
     def examples(self, split: str) -> Sequence[Example]:
         """The examples of `split`, capped, in the order of the sampling recipe."""
         rows = self._rows(split)
@@ -70,6 +75,27 @@ class HubTask(Task):
         chosen = sorted(groups.values(), key=lambda members: bucket(self.sample_seed, self.name, split, members[0]))
         cap = self.max_train if split == "train" else self.max_test
         return tuple(self._merged([(index, rows[index]) for index in members], split) for members in chosen[:cap])
+
+    def answer_swaps(self, split: str, count: int) -> Sequence[tuple[Example, Example]]:
+        """Pairs of examples of one row, the second with the answer columns of another row that answers otherwise."""
+        rows = [stripped(row, self.max_words) for row in list(self._rows(split).values())[: 4 * count]]
+        pairs = []
+        for index, row in enumerate(rows[:count]):
+            example = self.example(row, id=f"{self.name}/{split}/swap")
+            swapped = (self._swapped(row, other) for other in (*rows[index + 1 :], *rows[:index]))
+            other = next((made for made in swapped if made is not None and made.answer != example.answer), None)
+            if other is not None:
+                pairs.append((example, other))
+        return tuple(pairs)
+
+    def _swapped(self, row: Row, other: Row) -> Example | None:
+        """The example of `row` with the answer of `other`; None where that is no answer to `row` (option E of four)."""
+        for column in self.answer_columns:
+            row = replaced(row, column, lookup(other, column))
+        try:
+            return self.example(row, id=f"{self.name}/swap")
+        except UserMistake:
+            return None
 
     def _rows(self, split: str) -> dict[int, Row]:
         """The rows that belong to `split`, by their index in the file."""
@@ -110,6 +136,18 @@ def lookup(row: Row, path: str) -> Any:
         return Formatter().get_field(path, (), row)[0]
     except KeyError as error:
         raise UserMistake(f"column {path!r} asks for {error}, the row has the columns {sorted(row)}") from error
+
+
+def replaced(row: Row, path: str, value: Any) -> Row:
+    """The row with `value` at `path`.
+
+    >>> replaced({"translation": {"de": "ja", "en": "yes"}}, "translation[en]", "no")
+    {'translation': {'de': 'ja', 'en': 'no'}}
+    """
+    column, _, inner = path.partition("[")
+    if not inner:
+        return {**row, column: value}
+    return {**row, column: {**row[column], inner.rstrip("]"): value}}
 
 
 def accepted(example: Example) -> tuple[str, ...]:

@@ -23,6 +23,11 @@ class Maths(HubTask):
     answer: str
     marker: str = ""
 
+    @property
+    def answer_columns(self) -> tuple[str, ...]:
+        """Where a row keeps its answer."""
+        return (self.answer,)
+
     def example(self, row: Row, *, id: str) -> Example:
         """The problem and its solution; a solution that is only a number is written plainly (12.0 as 12)."""
         return Example(id=id, prompt=render(self.template, row), answer=plain(str(lookup(row, self.answer)).strip()))

@@ -28,6 +28,11 @@ class MultipleChoice(HubTask):
     answer: str
     option_labels: str | None = None
 
+    @property
+    def answer_columns(self) -> tuple[str, ...]:
+        """Where a row keeps its answer."""
+        return (self.answer,)
+
     def example(self, row: Row, *, id: str) -> Example:
         """The question with its lettered options."""
         one_column = isinstance(self.options, str)

@@ -22,6 +22,11 @@ class Translation(HubTask):
     source: str
     target: str
 
+    @property
+    def answer_columns(self) -> tuple[str, ...]:
+        """Where a row keeps its answer."""
+        return (self.target,)
+
     def example(self, row: Row, *, id: str) -> Example:
         """The sentence and its translation."""
         source, target = (str(lookup(row, column)).strip() for column in (self.source, self.target))
