@@ -22,6 +22,7 @@ from clbench.types import UserMistake
 RESUME = ("auto", "never", "must")
 SCHEDULES = ("linear", "cosine", "constant")
 ORDER = r"default|reversed|latin:\d+|random:\d+"
+CADENCE = r"all|quarters|ends|every:[1-9]\d*"
 DTYPES = ("float32", "bfloat16")
 
 # What a run's scores do not depend on, or what names a place on one machine: no part of a run's identity.
@@ -177,6 +178,11 @@ def check(config: Config) -> None:
         raise UserMistake(
             "train.carry_optimizer=true is not there yet: every stage begins with a fresh optimizer; leave it at false"
         )
+    for name, cadence in config.probe.cadence.items():
+        if name not in config.probe.probes or not re.fullmatch(CADENCE, str(cadence)):
+            raise UserMistake(
+                f"probe.cadence.{name}={cadence!r}: name a probe ({', '.join(config.probe.probes)}) and give all, quarters, ends or every:K"
+            )
     _one_of("resume", config.resume, RESUME)
     _one_of("train.schedule", train.schedule, SCHEDULES)
     _one_of("engine.dtype", config.engine.dtype, DTYPES)
@@ -217,6 +223,20 @@ def check(config: Config) -> None:
         )
     for key, value in (("results_dir", config.results_dir), ("cache_dir", config.cache_dir)):
         writable(key, value)
+
+
+def is_due(cadence: str, stage: int, last: int) -> bool:
+    """Whether a probe of this cadence measures after `stage` of `last`: always the untouched model and the last stage.
+
+    >>> [stage for stage in range(17) if is_due("quarters", stage, 16)]
+    [0, 4, 8, 12, 16]
+    """
+    if stage in (0, last) or cadence == "all":
+        return True
+    kind, _, number = cadence.partition(":")
+    if kind == "quarters":
+        return stage in {round(last * quarter / 4) for quarter in (1, 2, 3)}
+    return kind == "every" and stage % int(number) == 0
 
 
 def _one_of(key: str, value: str, allowed: Iterable[str]) -> None:

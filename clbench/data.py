@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from clbench.types import Batch, Example, Source, UserMistake
@@ -52,14 +54,25 @@ class DatasetSpec:
 
 def load_rows(spec: DatasetSpec, *, split: str, data_dir: str | None) -> list[dict[str, Any]]:
     """The rows of one split, in file order; raises UserMistake when they cannot be had."""
-    if data_dir is not None:
-        path = Path(data_dir) / spec.name / f"{split}.jsonl"
-        if not path.is_file():
-            raise UserMistake(
-                f"data_dir={data_dir!r} has no {spec.name}/{split}.jsonl, which {spec.hub!r} needs; point data_dir at it"
-            )
-        with path.open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
+    return list(indexed_rows(spec, split=split, data_dir=data_dir).values())
+
+
+def indexed_rows(spec: DatasetSpec, *, split: str, data_dir: str | None) -> dict[int, dict[str, Any]]:
+    """The rows of one split by their index in it; a bundle, which holds only rows that are used, remembers their index on the hub."""
+    if data_dir is None:
+        return dict(enumerate(_hub_rows(spec, split)))
+    path = Path(data_dir) / spec.name / f"{split}.jsonl"
+    if not path.is_file():
+        raise UserMistake(
+            f"data_dir={data_dir!r} has no {spec.name}/{split}.jsonl, which {spec.hub!r} needs; point data_dir at it"
+        )
+    with path.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    indices = path.with_suffix(".index.json")
+    return dict(zip(json.loads(indices.read_text()) if indices.is_file() else range(len(rows)), rows, strict=True))
+
+
+def _hub_rows(spec: DatasetSpec, split: str) -> list[dict[str, Any]]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
@@ -95,6 +108,40 @@ class Encoded:
     answer_start: int
 
 
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256, in hexadecimal, of everything that decides a text's ids."""
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return hashlib.sha256(f"{tokenizer.backend_tokenizer.to_str()}{special}".encode()).hexdigest()
+
+
+def token_key(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> str:
+    """Names the tokenised form of `examples`: rows, template, tokenizer and longest input all change it."""
+    names = (fingerprint(examples), tokenizer_fingerprint(tokenizer), max_length)
+    return hashlib.sha256("/".join(map(str, names)).encode()).hexdigest()[:24]
+
+
+def write_tokens(path: Path, encoded: Sequence[Encoded]) -> None:
+    """Keeps encoded examples as three tensors: ids end to end, where each example ends, where its answer starts."""
+    ends = torch.tensor([len(row.ids) for row in encoded]).cumsum(0)
+    tensors = {
+        "ids": torch.tensor([token for row in encoded for token in row.ids], dtype=torch.int32),
+        "ends": ends,
+        "answer_starts": torch.tensor([row.answer_start for row in encoded]),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file(tensors, temporary)
+    temporary.replace(path)
+
+
+def read_tokens(path: Path) -> list[Encoded]:
+    """What `write_tokens` kept, read through a memory map."""
+    tensors = load_file(path)
+    ids, ends = tensors["ids"].tolist(), tensors["ends"].tolist()
+    spans = zip([0, *ends], ends, tensors["answer_starts"].tolist(), strict=False)
+    return [Encoded(ids=tuple(ids[first:last]), answer_start=start) for first, last, start in spans]
+
+
 class Encoder:
     """Turns examples into token ids, each once, and ids into batches.
 
@@ -104,9 +151,15 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, device: torch.device | str = "cpu"
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        device: torch.device | str = "cpu",
+        token_dirs: Sequence[Path] = (),
     ) -> None:
         self.tokenizer = tokenizer
+        self.token_dirs = tuple(token_dirs)
         self.max_length = max_length
         self.device = torch.device(device)
         self._encoded: dict[tuple[str, str], Encoded] = {}
@@ -138,6 +191,18 @@ class Encoder:
             prompt = clip_left(self.prompt(example.prompt), self.max_length - len(answer))
             self._encoded[key] = Encoded(ids=(*prompt, *answer), answer_start=len(prompt))
         return self._encoded[key]
+
+    def preload(self, examples: Sequence[Example]) -> None:
+        """Takes the ids of `examples` from the first of `token_dirs` that has them; else tokenises, and keeps them in the last."""
+        if not self.token_dirs:
+            return
+        name = f"{token_key(examples, self.tokenizer, max_length=self.max_length)}.safetensors"
+        kept = next((folder / name for folder in self.token_dirs if (folder / name).is_file()), None)
+        if kept is None:
+            write_tokens(self.token_dirs[-1] / name, [self.example(example) for example in examples])
+            return
+        for example, encoded in zip(examples, read_tokens(kept), strict=True):
+            self._encoded[example.prompt, example.answer] = encoded
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """One batch of `examples` in which every answer token weighs the same."""

@@ -1,24 +1,40 @@
-"""What is there, and what this machine can run: `python -m clbench.doctor methods`.
+"""What is there, and what an experiment will cost: `python -m clbench.doctor methods`, `python -m clbench.doctor +experiment=NAME`.
 
 The table of methods is read from the sources: the Card at the end of each method's module docstring, and `conf/method/`. Nothing of a
-method is imported.
+method is imported for it. Of an experiment it prints the licences of its datasets and its cost, without loading a model.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import logging
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from clbench.cli import CONF_DIR
+from clbench.cli import CONF_DIR, USERS_MISTAKES, compose
+from clbench.config import Config
+from clbench.data import Encoder
+from clbench.estimate import GPUS, Tokens, bound_tokens, count_tokens, meta_model, operations
+from clbench.protocols import Task
+from clbench.stream import address, build_stream
 from clbench.types import UserMistake
 
+PAGE = """# Datasets of the tasks
+
+Written by `python -m clbench.doctor datasets > conf/task/README.md`; a test holds it against the yamls. The project holds none of these rows. Terms are
+those that the dataset's card states; ask your own counsel. A revision "main" is a branch: no commit is pinned.
+
+"""
+USAGE = "usage: python -m clbench.doctor methods | datasets | [+experiment=NAME] [key=value ...] [gpu=h100] [utilisation=0.4]"
 CARD = ("paper", "trainable", "memory", "compute", "deviations")
 
 
@@ -59,15 +75,121 @@ def methods_table() -> Table:
     return table
 
 
+def task_rows(folder: Path) -> Iterator[tuple[str, ...]]:
+    """(task, dataset, splits, licence, metric, rows) of every yaml in `folder` that reads a dataset."""
+    for path in sorted(folder.glob("*.yaml")):
+        task = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        if "dataset" not in task:
+            continue
+        dataset = task["dataset"]
+        source = f"{dataset['hub']}{' : ' + dataset['config'] if dataset.get('config') else ''} @ {dataset['revision']}"
+        splits = f"{dataset['splits']['train']} / {dataset['splits']['test']}"
+        metric = f"{task['metric']} v{task['metric_version']} ({task['metric_package']})"
+        yield path.stem, source, splits, task["licence"], metric, f"{task['max_train']} / {task['max_test']}"
+
+
+def datasets_page() -> str:
+    """conf/task/README.md: what every task reads, under which terms, and how it is scored."""
+    head = ("task", "hub dataset @ revision", "hub splits train / test", "licence", "metric", "rows at most")
+    rows = [head, ("---",) * len(head), *task_rows(CONF_DIR / "task")]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return PAGE + "\n".join(lines) + "\n"
+
+
+def licence_warning(licence: str) -> str:
+    """What a user must know before training on data under `licence`; "" where nothing is."""
+    if re.search(r"\bNC\b|non-?commercial", licence, flags=re.IGNORECASE):
+        return "non-commercial"
+    if not licence or re.search(r"unstated|unknown", licence, flags=re.IGNORECASE):
+        return "no licence stated"
+    return ""
+
+
+def datasets_table(tasks: Mapping[str, Task]) -> Table:
+    """Where each task's rows come from and under which terms."""
+    table = Table(title="Datasets of the stream", title_justify="left", box=None)
+    for heading in ("task", "dataset", "licence", "warning"):
+        table.add_column(heading, overflow="fold")
+    for name, task in tasks.items():
+        source = address(task.dataset) if task.dataset is not None else "made here"
+        warning = licence_warning(task.licence) if task.dataset is not None else ""
+        table.add_row(name, source, task.licence, warning)
+    return table
+
+
+def cost_lines(config: Config, tasks: Mapping[str, Task], *, gpu: str, utilisation: float) -> Iterator[str]:
+    """Parameters, tokens, operations and hours, a line each."""
+    source = instantiate(config.model)
+    model = meta_model(source.architecture)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    fields = {key: value for key, value in config.method.items() if key != "name"}
+    wrapped = instantiate(fields, _convert_="all").wrap(model)
+    trainable = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
+    yield f"model {source.label}: {parameters:,} parameters; method {config.method['name']} trains {trainable:,}"
+    tokens, reason = tokens_of(config, tasks, source)
+    kind = (
+        "exact"
+        if tokens.exact
+        else f"at most (every sequence as long as train.max_length; probes not counted), because {reason}"
+    )
+    yield f"tokens: {sum(tokens.trained):,} trained, {sum(tokens.examined):,} read or written in {len(tokens.examined)} examinations; {kind}"
+    training, examination = operations(tokens, parameters=parameters, trainable=trainable)
+    seconds = (training + examination) / (GPUS[gpu] * utilisation * config.engine.processes)
+    yield f"operations: {training:.2e} training, {examination:.2e} examination"
+    yield (
+        f"time: {seconds / 3600:.1f} hours on {config.engine.processes} {gpu} at {utilisation:.0%} of its bfloat16 peak, "
+        f"{seconds / 3600 * config.engine.processes:.1f} device hours; an assumption about utilisation, not a measurement"
+    )
+
+
+def tokens_of(config: Config, tasks: Mapping[str, Task], source: Any) -> tuple[Tokens, str]:
+    """Exact counts, or an upper bound and why it is one."""
+    try:
+        encoder = Encoder(source.load_tokenizer(Path(config.cache_dir)), max_length=config.train.max_length)
+        stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
+        probes = [instantiate(probe, name=name, _convert_="all") for name, probe in config.probe.probes.items()]
+        return count_tokens(config, stream, probes, encoder), ""
+    except UserMistake as mistake:
+        names = list(tasks)[: config.stream.limit]
+        caps = [(config.tasks[name].get("max_train"), config.tasks[name].get("max_test")) for name in names]
+        if any(cap is None for pair in caps for cap in pair):
+            raise
+        train = [min(cap, config.stream.train_rows or cap) for cap, _ in caps]
+        test = [min(cap, config.stream.test_rows or cap) for _, cap in caps]
+        return bound_tokens(config, train, test), str(mistake)
+
+
+def examine_experiment(arguments: Sequence[str]) -> None:
+    """Prints licences and cost of the experiment that `arguments` compose; gpu=NAME and utilisation=SHARE are ours."""
+    ours = dict(argument.split("=", 1) for argument in arguments if argument.startswith(("gpu=", "utilisation=")))
+    gpu, utilisation = ours.get("gpu", "h100"), float(ours.get("utilisation", "0.4"))
+    if gpu not in GPUS or not 0 < utilisation <= 1:
+        raise UserMistake(
+            f"gpu={gpu} utilisation={utilisation}: choose one of {', '.join(GPUS)} and a share above 0, at most 1"
+        )
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    config = compose([argument for argument in arguments if argument.partition("=")[0] not in ours])
+    tasks = {name: instantiate(task, _convert_="all") for name, task in config.tasks.items()}
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(datasets_table(tasks))
+    for line in cost_lines(config, tasks, gpu=gpu, utilisation=utilisation):
+        console.print(line)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Prints what was asked for; 0, or 2 for a mistake of the user's."""
-    if list(arguments) != ["methods"]:
-        print("usage: python -m clbench.doctor methods", file=sys.stderr)
-        return 0 if "--help" in arguments or "-h" in arguments else 2
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(USAGE, file=sys.stderr)
+        return 0 if arguments else 2
     try:
-        Console().print(methods_table())
-    except UserMistake as error:
-        print(f"clbench: {error}", file=sys.stderr)
+        if list(arguments) == ["methods"]:
+            Console().print(methods_table())
+        elif list(arguments) == ["datasets"]:
+            print(datasets_page(), end="")
+        else:
+            examine_experiment(arguments)
+    except USERS_MISTAKES as error:
+        print(f"clbench: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

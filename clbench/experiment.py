@@ -6,20 +6,16 @@ the probes -> the student; then the ledger. A kill at any point costs at most th
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
-import platform
 import resource
 import signal
-import subprocess
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -28,35 +24,24 @@ from torch.nn import Module
 
 from clbench import optim
 from clbench.adapters import describe, folded, load_trainable_state, seeded, trainable, trainable_state
-from clbench.config import Config, config_hash, run_name
+from clbench.config import Config, is_due, run_name
 from clbench.data import Encoder
 from clbench.engine import LocalEngine
 from clbench.ledger import COMPLETE, Ledger
+from clbench.manifest import data_contract, manifest
 from clbench.protocols import Engine, Method, Probe
 from clbench.stream import Stream, build_stream
 from clbench.student import Student
 from clbench.tracking import Tracker
 from clbench.train import Plan, Trained, plan_stage, train_stage
-from clbench.types import Cost, Score, Stage
+from clbench.types import Cost, Score, Source, Stage
 
 log = logging.getLogger("clbench")
-VERSIONED = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "peft",
-    "datasets",
-    "lm_eval",
-    "deepspeed",
-    "numpy",
-    "sacrebleu",
-    "rouge_score",
-)
 
 
 @dataclass(kw_only=True)
 class Run:
-    """Everything a run is made of, complete after `prepare`."""
+    """Everything a run is made of, complete after `prepare`. `overlapping`: ids of training examples that a test or probe holds, too."""
 
     config: Config
     method: Method
@@ -65,6 +50,7 @@ class Run:
     probes: tuple[Probe, ...]
     encoder: Encoder
     ledger: Ledger
+    overlapping: frozenset[str]
 
 
 def run(config: Config, *, command: str = "") -> Path:
@@ -106,16 +92,19 @@ def prepare(config: Config, *, command: str) -> Run:
         ("cuda" if torch.cuda.is_available() else "cpu") if config.engine.device == "auto" else config.engine.device
     )
     model.to(device=device, dtype=getattr(torch, config.engine.dtype))
-    encoder = Encoder(tokenizer, max_length=config.train.max_length, device=device)
+    token_dirs = [Path(folder) / "tokens" for folder in (config.data_dir, config.cache_dir) if folder is not None]
+    encoder = Encoder(tokenizer, max_length=config.train.max_length, device=device, token_dirs=token_dirs)
     tasks = {name: instantiate(task, _convert_="all") for name, task in config.tasks.items()}
     stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
     probes = tuple(instantiate(probe, name=name, _convert_="all") for name, probe in config.probe.probes.items())
+    contract, overlapping = data_contract(config, stream, probes, encoder)
     fields = {key: value for key, value in config.method.items() if key != "name"}
     method = instantiate(fields, _convert_="all")
     path = Path(config.results_dir) / "runs" / run_name(config)
     ledger = Ledger(
         path,
-        manifest=manifest(config, stream, model_label=source.label, fingerprint=source.fingerprint(), command=command),
+        manifest=manifest(config, stream, model_label=source.label, fingerprint=source.fingerprint(), command=command)
+        | contract,
         resume=config.resume,
     )
     return Run(
@@ -126,12 +115,16 @@ def prepare(config: Config, *, command: str) -> Run:
         probes=probes,
         encoder=encoder,
         ledger=ledger,
+        overlapping=overlapping,
     )
 
 
 def run_stages(run: Run) -> None:
     """Every stage that the ledger does not hold yet, the untouched model first."""
     first = run.ledger.finished + 1
+    student = Student(run.model, run.encoder)
+    for probe in run.probes:
+        probe.begin(student)
     if first > 0:
         weights, state = run.ledger.load()
         load_trainable_state(run.model, weights)
@@ -155,14 +148,14 @@ def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
     """Trains `stage` (None: the untouched model), examines, records, and last of all marks it finished."""
     started = time.perf_counter()
     index, name = (stage.index, stage.name) if stage else (0, "base")
-    trained = (
-        train(run, stage, tracker)
-        if stage
-        else Trained(steps=0, tokens_trained=0, tokens_replayed=0, loss=float("nan"))
-    )
+    trained = Trained(steps=0, tokens_trained=0, tokens_replayed=0, loss=float("nan"))
+    replay: list[Score] = []
+    if stage:
+        sources, trained = train(run, stage, tracker)
+        replay = replay_scores(run, stage, sources[1:])
     after_training = time.perf_counter()
     student = Student(run.model, run.encoder)
-    scores = list(examine(run, student, index))
+    scores = [*replay, *examine(run, student, index)]
     after_probes = time.perf_counter()
     run.ledger.append(scores)
     counts = describe(run.model)
@@ -190,11 +183,12 @@ def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
     tracker.stage(index, name, scores, loss=trained.loss, seconds=time.perf_counter() - started)
 
 
-def train(run: Run, stage: Stage, tracker: Tracker) -> Trained:
-    """The method's turn: everything between two examinations."""
+def train(run: Run, stage: Stage, tracker: Tracker) -> tuple[Sequence[Source], Trained]:
+    """The method's turn: everything between two examinations. Gives what was trained on, too."""
     config, method = run.config, run.method
     method.begin_stage(stage, run.model)
-    plan = plan_stage(method.training_set(stage), config.train)
+    sources = method.training_set(stage)
+    plan = plan_stage(sources, config.train)
     engine = open_engine(run.model, config, plan)
     with seeded(config.seed, "dropout", stage.index):
         trained = train_stage(
@@ -210,7 +204,28 @@ def train(run: Run, stage: Stage, tracker: Tracker) -> Trained:
     method.end_stage(stage, engine)
     engine.close()
     method.consolidate(run.model)
-    return trained
+    return sources, trained
+
+
+def replay_scores(run: Run, stage: Stage, memory: Sequence[Source]) -> list[Score]:
+    """How much of the replayed memory is also in a test or probe: a count of distinct examples; nothing without replay."""
+    replayed = {example.id for source in memory for example in source.examples}
+    if not replayed:
+        return []
+    shared = len(replayed & run.overlapping)
+    return [
+        Score(
+            stage=stage.index,
+            stage_name=stage.name,
+            probe="data",
+            task="replay",
+            metric="test_or_probe_overlap",
+            value=float(shared),
+            n=len(replayed),
+            stderr=float("nan"),
+            seconds=0.0,
+        )
+    ]
 
 
 def open_engine(model: Module, config: Config, plan: Plan) -> Engine:
@@ -225,67 +240,13 @@ def open_engine(model: Module, config: Config, plan: Plan) -> Engine:
 def examine(run: Run, student: Student, index: int) -> Iterator[Score]:
     """Every probe on every view of the model; a secondary view's probes are named `probe@view`."""
     run.model.eval()
+    last = len(run.stream.stages)
+    due = [probe for probe in run.probes if is_due(run.config.probe.cadence.get(probe.name, "all"), index, last)]
     for number, (view, weights) in enumerate(run.method.views(run.model).items()):
         with weights, folded(run.model) if number == 0 else nullcontext():
-            for probe in run.probes:
+            for probe in due:
                 for score in probe.measure(student, run.stream, index):
                     yield score if number == 0 else replace(score, probe=f"{score.probe}@{view}")
-
-
-def manifest(config: Config, stream: Stream, *, model_label: str, fingerprint: str, command: str) -> dict[str, Any]:
-    """What was run, on what, with which versions: written once, when the run begins."""
-    return {
-        "run": run_name(config),
-        "experiment": config.experiment,
-        "stream": stream.name,
-        "order": stream.order,
-        "model": model_label,
-        "method": config.method["name"],
-        "seed": config.seed,
-        "tasks": [stage.name for stage in stream.stages],
-        "metrics": {stage.name: stage.task.metric for stage in stream.stages},
-        "config": asdict(config),
-        "config_hash": config_hash(config),
-        "variant": config_hash(config, without_seed=True)[:8],
-        "data": stream.fingerprints(),
-        "model_fingerprint": fingerprint,
-        "git": git_state(),
-        "versions": versions(),
-        "hardware": hardware(),
-        "command": command,
-    }
-
-
-def versions() -> Mapping[str, str]:
-    """Installed versions of what the numbers depend on."""
-    installed = {
-        distribution.name.lower().replace("-", "_"): distribution.version
-        for distribution in importlib.metadata.distributions()
-    }
-    return {"python": platform.python_version()} | {name: installed[name] for name in VERSIONED if name in installed}
-
-
-def hardware() -> dict[str, str | int]:
-    """Processor, threads, accelerator."""
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {"machine": platform.machine(), "threads": torch.get_num_threads(), "accelerator": accelerator}
-
-
-def git_state() -> dict[str, str | bool]:
-    """Commit of the code, and whether tracked files differ from it; "unknown" outside a checkout."""
-    here = Path(__file__).resolve().parent
-    if not (here.parent / ".git").exists():
-        return {"commit": "unknown", "dirty": False}
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=False
-        ).stdout.strip()
-
-    return {
-        "commit": git("rev-parse", "HEAD") or "unknown",
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-    }
 
 
 def peak_memory(device: torch.device) -> int:

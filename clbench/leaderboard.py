@@ -27,11 +27,15 @@ if TYPE_CHECKING:
 
 RUN_COLUMNS = ("stream", "order", "model", "method", "seed")
 STAGE_COLUMNS = (*RUN_COLUMNS, "stage", "stage_name", "probe", "task", "metric", "value", "n", "stderr", "run")
-RETENTION_COLUMNS = (*RUN_COLUMNS, "stage", "stage_name", *(field.name for field in fields(StageRetention)), "run")
+RETENTION_COLUMNS = (
+    *(*RUN_COLUMNS, "stage", "stage_name"),
+    *(field.name for field in fields(StageRetention)),
+    *("stream_hash", "run"),
+)
 ENTRY_COLUMNS = (
     *("stream", "order", "model", "method", "variant", "n_seeds"),
     *(f"{name}{bound}" for name in MEASURES for bound in ("", "_low", "_high")),
-    "notes",
+    *("stream_hash", "notes"),
 )
 # What a person reads first: heading, measure, format.
 KEY_COLUMNS = (
@@ -82,7 +86,11 @@ def table(results_dir: Path) -> Table:
     runs = read_runs(results_dir)
     ranked = entries(runs)
     settings = sorted({entry.setting for entry in ranked})
-    title = "Leaderboard" if len(settings) != 1 else "Leaderboard of stream {}, order {}, model {}".format(*settings[0])
+    title = (
+        "Leaderboard"
+        if len(settings) != 1
+        else "Leaderboard of stream {}, order {}, model {}, data {}".format(*settings[0])
+    )
     notes = [f"{entry.label}: {'; '.join(entry.notes)}" for entry in ranked if entry.notes]
     caption = Text("\n".join([*notes, unranked(runs)]))
     shown = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=None)
@@ -94,7 +102,7 @@ def table(results_dir: Path) -> Table:
         rows = tuple(group)
         marks = {measure: tied_with_best(rows, measure=measure) for measure in MARKED}
         if len(settings) > 1:
-            shown.add_row("stream {}, order {}, model {}".format(*setting), style="italic")
+            shown.add_row("stream {}, order {}, model {}, data {}".format(*setting), style="italic")
         for entry in rows:
             cells = [cell_text(entry, name, form, marks, spread=name in MARKED) for _, name, form in columns]
             bold = [f"[bold]{cell.strip('*')}[/bold]" if cell.startswith("**") else cell for cell in cells]
@@ -105,15 +113,16 @@ def table(results_dir: Path) -> Table:
 
 def unranked(runs: Sequence[Run]) -> str:
     """One line: how many runs are not ranked, in which states, and which they are."""
-    if all(run.state == "complete" for run in runs):
+    if all(run.state == "complete" and not run.unfit for run in runs):
         return f"All {len(runs)} runs are complete." if runs else "There are no runs yet."
     parts = []
     for state in STATES[1:]:
         members = [f"{run.name} ({run.problem})" if run.problem else run.name for run in runs if run.state == state]
         if members:
             parts.append(f"{len(members)} {state}: {', '.join(members)}")
-    count = sum(run.state != "complete" for run in runs)
-    return f"{count} of {len(runs)} runs are incomplete and not ranked; {'; '.join(parts)}."
+    parts += [f"{run.name}: {run.unfit}" for run in runs if run.state == "complete" and run.unfit]
+    count = sum(run.state != "complete" or bool(run.unfit) for run in runs)
+    return f"{count} of {len(runs)} runs are not ranked; {'; '.join(parts)}."
 
 
 def run_command(prog: str, *, about: str, action: Callable[[Path], None]) -> int:
@@ -151,7 +160,7 @@ def _print(shown: Table) -> None:
 
 def _run_cells(run: Run) -> tuple[str | int, ...]:
     """What names a run, in the order of RUN_COLUMNS."""
-    return (*run.setting, run.method, run.seed)
+    return (*run.setting[:3], run.method, run.seed)
 
 
 def _stage_rows(runs: Iterable[Run]) -> Iterator[tuple[str | int | float, ...]]:
@@ -172,13 +181,15 @@ def _retention_rows(runs: Iterable[Run]) -> Iterator[tuple[str | int | float, ..
     """One row per run and stage, as RETENTION_COLUMNS."""
     for run in sorted(runs, key=lambda run: (*_run_cells(run), run.name)):
         for stage, name in sorted(run.stage_names.items()):
-            yield (*_run_cells(run), stage, name, *astuple(stage_retention(run, stage=stage)), run.name)
+            kept = astuple(stage_retention(run, stage=stage))
+            yield (*_run_cells(run), stage, name, *kept, run.setting[3], run.name)
 
 
 def _entry_row(entry: Entry) -> tuple[str | int | float, ...]:
     """One row of leaderboard.csv, as ENTRY_COLUMNS."""
     numbers = (getattr(part, name) for name in MEASURES for part in (entry.mean, entry.low, entry.high))
-    return (*entry.setting, entry.method, entry.variant, entry.n_seeds, *map(float, numbers), "; ".join(entry.notes))
+    named = (*entry.setting[:3], entry.method, entry.variant, entry.n_seeds)
+    return (*named, *map(float, numbers), entry.setting[3], "; ".join(entry.notes))
 
 
 def _csv(columns: Sequence[str], rows: Iterable[Sequence[str | int | float]]) -> str:
@@ -195,11 +206,11 @@ def _csv(columns: Sequence[str], rows: Iterable[Sequence[str | int | float]]) ->
 def _markdown(rows: Sequence[Entry], *, runs: Sequence[Run]) -> str:
     """leaderboard.md: one table per stream, order and model."""
     lines = ["# Leaderboard", "", unranked(runs), ""]
-    for (stream, order, model), group in groupby(rows, key=lambda entry: entry.setting):
+    for (stream, order, model, data), group in groupby(rows, key=lambda entry: entry.setting):
         members = tuple(group)
         marks = {measure: tied_with_best(members, measure=measure) for measure in MARKED}
         headings = ["method", "seeds", *(heading for heading, _, _ in KEY_COLUMNS), "notes"]
-        lines += [f"## stream {stream}, order {order}, model {model}", "", references(members[0]), ""]
+        lines += [f"## stream {stream}, order {order}, model {model}, data {data}", "", references(members[0]), ""]
         lines += [_md_row(headings), _md_row(["---"] + ["---:"] * (len(headings) - 2) + ["---"])]
         for entry in members:
             cells = [cell_text(entry, name, form, marks) for _, name, form in KEY_COLUMNS]
@@ -215,6 +226,7 @@ def references(entry: Entry) -> str:
         ("the untouched model", mean.base_accuracy),
         ("chance", mean.chance_accuracy),
         ("the majority class", mean.majority_accuracy),
+        ("answers that have only the form", mean.format_only_accuracy),
     )
     return (
         "Average accuracy of " + ", ".join(f"{name} {'unknown' if isnan(v) else f'{v:.3f}'}" for name, v in named) + "."

@@ -143,7 +143,7 @@ class Ledger:
 
     def _same_data(self, manifest: dict[str, Any]) -> None:
         before = json.loads((self.path / "manifest.json").read_text())
-        for key in ("data", "model_fingerprint"):
+        for key in ("data", "probe_data", "model_fingerprint"):
             now = json.loads(json.dumps(manifest[key]))
             if before[key] != now:
                 changed = sorted(k for k in now if before[key].get(k) != now[k]) if isinstance(now, dict) else [key]

@@ -14,10 +14,10 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -51,11 +51,15 @@ class Corpus(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """A model of the hub, or one in a local folder: `name` and `revision` as transformers takes them."""
+    """A model of the hub, or one in a local folder: `name` and `revision` as transformers takes them.
+
+    `architecture` repeats what decides its size, as fields of its transformers configuration, so that its cost can be counted without it.
+    """
 
     label: str
     name: str
     revision: str | None = None
+    architecture: Mapping[str, Any] = field(default_factory=dict)
 
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of the name and revision."""
@@ -64,6 +68,10 @@ class Pretrained:
     def load(self, cache_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         """The model in float32 on the CPU, in eval mode, and its tokenizer; a download is kept under `cache_dir`."""
         return load(self.name, revision=self.revision, cache_dir=cache_dir / "hub")
+
+    def load_tokenizer(self, cache_dir: Path) -> PreTrainedTokenizerFast:
+        """The tokenizer alone."""
+        return load_tokenizer(self.name, revision=self.revision, cache_dir=cache_dir / "hub")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +129,10 @@ class Recipe:
             log.warning("%s: %s", self.label, self.note)
         return load(str(folder), revision=None, cache_dir=None)
 
+    def load_tokenizer(self, cache_dir: Path) -> PreTrainedTokenizerFast:
+        """The tokenizer; pretrains the model where `cache_dir` lacks it."""
+        return self.load(cache_dir)[1]
+
     def make(self, folder: Path) -> None:
         """Pretrains the model and writes it, its tokenizer and recipe.json to `folder`."""
         texts = self.corpus.texts()
@@ -157,22 +169,36 @@ def sha256(value: object) -> str:
 
 
 def load(name: str, *, revision: str | None, cache_dir: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Model and tokenizer of a folder or hub id; the tokenizer gets the special tokens that it lacks from its EOS."""
+    """Model and tokenizer of a folder or hub id."""
+    tokenizer = load_tokenizer(name, revision=revision, cache_dir=cache_dir)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, cache_dir=cache_dir, padding_side="right")
         model = AutoModelForCausalLM.from_pretrained(name, revision=revision, cache_dir=cache_dir, dtype=torch.float32)
     except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise UserMistake(
-            f"model.name={name!r} could not be loaded ({reason}); name a local folder, or choose another model"
-        ) from error
+        raise not_loaded(name, error) from error
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str, *, revision: str | None, cache_dir: Path | None) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder or hub id, with the special tokens that it lacks taken from its EOS."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, cache_dir=cache_dir, padding_side="right")
+    except OSError as error:
+        raise not_loaded(name, error) from error
     if tokenizer.eos_token is None:
         raise UserMistake(f"model.name={name!r} has a tokenizer without an end-of-text token; choose another model")
     if tokenizer.bos_token is None:
         tokenizer.bos_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.eval(), tokenizer
+    return tokenizer
+
+
+def not_loaded(name: str, error: OSError) -> UserMistake:
+    """The one line for a model that cannot be had."""
+    reason = str(error).splitlines()[0]
+    return UserMistake(
+        f"model.name={name!r} could not be loaded ({reason}); name a local folder, or choose another model"
+    )
 
 
 def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:

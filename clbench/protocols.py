@@ -125,16 +125,22 @@ class Task(ABC):
     """A kind of dataset: rows to examples, answers to scores. `name` and `metric` label the rows of the ledger.
 
     `dataset` is where its rows come from (None: they are made here), `licence` the terms they come under ("" where unstated).
+    `metric_version` goes up when the metric gives other numbers for equal answers.
     """
 
     name: str
     metric: str
+    metric_version: int = 1
     dataset: DatasetSpec | None = None
     licence: str = ""
 
     @abstractmethod
     def examples(self, split: str) -> Sequence[Example]:
         """The examples of `split` ("train" or "test"), in a fixed order."""
+
+    def rows(self, split: str) -> Mapping[int, Mapping[str, Any]]:
+        """The rows of `dataset` behind the examples of `split`, by their index in it; empty where the examples are made here."""
+        return {}
 
     @abstractmethod
     def score(self, example: Example, answer: str) -> float:
@@ -164,6 +170,10 @@ class Probe(ABC):
     def datasets(self) -> Sequence[DatasetSpec]:
         """Where its items come from; empty where they are made here."""
         return ()
+
+    def rows(self) -> Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]:
+        """What it reads of datasets, by the dataset's folder and split, and by index, for an offline copy."""
+        return {}
 
     def documents(self) -> Mapping[str, Sequence[str]]:
         """The text of its items by task, for the search for overlaps with training data."""

@@ -67,8 +67,8 @@ def write(results_dir: Path) -> Path:
 def _page(runs: Sequence[Run]) -> str:
     """The whole page."""
     body = [f"<h1>What was learned, what was kept, what it cost</h1><p>{escape(unranked(runs))}</p>"]
-    for (stream, order, model), group in groupby(entries(runs), key=lambda entry: entry.setting):
-        body.append(f"<h2>{escape(f'stream {stream}, order {order}, model {model}')}</h2>")
+    for (stream, order, model, data), group in groupby(entries(runs), key=lambda entry: entry.setting):
+        body.append(f"<h2>{escape(f'stream {stream}, order {order}, model {model}, data {data}')}</h2>")
         body += _setting(tuple(group))
     if runs:
         body.append(f"<h2>Where the numbers come from</h2>{_card('Runs', _provenance(runs), kind='text')}")

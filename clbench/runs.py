@@ -47,9 +47,18 @@ class Run:
         return int(self.manifest["seed"])
 
     @property
-    def setting(self) -> tuple[str, str, str]:
-        """Stream, order and model: what a method is compared on."""
-        return str(self.manifest["stream"]), str(self.manifest["order"]), str(self.manifest["model"])
+    def setting(self) -> tuple[str, str, str, str]:
+        """Stream, order, model and the hash of the stream's data: what a method is compared on."""
+        named = (str(self.manifest[key]) for key in ("stream", "order", "model"))
+        return *named, str(self.manifest.get("stream_hash", ""))
+
+    @property
+    def unfit(self) -> str:
+        """Why a complete run may not be ranked: its evaluation was not shown to be able to fail, or did; "" where it may."""
+        if "canaries" not in self.manifest:
+            return "no canaries in its manifest"
+        failed = self.manifest["canaries"]["failed"]
+        return f"failed canaries: {', '.join(failed)}" if failed else ""
 
     @property
     def method(self) -> str:

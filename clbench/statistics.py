@@ -18,7 +18,7 @@ import numpy as np
 from clbench import metrics
 from clbench.runs import MATRIX_PROBE, Run
 
-KNOWLEDGE_PROBE, PERPLEXITY_PROBE = "knowledge", "perplexity"
+KNOWLEDGE_PROBE, PERPLEXITY_PROBE, DIVERGENCE_PROBE = "knowledge", "perplexity", "divergence"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,11 @@ class StageRetention:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What one run amounts to. Scores as fractions of 1; costs are totals over stages, parameters and memory maxima."""
+    """What one run amounts to. Scores as fractions of 1; costs are totals over stages, parameters and memory maxima.
+
+    `kl_to_base` is in nats per token of fixed text. `format_loss` is what closed tasks lose when the model has to write its answer instead of
+    choosing it. `format_only_accuracy` is what answers of the right form that know nothing score.
+    """
 
     average_accuracy: float
     learning_accuracy: float
@@ -55,10 +59,13 @@ class Summary:
     retention_min: float
     perplexity_ratio: float
     bits_per_byte_drift: float
+    kl_to_base: float
     format_validity: float
+    format_loss: float
     base_accuracy: float
     chance_accuracy: float
     majority_accuracy: float
+    format_only_accuracy: float
     seconds_train: float
     seconds_probe: float
     seconds_other: float
@@ -79,7 +86,7 @@ class Entry:
     `label` is the method's name, with the variant where the method has several.
     """
 
-    setting: tuple[str, str, str]
+    setting: tuple[str, str, str, str]
     method: str
     variant: str
     runs: tuple[Run, ...]
@@ -126,10 +133,13 @@ def summarise(run: Run) -> Summary:
         retention_min=kept.retention_min,
         perplexity_ratio=kept.perplexity_ratio,
         bits_per_byte_drift=kept.bits_per_byte_drift,
+        kl_to_base=_mean(_divergences(run, stage=run.last_stage)),
         format_validity=_mean(_stream_values(run, metric="format_validity", stage=run.last_stage)),
+        format_loss=_mean(_stream_values(run, metric="format_loss", stage=run.last_stage)),
         base_accuracy=float(matrix[0].mean()),
         chance_accuracy=_rate(run, metric="chance"),
         majority_accuracy=_rate(run, metric="majority"),
+        format_only_accuracy=_rate(run, metric="format_only"),
         seconds_train=_total(run, "seconds_train"),
         seconds_probe=_total(run, "seconds_probe"),
         seconds_other=_total(run, "seconds_other"),
@@ -142,12 +152,12 @@ def summarise(run: Run) -> Summary:
 
 
 def entries(runs: Sequence[Run]) -> tuple[Entry, ...]:
-    """The leaderboard of the complete ones of `runs`: best average accuracy first within a setting."""
-    groups: dict[tuple[tuple[str, str, str], str, str], list[Run]] = {}
+    """The leaderboard of those of `runs` that are complete and fit to be ranked: best average accuracy first within a setting."""
+    groups: dict[tuple[tuple[str, str, str, str], str, str], list[Run]] = {}
     for run in runs:
-        if run.state == "complete":
+        if run.state == "complete" and not run.unfit:
             groups.setdefault((run.setting, run.method, run.variant), []).append(run)
-    by_method: dict[tuple[tuple[str, str, str], str], list[Run]] = {}
+    by_method: dict[tuple[tuple[str, str, str, str], str], list[Run]] = {}
     for (setting, method, _), members in groups.items():
         by_method.setdefault((setting, method), []).append(members[0])
     found = [_entry(members, siblings=by_method[key[:2]]) for key, members in groups.items()]
@@ -212,6 +222,8 @@ def _notes(runs: Sequence[Run], *, mean: Summary, n_seeds: int, siblings: Sequen
     for part in ("data", "model_fingerprint"):
         if any(run.manifest.get(part) != runs[0].manifest.get(part) for run in runs):
             yield f"{part} differs between seeds"
+    if trained := sorted({probe for run in runs for probe in run.manifest.get("trained_probes", [])}):
+        yield f"probe trained on: {', '.join(trained)}"
     if mean.average_accuracy < mean.base_accuracy:
         yield "below base"
     if mean.tokens_trained == 0:
@@ -262,6 +274,15 @@ def _stream_values(run: Run, *, metric: str, stage: int) -> list[float]:
     """`metric` of each task of the stream that reports it after `stage`, in the unit of the scores."""
     keys = [(stage, MATRIX_PROBE, task, metric) for task in run.manifest["tasks"]]
     return [run.values[key] for key in keys if key in run.values]
+
+
+def _divergences(run: Run, *, stage: int) -> list[float]:
+    """KL from the untouched model after `stage`, in nats per token, of each text."""
+    return [
+        value
+        for (row, probe, _, metric), value in run.values.items()
+        if (row, probe, metric) == (stage, DIVERGENCE_PROBE, "kl_token")
+    ]
 
 
 def _rate(run: Run, *, metric: str) -> float:

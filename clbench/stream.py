@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from clbench.config import StreamConfig
-from clbench.data import Encoder, fingerprint, generator
+from clbench.data import DatasetSpec, Encoder, fingerprint, generator
 from clbench.protocols import Task
 from clbench.types import Stage, UserMistake
 
@@ -22,9 +22,11 @@ class Stream:
     stages: tuple[Stage, ...]
 
     def fingerprints(self) -> dict[str, dict[str, str | int]]:
-        """Rows and SHA-256 of every task's train and test examples as they are used."""
+        """Rows and SHA-256 of every task's train and test examples as they are used, where they come from, how they are scored."""
         return {
             stage.name: {
+                "dataset": address(stage.task.dataset) if stage.task.dataset else "made here",
+                "metric": f"{stage.task.metric} v{stage.task.metric_version}",
                 "train_rows": len(stage.train),
                 "train_sha256": fingerprint(stage.train),
                 "test_rows": len(stage.test),
@@ -32,6 +34,11 @@ class Stream:
             }
             for stage in self.stages
         }
+
+
+def address(dataset: DatasetSpec) -> str:
+    """Hub id, configuration and revision in one string."""
+    return f"{dataset.hub}{f' : {dataset.config}' if dataset.config else ''} @ {dataset.revision or 'main'}"
 
 
 def build_stream(config: StreamConfig, *, order: str, tasks: Mapping[str, Task], encoder: Encoder) -> Stream:
@@ -44,6 +51,7 @@ def build_stream(config: StreamConfig, *, order: str, tasks: Mapping[str, Task],
             raise UserMistake(
                 f"task {name!r} has {len(train[name])} train and {len(test[name])} test examples; both must be at least 1 (conf/task)"
             )
+        encoder.preload(train[name])
     whole = tuple(example for name in names for example in train[name])
     return Stream(
         name=config.name,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sklearn.metrics import f1_score
 
@@ -19,11 +20,13 @@ from tasks.hub import HubTask, Row, lookup, render
 class Classification(HubTask):
     """`labels` are the words that the model writes.
 
-    `label` is the column of the right one: its position in `labels`, or the word itself.
+    `label` is the column of the right one: its position in `labels`, or the word itself. Where the rows have other codes, `codes` lists
+    the code of each label word; a word may then stand for several codes.
     """
 
     labels: Sequence[str]
     label: str
+    codes: Sequence[Any] | None = None
 
     @property
     def answer_columns(self) -> tuple[str, ...]:
@@ -32,11 +35,20 @@ class Classification(HubTask):
 
     def example(self, row: Row, *, id: str) -> Example:
         """The text to classify and its label word."""
-        given, labels = lookup(row, self.label), tuple(self.labels)
-        code = labels.index(given) if given in labels else given
-        if not isinstance(code, int) or not 0 <= code < len(labels):
-            raise UserMistake(f"{id}: the label {given!r} is none of {labels}; a split without labels cannot be used")
-        return Example(id=id, prompt=render(self.template, row), answer=labels[code], choices=labels)
+        given = lookup(row, self.label)
+        place = self._place(given)
+        if place is None:
+            known = tuple(self.codes or self.labels)
+            raise UserMistake(f"{id}: the label {given!r} is none of {known}; a split without labels cannot be used")
+        choices = tuple(dict.fromkeys(self.labels))
+        return Example(id=id, prompt=render(self.template, row), answer=self.labels[place], choices=choices)
+
+    def _place(self, given: Any) -> int | None:
+        """Where the word for `given` stands in `labels`; None where there is no such word."""
+        known = tuple(self.codes or self.labels)
+        if given in known:
+            return known.index(given)
+        return given if not self.codes and isinstance(given, int) and 0 <= given < len(known) else None
 
     def score(self, example: Example, answer: str) -> float:
         """1 for the right label word, else 0."""

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from string import Formatter
 from typing import Any
 
-from clbench.data import DatasetSpec, load_rows
+from clbench.data import DatasetSpec, indexed_rows
 from clbench.protocols import Task
 from clbench.types import Example, UserMistake
 
@@ -34,9 +35,10 @@ class HubTask(Task):
     `template` is filled with the row's columns, outer white space removed; `{column[key][0]}` reaches inside, a list is
     joined by newlines. `metric_package` is the "package==version" behind the metric or its corpus metrics, "clbench"
     where both are ours. `max_words` cuts a column to its first words. `where` keeps the rows whose columns have these
-    values. `group_by` makes the test rows that share a column's value one example with several references. `hold_out`
-    names the column by whose hash test rows are taken from a hub dataset that has one split; rows with the same value
-    go to the same side. `max_new_tokens=None`: as long as the longest training answer.
+    values, or one of them where it lists several. `group_by` makes the test rows that share a column's value one
+    example with several references. `balance_by` names the column of which the test has every value equally often.
+    `hold_out` names the column by whose hash test rows are taken from a hub dataset that has one split; rows with the
+    same value go to the same side. `max_new_tokens=None`: as long as the longest training answer.
     """
 
     name: str
@@ -52,8 +54,9 @@ class HubTask(Task):
     sample_seed: int = 0
     max_new_tokens: int | None = None
     max_words: Mapping[str, int] = field(default_factory=dict)
-    where: Mapping[str, str] = field(default_factory=dict)
+    where: Mapping[str, Any] = field(default_factory=dict)
     group_by: str | None = None
+    balance_by: str | None = None
     hold_out: str | None = None
 
     @abstractmethod
@@ -68,13 +71,24 @@ class HubTask(Task):
     def examples(self, split: str) -> Sequence[Example]:
         """The examples of `split`, capped, in the order of the sampling recipe."""
         rows = self._rows(split)
+        chosen = self._chosen(rows, split)
+        return tuple(self._merged([(index, rows[index]) for index in members], split) for members in chosen)
+
+    def rows(self, split: str) -> Mapping[int, Row]:
+        """The rows behind `examples`, by their index in the file."""
+        rows = self._rows(split)
+        return {index: rows[index] for members in self._chosen(rows, split) for index in members}
+
+    def _chosen(self, rows: Mapping[int, Row], split: str) -> list[list[int]]:
+        """The indices of the rows of each example."""
         groups: dict[Any, list[int]] = {}
         for index, row in rows.items():
             key = lookup(row, self.group_by) if self.group_by and split != "train" else index
             groups.setdefault(key, []).append(index)
         chosen = sorted(groups.values(), key=lambda members: bucket(self.sample_seed, self.name, split, members[0]))
-        cap = self.max_train if split == "train" else self.max_test
-        return tuple(self._merged([(index, rows[index]) for index in members], split) for members in chosen[:cap])
+        if self.balance_by and split != "train":
+            chosen = balanced(chosen, [lookup(rows[members[0]], self.balance_by) for members in chosen])
+        return chosen[: self.max_train if split == "train" else self.max_test]
 
     def answer_swaps(self, split: str, count: int) -> Sequence[tuple[Example, Example]]:
         """Pairs of examples of one row, the second with the answer columns of another row that answers otherwise."""
@@ -99,9 +113,9 @@ class HubTask(Task):
 
     def _rows(self, split: str) -> dict[int, Row]:
         """The rows that belong to `split`, by their index in the file."""
-        rows = load_rows(self.dataset, split=split, data_dir=self.data_dir)
-        wanted = self.where.items()
-        kept = {i: row for i, row in enumerate(rows) if all(row[column] == value for column, value in wanted)}
+        rows = indexed_rows(self.dataset, split=split, data_dir=self.data_dir)
+        wanted = {column: several(value) for column, value in self.where.items()}
+        kept = {i: row for i, row in rows.items() if all(row[column] in values for column, values in wanted.items())}
         if self.hold_out and self.data_dir is None:
             column = self.hold_out
             kept = {i: row for i, row in kept.items() if (bucket(row[column]) % TEST_SHARE == 0) == (split == "test")}
@@ -148,6 +162,27 @@ def replaced(row: Row, path: str, value: Any) -> Row:
     if not inner:
         return {**row, column: value}
     return {**row, column: {**row[column], inner.rstrip("]"): value}}
+
+
+def several(value: Any) -> tuple[Any, ...]:
+    """The values of a list, or the one value given."""
+    return (value,) if isinstance(value, (str, int, float)) else tuple(value)
+
+
+def balanced(items: Sequence[Any], labels: Sequence[Any]) -> list[Any]:
+    """As many items of each label as the rarest has, in turn, so that the first n are balanced to within one.
+
+    >>> balanced(["a1", "a2", "b1", "a3", "b2"], "aabab")
+    ['a1', 'b1', 'a2', 'b2']
+    """
+    turns: list[list[Any]] = []
+    seen: Counter[Any] = Counter()
+    for item, label in zip(items, labels, strict=True):
+        if seen[label] == len(turns):
+            turns.append([])
+        turns[seen[label]].append(item)
+        seen[label] += 1
+    return [item for turn in turns if len(turn) == len(seen) for item in turn]
 
 
 def accepted(example: Example) -> tuple[str, ...]:

@@ -38,9 +38,24 @@ def test_an_experiment_composes(option, tmp_path):
 
 @pytest.mark.parametrize("option", options("stream"))
 def test_a_stream_names_tasks_that_exist_each_once(option):
-    names = OmegaConf.to_container(OmegaConf.load(CONF / "stream" / f"{option}.yaml"))["tasks"]
-    assert len(names) == len(set(names)) == 16
-    assert set(names) <= set(options("task"))
+    stream = OmegaConf.load(CONF / "stream" / f"{option}.yaml")
+    assert stream.name == option and 0 < len(stream.tasks) == len(set(stream.tasks))
+    assert not option.startswith("seq16") or len(stream.tasks) == 16
+    assert set(stream.tasks) <= set(options("task"))
+
+
+@pytest.mark.parametrize(
+    ("orders", "count"),
+    [
+        (("olora_order1", "olora_order2", "olora_order3"), 4),
+        (("olora_order4", "olora_order5", "olora_order6"), 15),
+        (("superni_order1", "superni_order2"), 15),
+    ],
+)
+def test_the_orders_of_a_published_stream_hold_the_same_tasks(orders, count):
+    tasks = [tuple(OmegaConf.load(CONF / "stream" / f"{order}.yaml").tasks) for order in orders]
+    assert len(set(tasks)) == len(orders)
+    assert len({frozenset(names) for names in tasks}) == 1 and len(tasks[0]) == count
 
 
 @pytest.mark.parametrize("option", [option for option in options("task") if option.startswith("world_")])

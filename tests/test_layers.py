@@ -8,13 +8,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = (
     {"types", "metrics"},
-    {"protocols", "config"},
+    {"protocols", "config", "contract"},
     {"data", "loss", "model", "pretrain", "adapters", "cur", "pairs", "memory", "ledger", "tracking", "runs"},
     {"engine"},
     {"student", "stream", "optim", "statistics"},
-    {"probes", "train"},
-    {"experiment"},
-    {"cli", "leaderboard", "report", "doctor", "tuning", "__main__"},
+    {"probes", "train", "canaries", "manifest"},
+    {"experiment", "estimate"},
+    {"cli", "leaderboard", "published", "report", "doctor", "tuning", "bundle", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(ROWS) for name in names}
 VOCABULARY = {"types", "protocols", "data", "loss", "adapters", "cur", "pairs", "memory", "metrics"}

@@ -59,7 +59,7 @@ def stage_scores(stage, row):
     yield Score(**at, **drift, metric="bits_per_byte", value=0.75 if stage == 3 else 0.5)
 
 
-def write_run(results, method, *, seed, matrix, status="complete", stages=3, steps=60, name="", dirty=False):
+def write_run(results, method, *, seed, matrix, status="complete", stages=3, steps=60, name="", dirty=False, failed=()):
     """One run directory as the ledger writes it."""
     run = name or f"demo-{method}-s{seed}-{steps:08x}"
     folder = results / "runs" / run
@@ -76,6 +76,8 @@ def write_run(results, method, *, seed, matrix, status="complete", stages=3, ste
             "engine": {"dtype": "float32", "processes": 1 + seed},
         },
         "config_hash": f"{seed}{steps}",
+        "stream_hash": "abc123",
+        "canaries": {"checked": 4, "failed": list(failed)},
         "git": {"commit": "c0ffee", "dirty": dirty},
         "tasks": list(TASKS),
         "metrics": dict.fromkeys(TASKS, "accuracy"),
@@ -183,9 +185,10 @@ KNOWN = {
 
 def test_leaderboard_columns_come_in_threes_with_the_names_of_the_readme(results):
     columns = list(refreshed(results)[0])
-    assert columns[:6] == ["stream", "order", "model", "method", "variant", "n_seeds"] and columns[-1] == "notes"
-    measures = columns[6:-1:3]
-    assert columns[6:-1] == [f"{name}{bound}" for name in measures for bound in ("", "_low", "_high")]
+    assert columns[:6] == ["stream", "order", "model", "method", "variant", "n_seeds"]
+    assert columns[-2:] == ["stream_hash", "notes"]
+    measures = columns[6:-2:3]
+    assert columns[6:-2] == [f"{name}{bound}" for name in measures for bound in ("", "_low", "_high")]
     assert measures[:6] == ["average_accuracy", "learning_accuracy", "bwt", "forgetting", "fwt", "retention"]
 
 
@@ -284,7 +287,7 @@ def test_a_damaged_run_is_named_and_not_ranked(results):
     (results / "runs" / "empty").mkdir()
     assert [row["n_seeds"] for row in refreshed(results)] == ["3", "2"]
     text = (results / "leaderboard.md").read_text()
-    assert "2 of 7 runs are incomplete" in text and "2 unreadable" in text and run.name in text
+    assert "2 of 7 runs are not ranked" in text and "2 unreadable" in text and run.name in text
 
 
 @pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
@@ -294,10 +297,42 @@ def test_incomplete_runs_are_in_stages_csv_and_not_ranked(results, status):
     stages = {row["stage"] for row in read(results, "stages.csv") if row["run"] == run.name}
     kept = {row["stage"] for row in read(results, "retention.csv") if row["run"] == run.name}
     assert stages == kept == {"0", "1"}
-    assert (
-        f"1 of 7 runs are incomplete and not ranked; 1 {status}: {run.name}."
-        in (results / "leaderboard.md").read_text()
-    )
+    assert f"1 of 7 runs are not ranked; 1 {status}: {run.name}." in (results / "leaderboard.md").read_text()
+
+
+def change_manifest(run, **changes):
+    """Rewrites top-level keys of a run's manifest; None takes a key out."""
+    path = run / "manifest.json"
+    manifest = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in manifest.items() if value is not None}))
+
+
+def test_a_run_whose_canaries_failed_or_were_not_run_is_named_and_not_ranked(results):
+    failed = write_run(results, "alpha", seed=7, matrix=ALPHA, failed=["chance (a: 1.00 instead of 0.25)"])
+    unknown = write_run(results, "alpha", seed=8, matrix=ALPHA)
+    change_manifest(unknown, canaries=None)
+    assert [row["n_seeds"] for row in refreshed(results)] == ["3", "3"]
+    text = (results / "leaderboard.md").read_text()
+    assert f"2 of 8 runs are not ranked; {failed.name}: failed canaries: chance (a: 1.00 instead of 0.25)" in text
+    assert f"{unknown.name}: no canaries in its manifest" in text
+
+
+def test_runs_on_other_data_are_a_table_of_their_own(results):
+    other = write_run(results, "alpha", seed=7, matrix=ALPHA)
+    change_manifest(other, stream_hash="other0")
+    rows = refreshed(results)
+    assert [(row["method"], row["stream_hash"], row["n_seeds"]) for row in rows] == [
+        *(("alpha", "abc123", "3"), ("beta", "abc123", "3"), ("alpha", "other0", "1"))
+    ]
+    hashes = {(row["run"], row["stream_hash"]) for row in read(results, "retention.csv")}
+    assert (other.name, "other0") in hashes and len(hashes) == 7
+
+
+def test_a_probe_of_trained_data_is_flagged(results):
+    run = write_run(results, "gamma", seed=7, matrix=ALPHA)
+    change_manifest(run, trained_probes=["knowledge google/boolq: boolq"])
+    (gamma,) = [row for row in refreshed(results) if row["method"] == "gamma"]
+    assert "probe trained on: knowledge google/boolq: boolq" in gamma["notes"]
 
 
 def test_variants_of_a_method_are_never_averaged(results):

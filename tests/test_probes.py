@@ -1,6 +1,5 @@
-"""Probes: the same numbers as lm-eval's own model class, item by item; the matrix and perplexity against hand-worked cases."""
+"""The stream and text probes against hand-worked cases and plain forwards of the whole."""
 
-import json
 import math
 
 import pytest
@@ -8,14 +7,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from clbench.data import Encoder
-from clbench.probes.knowledge import Knowledge, StudentLM, run_task
-from clbench.probes.matrix import choose, examine, floors, item_score
-from clbench.probes.perplexity import Perplexity
+from clbench.data import DatasetSpec, Encoder
+from clbench.probes import divergence
+from clbench.probes.divergence import Divergence
+from clbench.probes.matrix import Matrix, choose, examine, floors, item_score
+from clbench.probes.perplexity import MeanTextLoss, Perplexity
 from clbench.protocols import Task
 from clbench.stream import Stream
 from clbench.student import Student
-from clbench.types import Example, Stage, UserMistake
+from clbench.types import Example, Stage
 
 SENTENCES = [
     "A man carries a ladder to the wall and climbs up to clean the gutter.",
@@ -26,8 +26,8 @@ SENTENCES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def student():
+def tiny_student(*, positions: int = 256, max_length: int = 200) -> Student:
+    """A Llama with random weights and a byte-level tokenizer of 400 tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,146 +45,18 @@ def student():
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=positions,
         initializer_range=0.2,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
     )
-    return Student(LlamaForCausalLM(config).eval(), Encoder(fast, max_length=200))
-
-
-def write(folder, split, rows):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Student(LlamaForCausalLM(config).eval(), Encoder(fast, max_length=max_length))
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    """Invented rows in the shape of the hub's datasets."""
-    root = tmp_path_factory.mktemp("data")
-    halves = [sentence.split(" and ") for sentence in SENTENCES]
-    hellaswag = [
-        {
-            "ind": i,
-            "activity_label": "Work",
-            "ctx_a": half[0],
-            "ctx_b": "",
-            "ctx": half[0],
-            "endings": [half[-1] if k == i % 4 else halves[(i + k + 1) % 5][-1] + "!" * k for k in range(4)],
-            "source_id": "",
-            "split": "val",
-            "split_type": "",
-            "label": str(i % 4),
-        }
-        for i, half in enumerate(halves)
-    ]
-    write(root / "hellaswag", "validation", hellaswag)
-    arc = [
-        {
-            "id": str(i),
-            "question": f"What happens when {sentence[:30]}?",
-            "choices": {"text": ["fish", "the old book", "butter and salt", "a tree"], "label": ["A", "B", "C", "D"]},
-            "answerKey": "ABCD"[i % 4],
-        }
-        for i, sentence in enumerate(SENTENCES)
-    ]
-    write(root / "arc", "test", arc)
-    write(
-        root / "piqa",
-        "validation",
-        [{"goal": s[:20], "sol1": s[20:], "sol2": s[25:], "label": i % 2} for i, s in enumerate(SENTENCES)],
-    )
-    winogrande = [
-        {
-            "sentence": f"The dog saw the cat because _ {s[:12]}.",
-            "option1": "the dog",
-            "option2": "the cat",
-            "answer": str(1 + i % 2),
-        }
-        for i, s in enumerate(SENTENCES)
-    ]
-    write(root / "winogrande", "validation", winogrande)
-    return root
-
-
-FOLDERS = {
-    "Rowan/hellaswag": "hellaswag",
-    "allenai/ai2_arc": "arc",
-    "baber/piqa": "piqa",
-    "winogrande": "winogrande",
-    "allenai/winogrande": "winogrande",
-}
-TASKS = ["hellaswag", "arc_challenge", "piqa", "winogrande"]
-
-
-@pytest.fixture(scope="module")
-def knowledge(data_dir):
-    return Knowledge(name="knowledge", tasks=TASKS, data_dir=str(data_dir), folders=FOLDERS)
-
-
-def test_scores_equal_lm_evals_own_model_item_by_item(student, knowledge):
-    from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    ours = {name: run_task(task, StudentLM(student)) for name, task in knowledge.tasks.items()}
-    reference = HFLM(
-        pretrained=student.model,
-        tokenizer=student.encoder.tokenizer,
-        batch_size=3,
-        max_length=200,
-        device="cpu",
-        add_bos_token=True,
-    )
-    samples = evaluate(reference, task_dict=dict(knowledge.tasks), bootstrap_iters=0, log_samples=True)["samples"]
-    for name in TASKS:
-        rows = sorted(samples[name], key=lambda sample: sample["doc_id"])
-        metrics = [metric for metric in ("acc", "acc_norm") if metric in rows[0]]
-        assert metrics
-        for metric in metrics:
-            assert ours[name][metric] == [row[metric] for row in rows], (name, metric)
-
-
-def test_log_likelihoods_equal_lm_evals_own(student, knowledge):
-    from lm_eval.models.huggingface import HFLM
-
-    requests = [instance for task in knowledge.tasks.values() for instance in task.instances]
-    reference = HFLM(
-        pretrained=student.model,
-        tokenizer=student.encoder.tokenizer,
-        batch_size=4,
-        max_length=200,
-        device="cpu",
-        add_bos_token=True,
-    )
-    theirs = reference.loglikelihood(requests, disable_tqdm=True)
-    for (value, greedy), (expected, expected_greedy) in zip(
-        StudentLM(student).loglikelihood(requests), theirs, strict=True
-    ):
-        assert value == pytest.approx(expected, abs=1e-4)
-        assert greedy == expected_greedy
-
-
-def test_requests_are_built_once_and_scored_again(student, knowledge):
-    instances = {name: task.instances for name, task in knowledge.tasks.items()}
-    first = [(s.task, s.metric, s.value) for s in knowledge.measure(student, STREAM, 1)]
-    assert first == [(s.task, s.metric, s.value) for s in knowledge.measure(student, STREAM, 1)]
-    assert all(task.instances is instances[name] for name, task in knowledge.tasks.items())
-
-
-def test_chance_and_majority_stand_beside_accuracy_at_stage_zero(student, knowledge):
-    found = {(s.task, s.metric): s.value for s in knowledge.measure(student, STREAM, 0)}
-    assert found["hellaswag", "chance"] == 0.25 and found["piqa", "chance"] == 0.5
-    assert found["hellaswag", "majority"] == pytest.approx(2 / 5)  # gold positions 0 1 2 3 0
-    assert found["piqa", "majority"] == pytest.approx(3 / 5)  # 0 1 0 1 0
-    assert ("piqa", "chance") not in {(s.task, s.metric) for s in knowledge.measure(student, STREAM, 1)}
-
-
-def test_an_unknown_task_and_an_unmapped_dataset_are_mistakes(data_dir):
-    with pytest.raises(UserMistake, match="nonesuch"):
-        Knowledge(name="knowledge", tasks=["nonesuch"], data_dir=str(data_dir), folders=FOLDERS)
-    with pytest.raises(UserMistake, match="probe.folders"):
-        Knowledge(name="knowledge", tasks=["piqa"], data_dir=str(data_dir), folders={})
+def student():
+    return tiny_student()
 
 
 class Toy(Task):
@@ -206,13 +78,25 @@ def closed(answers: str) -> tuple[Example, ...]:
     )
 
 
-def stage(tests):
+def stage(tests, train=None):
+    train = train or tests
     return Stage(
-        index=1, name="toy", task=Toy(), train=tests, test=tests, collate=lambda examples: None, whole_stream=tests
+        index=1, name="toy", task=Toy(), train=train, test=tests, collate=lambda examples: None, whole_stream=train
     )
 
 
-STREAM = Stream(name="toy", order="default", stages=(stage(closed("ab")),))
+def one_stage(examined):
+    return Stream(name="toy", order="default", stages=(examined,))
+
+
+STREAM = one_stage(stage(closed("ab")))
+
+
+def token_nll(student, ids):
+    """Nats of each token of a short text, from one plain forward of BOS and the text."""
+    with torch.inference_mode():
+        log_probs = student.model(torch.tensor([[0, *ids]])).logits[0].log_softmax(-1)
+    return [-float(log_probs[place, token]) for place, token in enumerate(ids)]
 
 
 def test_the_likeliest_choice_is_the_best_of_plain_forwards(student):
@@ -232,8 +116,35 @@ def test_the_likeliest_choice_is_the_best_of_plain_forwards(student):
         assert written is None or int(last.argmax()) == tokens[written][0]
 
 
-def test_floors_are_chance_and_the_commonest_answer():
-    assert floors(stage(closed("aabc"))) == {"chance": pytest.approx(1 / 3), "majority": pytest.approx(0.5)}
+def test_floors_are_chance_the_commonest_answer_and_an_answer_of_another_question():
+    # Test answers a a b c c against training answers c a b in turn, c a b c a: the middle three are right.
+    found = floors(stage(closed("aabcc"), train=closed("cab")))
+    assert found == {
+        "chance": pytest.approx(1 / 3),
+        "majority": pytest.approx(2 / 5),
+        "format_only": pytest.approx(3 / 5),
+    }
+
+
+def test_floors_of_an_open_task_have_no_chance():
+    tests = tuple(Example(id=str(i), prompt="?", answer=answer) for i, answer in enumerate(("x y", "z", "z", "w")))
+    assert floors(stage(tests, train=tests[2:])) == {"chance": 0.0, "majority": 0.5, "format_only": 0.5}  # z w z w
+
+
+def test_format_loss_is_the_metric_less_exact_match_item_by_item(student):
+    tests = closed("abcabc")
+    scores = {s.metric: s for s in Matrix(name="stream").measure(student, one_stage(stage(tests)), 1)}
+    likeliest, greedy = choose(student, tests)
+    lost = [
+        float(chosen == example.answer) - float(written == example.answer)
+        for example, chosen, written in zip(tests, likeliest, greedy, strict=True)
+    ]
+    assert scores["format_loss"].items == tuple(lost) and any(lost)
+    assert scores["format_loss"].value == pytest.approx(scores["accuracy"].value - scores["exact_match"].value)
+    assert scores["format_loss"].stderr > 0
+    assert "format_only" not in scores  # of the data, not of the model: stage 0 only
+    open_task = stage((Example(id="0", prompt="A man carries", answer="a ladder"),))
+    assert "format_loss" not in {s.metric for s in Matrix(name="stream").measure(student, one_stage(open_task), 0)}
 
 
 def test_an_item_score_has_the_standard_error_of_its_mean():
@@ -252,16 +163,131 @@ def test_an_open_task_is_scored_on_what_greedy_decoding_writes(student):
     assert items["format_validity"] == [float(bool(answer))]
 
 
+TEXTS = ["A dog sleeps.", "The boat comes back full of fish in the morning"]
+
+
 def test_perplexity_weighs_tokens_and_normalises_by_words_and_bytes(student):
-    texts = ["A dog sleeps.", "The boat comes back full of fish in the morning"]
     found = {
-        s.metric: s for s in Perplexity(name="perplexity", task="t", texts=texts, window=8).measure(student, STREAM, 0)
+        s.metric: s for s in Perplexity(name="perplexity", task="t", texts=TEXTS, window=64).measure(student, STREAM, 0)
     }
-    ids = [tuple(student.encoder.text(text)) for text in texts]
-    nll = student.window_nll(ids, window=8)
-    tokens, words, size = sum(map(len, ids)), 3 + 10, sum(len(text) for text in texts)
-    assert found["nll_token"].value == pytest.approx(sum(nll) / tokens) and found["nll_token"].n == tokens
-    assert found["token_perplexity"].value == pytest.approx(math.exp(sum(nll) / tokens))
-    assert found["word_perplexity"].value == pytest.approx(math.exp(sum(nll) / words))
-    assert found["bits_per_byte"].value == pytest.approx(sum(nll) / size / math.log(2))
-    assert found["nll_token"].items == pytest.approx(tuple(nll))
+    nll = [token_nll(student, student.encoder.text(text)) for text in TEXTS]
+    every, words, size = nll[0] + nll[1], 3 + 10, sum(map(len, TEXTS))
+    mean = sum(every) / len(every)
+    assert len(nll[0]) < len(nll[1])  # else a mean over texts would be the same
+    assert mean != pytest.approx(sum(sum(one) / len(one) for one in nll) / 2, abs=1e-3)
+    assert found["nll_token"].value == pytest.approx(mean, abs=1e-5) and found["nll_token"].n == len(every)
+    assert found["token_perplexity"].value == pytest.approx(math.exp(mean), rel=1e-5)
+    assert found["word_perplexity"].value == pytest.approx(math.exp(sum(every) / words), rel=1e-4)
+    assert found["bits_per_byte"].value == pytest.approx(sum(every) / size / math.log(2), rel=1e-5)
+    assert found["nll_token"].items == pytest.approx([sum(one) for one in nll], rel=1e-5)
+
+
+def test_perplexity_reads_the_whole_text_in_windows_of_which_the_last_is_filled_up(student):
+    ids = student.encoder.text(TEXTS[1])
+    probe = Perplexity(name="perplexity", task="t", texts=TEXTS[1:], window=5)
+    (score,) = [s for s in probe.measure(student, STREAM, 0) if s.metric == "nll_token"]
+    whole, places = [0, *ids], range(1, len(ids) + 1)
+    # The token at `place` is read after its window so far; the last window reaches back to five tokens.
+    starts = [(place - 1) // 5 * 5 for place in places]
+    starts = [min(start, len(ids) - 5) for start in starts]
+    expected = 0.0
+    for place, start in zip(places, starts, strict=True):
+        with torch.inference_mode():
+            log_probs = student.model(torch.tensor([whole[start:place]])).logits[0, -1].log_softmax(-1)
+        expected -= float(log_probs[whole[place]])
+    assert len(ids) % 5 and score.value * len(ids) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_text_without_any_chance_has_infinite_perplexity_instead_of_an_error(student):
+    texts = ["?" * 3000]  # one word of 3000 tokens: exp(3000 times several nats)
+    found = {
+        s.metric: s.value for s in Perplexity(name="p", task="t", texts=texts, window=64).measure(student, STREAM, 0)
+    }
+    assert found["word_perplexity"] == math.inf and math.isfinite(found["token_perplexity"])
+
+
+def test_mean_text_nll_is_the_mean_over_texts_of_the_mean_over_their_first_tokens(student):
+    texts = [*TEXTS, "A third text that is not read"]
+    probe = MeanTextLoss(name="text_loss", task="t", texts=texts, max_texts=2, max_tokens=7)
+    (score,) = probe.measure(student, STREAM, 0)
+    means = []
+    for text in TEXTS:
+        nll = token_nll(student, student.encoder.text(text)[:7])
+        means.append(sum(nll) / len(nll))
+    assert (score.metric, score.n) == ("mean_text_nll", 2)
+    assert score.items == pytest.approx(means, rel=1e-5) and score.value == pytest.approx(sum(means) / 2, rel=1e-5)
+    assert score.stderr == pytest.approx(abs(means[0] - means[1]) / 2, rel=1e-4)
+    assert list(probe.documents()["t"]) == TEXTS
+
+
+@pytest.fixture
+def moved():
+    """A student of its own, to be moved after the probe has seen it."""
+    return tiny_student()
+
+
+def test_divergence_positions_are_the_middles_of_equal_spans(student):
+    ids = student.encoder.text(TEXTS[1])
+    probe = Divergence(name="divergence", task="t", texts=[TEXTS[1]], window=1000, positions=3)
+    spans = [(2 * k + 1) * len(ids) // 6 for k in range(3)]
+    assert probe.contexts(student) == [(0, *ids[:place]) for place in spans]
+    probe = Divergence(name="divergence", task="t", texts=TEXTS, window=4, positions=10**6)
+    first, second = (student.encoder.text(text) for text in TEXTS)
+    everywhere = [(0, *ids[place - place % 4 : place]) for ids in (first, second) for place in range(len(ids))]
+    assert probe.contexts(student) == everywhere
+
+
+def test_divergence_is_zero_for_the_untouched_model_and_exact_for_another(moved, monkeypatch):
+    monkeypatch.setattr(divergence, "CHUNK", 3)
+    shapes = []
+    projected = divergence.project
+    monkeypatch.setattr(
+        divergence, "project", lambda model, hidden: shapes.append(hidden.shape) or projected(model, hidden)
+    )
+    probe = Divergence(name="divergence", task="t", texts=TEXTS, window=6, positions=10)
+    probe.begin(moved)
+    (score,) = probe.measure(moved, STREAM, 0)
+    assert (score.metric, score.value, score.n, score.items) == ("kl_token", 0.0, 10, (0.0,) * 10)
+
+    contexts = probe.contexts(moved)
+    before = [plain(moved, context) for context in contexts]
+    with torch.no_grad():
+        for parameter in moved.model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.05)
+    (score,) = probe.measure(moved, STREAM, 1)
+    # In float64: sum over the vocabulary of p log(p / q), p the untouched model's.
+    expected = [
+        float((p.exp() * (p - q)).sum()) for p, q in zip(before, (plain(moved, c) for c in contexts), strict=True)
+    ]
+    assert min(expected) > 1e-3
+    assert score.items == pytest.approx(expected, rel=1e-3) and score.value == pytest.approx(
+        sum(expected) / 10, rel=1e-3
+    )
+    assert (score.stage, score.stage_name) == (1, "toy")
+    assert all(len(shape) == 2 and shape[0] <= 3 for shape in shapes)  # never [batch, length, vocabulary]
+
+
+def test_divergence_sees_the_untouched_model_without_dropout(moved):
+    for layer in moved.model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    moved.model.train()
+    probe = Divergence(name="divergence", task="t", texts=TEXTS, window=6, positions=10)
+    probe.begin(moved)
+    moved.model.eval()
+    assert next(probe.measure(moved, STREAM, 0)).value == 0.0
+
+
+def plain(student, ids):
+    with torch.inference_mode():
+        return student.model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
+
+
+def test_a_text_probe_names_its_dataset_and_its_texts():
+    spec = DatasetSpec(name="pages", hub="someone/pages")
+    for probe in (
+        Perplexity(name="p", task="t", texts=TEXTS, window=8, dataset=spec),
+        MeanTextLoss(name="p", task="t", texts=TEXTS, dataset=spec),
+        Divergence(name="p", task="t", texts=TEXTS, window=8, dataset=spec),
+    ):
+        assert list(probe.datasets()) == [spec] and list(probe.documents()["t"]) == TEXTS
+    assert Perplexity(name="p", task="t", texts=TEXTS, window=8).datasets() == ()

@@ -6,18 +6,23 @@ import difflib
 import importlib.metadata
 import json
 import os
+import re
+from collections import Counter
 from decimal import Decimal
 from pathlib import Path
 from string import Formatter
 
 import pytest
 import sacrebleu
+import task_rows
+import task_rows_published
+import task_rows_trace
+from datasets import ReadInstruction
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytest import approx
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import f1_score
-from task_rows import CASES
 
 import tasks.hub
 from clbench.types import Example, UserMistake
@@ -28,26 +33,44 @@ from tasks.maths import final_number
 from tasks.multiple_choice import position
 
 CONF = Path(__file__).parent.parent / "conf"
-REAL = sorted(path.stem for path in (CONF / "task").glob("*.yaml") if "dataset" in OmegaConf.load(path))
-OVERLAPPING = {"mbpp", "news_de_ntrex", "news_commentary_de"}
-"""Scored by shared characters, which any two texts have some of."""
+CASES = {**task_rows.CASES, **task_rows_published.CASES, **task_rows_trace.CASES}
+YAMLS = {path.stem: OmegaConf.load(path) for path in sorted((CONF / "task").glob("*.yaml"))}
+REAL = sorted(name for name, config in YAMLS.items() if "dataset" in config)
+OVERLAPPING = {"chrf", "edit_similarity", "sari"}
+"""Metrics that score shared characters or words kept, which any two texts have some of."""
+
+
+AS_TEXT = [name for name in REAL if YAMLS[name].metric != "pass_at_1"]
+"""Tasks that are scored without running a program (test_sandbox has the others)."""
 
 
 def load(name: str, data_dir: Path | str | None, **changes: object) -> HubTask:
-    config = OmegaConf.create(
-        {"data_dir": data_dir and str(data_dir), "task": OmegaConf.load(CONF / "task" / f"{name}.yaml")}
-    )
+    config = OmegaConf.create({"data_dir": data_dir and str(data_dir), "task": YAMLS[name]})
     return instantiate(config.task, **changes)
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_cases(folder: Path) -> Path:
+    for name, case in CASES.items():
+        for split in ("train", "test"):
+            write(folder / YAMLS[name].dataset.name / f"{split}.jsonl", case.rows)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The rows of all cases, to be read only."""
+    return write_cases(tmp_path_factory.mktemp("rows"))
 
 
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
-    for name, case in CASES.items():
-        for split in ("train", "test"):
-            path = tmp_path / name / f"{split}.jsonl"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text("".join(json.dumps(row) + "\n" for row in case.rows), encoding="utf-8")
-    return tmp_path
+    """The rows of all cases, for one test that writes among them."""
+    return write_cases(tmp_path)
 
 
 def first(task: HubTask, split: str = "test") -> Example:
@@ -59,52 +82,62 @@ def test_every_real_task_has_a_case():
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_prompt_and_answer_are_exactly_as_documented(name, data_dir):
+def test_prompt_and_answer_are_exactly_as_documented(name, rows_dir):
     case = CASES[name]
     for split in ("train", "test"):
-        example = first(load(name, data_dir), split)
+        example = first(load(name, rows_dir), split)
         assert (example.prompt, example.answer) == (case.prompt, case.answer)
         assert not example.choices or example.answer in example.choices
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_reference_scores_one_wrong_scores_low_and_malformed_is_invalid(name, data_dir):
-    task, case = load(name, data_dir), CASES[name]
+@pytest.mark.parametrize("name", AS_TEXT)
+def test_reference_scores_one_wrong_scores_low_and_malformed_is_invalid(name, rows_dir):
+    task, case = load(name, rows_dir), CASES[name]
     assert task.name == name
     for example in task.examples("test"):
         for right in (example.answer, *example.references):
             assert task.score(example, right) == approx(1)
             assert task.is_valid(example, right)
     example = first(task)
-    assert task.score(example, case.wrong) == 0 or (name in OVERLAPPING and task.score(example, case.wrong) < 0.5)
+    assert task.score(example, case.wrong) == 0 or (
+        task.metric in OVERLAPPING and task.score(example, case.wrong) < 0.5
+    )
     assert task.is_valid(example, case.wrong)
     assert not task.is_valid(example, case.malformed)
-    assert task.score(example, "") == 0
+    assert task.score(example, "") == 0 or task.metric == "sari"  # which pays for deleting
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_train_has_one_example_per_row_and_ids_name_the_row(name, data_dir):
-    assert {example.id for example in load(name, data_dir).examples("train")} == {f"{name}/train/{i}" for i in range(3)}
+def test_train_has_one_example_per_row_and_ids_name_the_row(name, rows_dir):
+    assert {example.id for example in load(name, rows_dir).examples("train")} == {f"{name}/train/{i}" for i in range(3)}
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_yaml_is_complete(name):
-    config = OmegaConf.load(CONF / "task" / f"{name}.yaml")
+    config = YAMLS[name]
     assert isinstance(config, DictConfig)
-    assert config.name == config.dataset.name == name
-    assert "/" in config.dataset.hub and config.dataset.revision and {"train", "test"} <= set(config.dataset.splits)
-    assert config.dataset.splits.train != config.dataset.splits.test or config.hold_out
+    assert config.name == name
+    dataset = config.dataset
+    assert dataset.name and "/" in dataset.hub and {"train", "test"} <= set(dataset.splits)
+    header = (CONF / "task" / f"{name}.yaml").read_text(encoding="utf-8").split("_target_")[0]
+    assert re.fullmatch("[0-9a-f]{40}", dataset.revision) or "no commit is pinned yet" in header
+    assert dataset.splits.train != dataset.splits.test or config.hold_out
+    assert "data_files" not in dataset or set(dataset.splits.values()) <= set(dataset.data_files)
+    for split in dataset.splits.values():
+        ReadInstruction.from_spec(split)
     assert config.licence and config.metric and config.metric_version >= 1
     assert not config.template[-1].isspace()
     package, _, version = config.metric_package.partition("==")
     assert package == "clbench" or importlib.metadata.version(package) == version
 
 
-@pytest.mark.parametrize("path", sorted((CONF / "stream").glob("*.yaml")), ids=lambda path: path.stem)
-def test_streams_name_known_tasks_once(path):
-    stream = OmegaConf.load(path)
-    assert len(set(stream.tasks)) == len(stream.tasks)
-    assert {f"{name}.yaml" for name in stream.tasks} <= {file.name for file in (CONF / "task").iterdir()}
+def test_tasks_that_share_a_folder_share_the_address_and_the_rows():
+    first_of: dict[str, str] = {}
+    for name in REAL:
+        other = first_of.setdefault(YAMLS[name].dataset.name, name)
+        assert YAMLS[name].dataset == YAMLS[other].dataset, f"{name} and {other} read one folder under data_dir"
+        assert CASES[name].rows == CASES[other].rows
+    assert first_of["glue_sst2"] == "curlora3_sst2" and first_of["superni_task002"] == "superni15_task002"
 
 
 def test_banking77_labels_are_in_the_hubs_order():
@@ -112,25 +145,56 @@ def test_banking77_labels_are_in_the_hubs_order():
     assert len(labels) == 77 and labels == sorted(labels, key=str.lower)
 
 
-def test_e2e_test_groups_the_references_of_one_meaning(data_dir):
-    task = load("e2e_nlg", data_dir)
+def test_e2e_test_groups_the_references_of_one_meaning(rows_dir):
+    task = load("e2e_nlg", rows_dir)
     assert len(task.examples("test")) == 2
     assert first(task).references == ("There is a pub called The Oak.",)
     assert task.score(first(task), "There is a pub called The Oak") == 1
 
 
 def test_rows_of_other_tasks_are_left_out(data_dir):
-    stranger = {**CASES["superni_task002"].rows[0], "task_name": "task003_other"}
-    with (data_dir / "superni_task002" / "test.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(stranger) + "\n")
+    rows = CASES["superni_task002"].rows
+    write(data_dir / "superni_task002" / "test.jsonl", [*rows, {**rows[0], "task_name": "task003_other"}])
     assert len(load("superni_task002", data_dir).examples("test")) == 3
+
+
+def tweets(*codes: int) -> list[dict]:
+    return [{"text": f"tweet {i}", "sentiment": code} for i, code in enumerate(codes)]
+
+
+def test_a_balanced_test_has_every_label_as_often_as_the_rarest_and_train_stays_as_it_is(data_dir):
+    codes = [0] * 30 + [4] * 12 + [2] * 20  # neutral tweets (2) have no label word and are left out
+    for split in ("train", "test"):
+        write(data_dir / "sentiment140" / f"{split}.jsonl", tweets(*codes))
+    task = load("curlora3_sentiment140", data_dir)
+    test = task.examples("test")
+    assert Counter(example.answer for example in test) == {"negative": 12, "positive": 12}
+    assert len({example.id for example in test}) == 24
+    assert Counter(example.answer for example in task.examples("train")) == {"negative": 30, "positive": 12}
+    for cap in (2, 8, 10):
+        capped = load("curlora3_sentiment140", data_dir, max_test=cap).examples("test")
+        assert capped == test[:cap]
+        assert Counter(example.answer for example in capped) == {"negative": cap // 2, "positive": cap // 2}
+
+
+def test_a_label_word_may_stand_for_several_codes(data_dir):
+    write(data_dir / "curlora3_published_sentiment140" / "train.jsonl", tweets(0, 2, 4))
+    examples = sorted(
+        load("curlora3_published_sentiment140", data_dir).examples("train"), key=lambda example: example.id
+    )
+    assert [example.answer for example in examples] == ["negative", "negative", "positive"]
+    assert {example.choices for example in examples} == {("negative", "positive")}
+
+
+def test_a_code_that_is_not_listed_is_refused_even_if_it_could_be_a_position(data_dir):
+    write(data_dir / "curlora3_published_sentiment140" / "train.jsonl", tweets(1))
+    with pytest.raises(UserMistake, match=r"train/0: the label 1 is none of \(0, 2, 4\)"):
+        load("curlora3_published_sentiment140", data_dir).examples("train")
 
 
 def test_a_cap_takes_the_first_of_a_fixed_shuffle(data_dir):
     rows = [{"text": f"message {i}", "label": i % 77} for i in range(300)]
-    (data_dir / "banking77" / "train.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
-    )
+    write(data_dir / "banking77" / "train.jsonl", rows)
     everything = load("banking77", data_dir, max_train=None).examples("train")
     assert len(everything) == 300
     assert load("banking77", data_dir, max_train=40).examples("train") == everything[:40]
@@ -143,7 +207,7 @@ def test_a_cap_takes_the_first_of_a_fixed_shuffle(data_dir):
 
 def test_one_split_on_the_hub_is_divided_by_prompt(monkeypatch):
     rows = [{"prompt": f"question {i % 200}", "answer": "1"} for i in range(400)]
-    monkeypatch.setattr(tasks.hub, "load_rows", lambda spec, *, split, data_dir: rows)
+    monkeypatch.setattr(tasks.hub, "indexed_rows", lambda spec, *, split, data_dir: dict(enumerate(rows)))
     task = load("trace_numglue_ds", None)
     train, test = ({example.prompt for example in task.examples(split)} for split in ("train", "test"))
     assert len(train) + len(test) == 200 and not train & test
@@ -160,9 +224,7 @@ def test_a_missing_column_is_a_users_mistake_that_lists_the_columns():
 
 
 def test_a_split_without_labels_is_refused(data_dir):
-    (data_dir / "glue_mnli" / "test.jsonl").write_text(
-        json.dumps({**CASES["glue_mnli"].rows[0], "label": -1}), encoding="utf-8"
-    )
+    write(data_dir / "glue_mnli" / "test.jsonl", [{**CASES["glue_mnli"].rows[0], "label": -1}])
     with pytest.raises(UserMistake, match="glue_mnli/test/0: the label -1"):
         load("glue_mnli", data_dir).examples("test")
 
@@ -206,8 +268,8 @@ def test_token_f1(answer, reference, value):
     assert token_f1(answer, reference) == approx(value)
 
 
-def test_translation_agrees_with_sacrebleu(data_dir):
-    task = load("news_de_ntrex", data_dir)
+def test_translation_agrees_with_sacrebleu(rows_dir):
+    task = load("news_de_ntrex", rows_dir)
     examples = task.examples("test")
     answers = ["The council sat on Monday.", "It rained.", "Nobody at all came here."]
     right = [example.answer for example in examples]
@@ -222,8 +284,8 @@ def test_translation_agrees_with_sacrebleu(data_dir):
     )
 
 
-def test_generation_agrees_with_rouge_score_and_multi_reference_sacrebleu(data_dir):
-    task = load("e2e_nlg", data_dir)
+def test_generation_agrees_with_rouge_score_and_multi_reference_sacrebleu(rows_dir):
+    task = load("e2e_nlg", rows_dir)
     assert isinstance(task, Generation)
     examples = sorted(task.examples("test"), key=lambda example: example.id)
     answers = ["There is a nice pub called The Oak.", "Mira lies by the wide river."]
@@ -238,32 +300,35 @@ def test_generation_agrees_with_rouge_score_and_multi_reference_sacrebleu(data_d
     )
 
 
-def test_macro_f1_agrees_with_scikit_learn(data_dir):
-    task = load("pubmed_qa", data_dir)
+def test_macro_f1_agrees_with_scikit_learn(rows_dir):
+    task = load("pubmed_qa", rows_dir)
     examples = sorted(task.examples("test"), key=lambda example: example.id)  # yes, no, maybe
     expected = f1_score(["yes", "no", "maybe"], ["yes", "no", "no"], average="macro")
     assert expected == approx((1 + 2 / 3 + 0) / 3)
     assert task.corpus_scores(examples, ["yes", " no", "no"]) == approx({"macro_f1": expected})
 
 
-def test_edit_similarity_agrees_with_difflib(data_dir):
-    task = load("mbpp", data_dir)
+def test_edit_similarity_agrees_with_difflib(rows_dir):
+    task = load("mbpp", rows_dir)
     answer = "def add2(y):\n\treturn 2 + y"
     assert task.score(first(task), answer + "  \r\n") == approx(
         difflib.SequenceMatcher(None, answer, first(task).answer, autojunk=False).ratio()
     )
 
 
-def test_exact_match_ignores_articles_case_and_punctuation(data_dir):
-    task = load("superni_task002", data_dir)
+def test_exact_match_ignores_articles_case_and_punctuation(rows_dir):
+    task = load("superni_task002", rows_dir)
     examples = sorted(task.examples("test"), key=lambda example: example.id)
     assert task.corpus_scores(examples, ["the old tom", "Nets.", "Ida"]) == approx({"exact_match": 2 / 3})
+
+
+FOLDERS = {YAMLS[name].dataset.name for name in OmegaConf.load(CONF / "stream" / "seq16_local.yaml").tasks}
 
 
 @pytest.mark.skipif(
     "CLBENCH_DATA" not in os.environ, reason="set CLBENCH_DATA to a folder of <task>/<split>.jsonl with real rows"
 )
-@pytest.mark.parametrize("name", OmegaConf.load(CONF / "stream" / "seq16_local.yaml").tasks)
+@pytest.mark.parametrize("name", [name for name in AS_TEXT if YAMLS[name].dataset.name in FOLDERS])
 def test_real_rows(name, record_property):
     task = load(name, os.environ["CLBENCH_DATA"])
     train, test = task.examples("train"), task.examples("test")

@@ -1,91 +1,57 @@
 """Base knowledge through lm-eval's task objects: its prompts, choices, filters and metrics, our scoring of its requests.
 
-Requests are built once per run; after every stage the same requests are scored again, so items pair up between stages. Any lm-eval
-task name works; so does a yaml beside us (`include`). Rows come from the hub, from `data_dir/<folder>/<split>.jsonl` where `folders`
-maps the dataset's hub name to its folder, or from `rows` given in memory.
+Requests are built once per run; after every stage the same requests are scored again, so items pair up between stages. A group of
+tasks (mmlu) is one row of the ledger, its items one after the other. Rows come from the hub, from `data_dir/<folder>/<split>.jsonl`
+where `folders` maps the dataset's hub name to its folder, or from `rows` given in memory.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.resources
 import io
 import logging
+import math
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import datasets
+import numpy as np
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.task import ConfigurableTask
-from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
+from lm_eval.api.metrics import mean
+from lm_eval.api.task import Task
 
-from clbench.data import DatasetSpec, load_rows
+from clbench.data import DatasetSpec, fingerprint
+from clbench.probes.items import Wanted, choose, share
+from clbench.probes.lm import Outcomes, StudentLM, by_document, run_task
+from clbench.probes.lm_tasks import Builder, Rows, groups, registered_tasks
 from clbench.probes.matrix import item_score
 from clbench.protocols import Probe
 from clbench.stream import Stream
 from clbench.student import Student
 from clbench.types import Score, UserMistake
 
-Rows = list[dict[str, Any]]
-SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
+CERTAIN, RULED_OUT = -1.0, -1e6
+"""Log-likelihoods of a choice that is taken and of one that is not, apart by more than any division by length can bridge."""
 
 
-class StudentLM(TemplateLM):
-    """A Student as lm-eval sees a model: contexts begin with one BOS, continuations are scored by the Student."""
+@dataclass(frozen=True, kw_only=True)
+class Examined:
+    """A row of the ledger: the tasks behind `name` with their requests built, and the document ids chosen of each."""
 
-    backend = "causal"
-
-    def __init__(self, student: Student) -> None:
-        super().__init__()
-        self.student = student
-
-    @property
-    def eot_token_id(self) -> int:
-        """The end-of-text token's id."""
-        return self.student.encoder.tokenizer.eos_token_id
-
-    @property
-    def prefix_token_id(self) -> int:
-        """The token that stands for an empty context: BOS."""
-        return self.student.encoder.tokenizer.bos_token_id
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids with one BOS in front unless `add_special_tokens` is False."""
-        if add_special_tokens is False:
-            return self.student.encoder.text(string)
-        return list(self.student.encoder.prompt(string))
-
-    def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
-        return self.student.log_likelihoods(
-            [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
-        )
-
-    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood in nats of whole texts, in disjoint windows of the longest input."""
-        texts = [tuple(self.student.encoder.text(request.args[0])) for request in requests]
-        return [-nll for nll in self.student.window_nll(texts, window=self.student.encoder.max_length)]
-
-    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy answers, cut at the first stop string."""
-        answers = []
-        for request in requests:
-            prompt, settings = request.args
-            (answer,) = self.student.generate(
-                [tuple(self.tok_encode(prompt))], max_new_tokens=settings.get("max_gen_toks", 256)
-            )
-            stops = [answer.index(stop) for stop in settings.get("until", []) if stop and stop in answer]
-            answers.append(answer[: min(stops)] if stops else answer)
-        return answers
+    name: str
+    tasks: tuple[Task, ...]
+    chosen: tuple[tuple[int, ...], ...]
 
 
 class Knowledge(Probe):
-    """The lm-eval `tasks`, each on its first `limit` items (None: all)."""
+    """The lm-eval `tasks` (tasks or groups), each on the documents that `items` names, at most the first `limit` of each task.
+
+    `items` maps a name of `tasks` to a number (a fixed subset, see `probes.items`; an equal part for each task of a group) or, for a single
+    task, to a list of indices; a task that it does not name is measured whole. Names that are not in `tasks` lie idle, so that a yaml can state
+    the items of more tasks than a run measures. `max_length` is the longest input in tokens; None: what the model can read, as in lm-eval.
+    """
 
     def __init__(
         self,
@@ -93,150 +59,170 @@ class Knowledge(Probe):
         name: str,
         tasks: Sequence[str],
         limit: int | None = None,
+        items: Mapping[str, Wanted] | None = None,
+        max_length: int | None = None,
         include: str | None = None,
         rows: Mapping[str, Rows] | None = None,
         data_dir: str | None = None,
         folders: Mapping[str, str] | None = None,
+        columns: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
+        self.max_length = max_length
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        build = Builder(include=include, rows=rows or {}, data_dir=data_dir, folders=folders or {})
+        builder = Builder(rows=rows or {}, data_dir=data_dir, folders=folders or {}, columns=columns or {})
+        wanted = items or {}
+        found = {group.name: group.tasks for task in tasks for group in groups(task, include=include)}
+        check_items(wanted, tasks=tasks, measured=found)
         # lm-eval and datasets draw a progress bar per task, over the run's own line.
         with contextlib.redirect_stderr(io.StringIO()):
-            self.tasks = {task: build(task) for task in tasks}
-            for task in self.tasks.values():
-                task.build_all_requests(limit=limit)
+            self.examined = tuple(
+                prepare(group, [builder.build(config) for config in configs], wanted=wanted.get(group), limit=limit)
+                for group, configs in found.items()
+            )
+        specs = [builder.dataset(task) for row in self.examined for task in row.tasks]
+        self._datasets = tuple(spec for spec in specs if spec is not None)
+
+    def datasets(self) -> Sequence[DatasetSpec]:
+        """The hub dataset of every lm-eval task; none for rows given in memory."""
+        return self._datasets
+
+    def documents(self) -> Mapping[str, Sequence[str]]:
+        """Each chosen document's text without few-shot examples, with its choices."""
+        return {
+            row.name: [text(task, members[0].doc) for task in row.tasks for members in by_document(task)]
+            for row in self.examined
+        }
+
+    def fingerprints(self) -> dict[str, str]:
+        """Per row of the ledger the SHA-256, in hexadecimal, of the ids ("task/index") of its documents in their order."""
+        return {
+            row.name: fingerprint(
+                [f"{task.task_name}/{index}" for task, ids in zip(row.tasks, row.chosen, strict=True) for index in ids]
+            )
+            for row in self.examined
+        }
 
     def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:
-        """Each task's metrics; at stage 0 also the chance and majority rates of multiple-choice tasks."""
-        model = StudentLM(student)
+        """Each row's metrics; at stage 0 also its chance rate, and the majority rate where all its items offer the same choices."""
+        model = StudentLM(student, max_length=self.max_length)
         stage_name = stream.stages[stage - 1].name if stage else "base"
-        for name, task in self.tasks.items():
+        for row in self.examined:
             started = time.perf_counter()
-            outcomes = run_task(task, model)
-            if stage == 0 and task.OUTPUT_TYPE == "multiple_choice":
-                outcomes |= choice_floors(task)
+            outcomes = [run_task(task, model) for task in row.tasks]
+            items = {metric: [value for found in outcomes for value in found[metric]] for metric in outcomes[0]}
+            aggregations = row.tasks[0].aggregation()
+            if stage == 0:
+                items |= floors(row.tasks)
             seconds = time.perf_counter() - started
-            for metric, items in outcomes.items():
-                yield item_score(stage, stage_name, self.name, name, metric, items, seconds=seconds)
+            for metric, values in items.items():
+                aggregation = aggregations.get(metric.partition(",")[0], mean)
+                make = item_score if aggregation is mean else partial(corpus_score, aggregation=aggregation)
+                yield make(stage, stage_name, self.name, row.name, metric, values, seconds=seconds)
                 seconds = 0.0
+        student.tokens_scored += model.student.tokens_scored
 
 
-class Builder:
-    """Makes lm-eval task objects by name."""
-
-    def __init__(
-        self, *, include: str | None, rows: Mapping[str, Rows], data_dir: str | None, folders: Mapping[str, str]
-    ) -> None:
-        self.rows = rows
-        self.data_dir = data_dir
-        self.folders = folders
-        self.include = None if include is None else _folder(include)
-
-    def __call__(self, name: str) -> ConfigurableTask:
-        """The task `name`: our own yaml if `include` has one, else lm-eval's."""
-        own = self.include / f"{name}.yaml" if self.include is not None else None
-        if own is not None and own.is_file():
-            config = load_yaml(own, resolve_func=True)
-        else:
-            config = self._registered(name)
-        if name in self.rows:
-            config["custom_dataset"] = _in_memory({split: self.rows[name] for split in _splits(config)})
-        elif self.data_dir is not None:
-            config["custom_dataset"] = self._local(name, config)
-        return ConfigurableTask(config=config)
-
-    def _registered(self, name: str) -> dict[str, Any]:
-        entry = registered_tasks().task_index.get(name)
-        if entry is None or entry.yaml_path is None:
+def check_items(wanted: Mapping[str, Wanted], *, tasks: Sequence[str], measured: Mapping[str, object]) -> None:
+    """Raises UserMistake for a name of `items` that nothing can ever match."""
+    for name in wanted.keys() - measured.keys():
+        if name in tasks:
             raise UserMistake(
-                f"probe.tasks names {name!r}, which lm-eval does not know; see `lm-eval ls tasks`, or set probe.tasks"
+                f"probe.probes.*.items names {name!r}, whose tasks measure different things and are reported one by one; "
+                f"name them instead, of {', '.join(measured)} (conf/probe)"
             )
-        return load_yaml(entry.yaml_path, resolve_func=True)
-
-    def _local(self, name: str, config: dict[str, Any]) -> Callable[..., dict[str, datasets.Dataset]]:
-        hub = config["dataset_path"]
-        folder = self.folders.get(hub)
-        if folder is None:
-            raise UserMistake(
-                f"probe task {name!r} reads {hub!r}, and data_dir is set: name its folder under probe.folders in conf/probe"
-            )
-        spec = DatasetSpec(name=folder, hub=hub, config=config.get("dataset_name"))
-        scored = config.get("test_split") or config.get("validation_split")
-        for key in SPLIT_KEYS:
-            split = config.get(key)
-            # Splits that are only read for few-shot examples may be absent where none are asked for.
-            if (
-                split
-                and split != scored
-                and not config.get("num_fewshot")
-                and not (Path(self.data_dir) / folder / f"{split}.jsonl").is_file()
-            ):
-                config[key] = None
-        return _in_memory({split: load_rows(spec, split=split, data_dir=self.data_dir) for split in _splits(config)})
+        if name not in registered_tasks().task_index:
+            raise UserMistake(f"probe.probes.*.items names {name!r}, which lm-eval does not know (conf/probe)")
 
 
-@cache
-def registered_tasks() -> TaskManager:
-    """lm-eval's index of its own tasks; reading its 14,000 files takes seconds, so only when one of them is asked for, and once."""
-    return TaskManager()
+def prepare(name: str, tasks: Sequence[Task], *, wanted: Wanted, limit: int | None) -> Examined:
+    """Builds the requests of the chosen documents of each of a group's tasks."""
+    part = share(name, wanted=wanted, tasks=len(tasks))
+    chosen = []
+    for task in tasks:
+        size = len(task.eval_docs)
+        indices = choose(task.task_name, size=size, wanted=part)[:limit]
+        task.build_all_requests(samples=list(indices) if len(indices) < size else None)
+        chosen.append(indices)
+    return Examined(name=name, tasks=tuple(tasks), chosen=tuple(chosen))
 
 
-def run_task(task: ConfigurableTask, model: StudentLM) -> dict[str, list[float]]:
-    """Scores the task's requests and gives the per-item outcomes of every metric that is a number per item."""
-    by_type: dict[str, list[Instance]] = defaultdict(list)
-    for instance in task.instances:
-        instance.resps, instance.filtered_resps = [], {}
-        by_type[instance.request_type].append(instance)
-    for kind, instances in by_type.items():
-        verbs = {
-            "loglikelihood": model.loglikelihood,
-            "loglikelihood_rolling": model.loglikelihood_rolling,
-            "generate_until": model.generate_until,
-        }
-        arguments = {} if kind == "generate_until" else {"disable_tqdm": True}
-        for instance, response in zip(instances, verbs[kind](instances, **arguments), strict=True):
-            instance.resps.append(response)
-    task.apply_filters()
-    outcomes: dict[str, list[float]] = defaultdict(list)
-    for members in _by_document(task).values():
-        for filtered in members[0].filtered_resps:
-            results = task.process_results(members[0].doc, [instance.filtered_resps[filtered] for instance in members])
-            for metric, value in results.items():
-                if isinstance(value, (int, float)):
-                    outcomes[metric].append(float(value))
-    return dict(outcomes)
+def corpus_score(
+    stage: int,
+    stage_name: str,
+    probe: str,
+    task: str,
+    metric: str,
+    values: Sequence[Any],
+    *,
+    aggregation: Callable[[Sequence[Any]], float],
+    seconds: float,
+) -> Score:
+    """A metric of all items together (perplexity, F1), without a standard error; items that are numbers are kept."""
+    try:
+        value = float(aggregation(values))
+    except OverflowError:  # the perplexity of a text that a broken model gives no chance at all
+        value = math.inf
+    numeric = all(isinstance(item, (int, float, np.number)) for item in values)
+    return Score(
+        stage=stage,
+        stage_name=stage_name,
+        probe=probe,
+        task=task,
+        metric=metric,
+        value=value,
+        n=len(values),
+        stderr=math.nan,
+        seconds=seconds,
+        items=tuple(float(item) for item in values) if numeric else (),
+    )
 
 
-def choice_floors(task: ConfigurableTask) -> dict[str, list[float]]:
-    """Per item: chance (one over its choices), and whether the commonest gold position is its own (majority)."""
-    documents = list(_by_document(task).values())
-    gold = [task.doc_to_target(members[0].doc) for members in documents]
-    commonest, _ = Counter(str(target) for target in gold).most_common(1)[0]
-    return {
-        "chance": [1 / len(task.doc_to_choice(members[0].doc)) for members in documents],
-        "majority": [float(str(target) == commonest) for target in gold],
-    }
+def floors(tasks: Sequence[Task]) -> Outcomes:
+    """Per item what guessing gives: `chance`, and `majority` where every item offers the same choices (letters, yes and no).
+
+    Chance is the mean score over a document's choices of a model that is certain of one of them, so it holds for one right choice of
+    many, for several, and for a share of probability (truthfulqa_mc2). Majority is the one choice that scores best over all documents. Answers that
+    are written have chance 0, running text has none.
+    """
+    if tasks[0].OUTPUT_TYPE != "multiple_choice":
+        count = sum(len(by_document(task)) for task in tasks)
+        return {} if tasks[0].OUTPUT_TYPE == "loglikelihood_rolling" else {"chance": [0.0] * count}
+    metric = next((name for name in ("acc_norm", "acc") if name in tasks[0].aggregation()), None)
+    if metric is None:
+        return {}
+    documents = [(task, members) for task in tasks for members in by_document(task)]
+    choices = [tuple(task.doc_to_choice(members[0].doc)) for task, members in documents]
+    scored = [
+        choice_scores(task, members, count=len(offered), metric=metric)
+        for (task, members), offered in zip(documents, choices, strict=True)
+    ]
+    found = {"chance": [float(np.mean(scores)) for scores in scored]}
+    if len(set(choices)) == 1:
+        best = int(np.argmax(np.mean(scored, axis=0)))
+        found["majority"] = [scores[best] for scores in scored]
+    return found
 
 
-def _by_document(task: ConfigurableTask) -> dict[int, list[Instance]]:
-    documents: dict[int, list[Instance]] = defaultdict(list)
-    for instance in task.instances:
-        documents[instance.doc_id].append(instance)
-    return {
-        document: sorted(members, key=lambda instance: instance.idx) for document, members in sorted(documents.items())
-    }
+def choice_scores(task: Task, members: Sequence[Instance], *, count: int, metric: str) -> list[float]:
+    """What each of a document's `count` choices scores by `metric` when it is taken for certain."""
+    scores = []
+    for taken in range(count):
+        # Requests after the choices ask for their probability without the question; there all are equal.
+        responses = [
+            (CERTAIN if k in (taken, *range(count, k + 1)) else RULED_OUT, k == taken) for k in range(len(members))
+        ]
+        scores.append(float(task.process_results(members[0].doc, responses)[metric]))
+    return scores
 
 
-def _splits(config: Mapping[str, Any]) -> list[str]:
-    return sorted({config[key] for key in SPLIT_KEYS if config.get(key)})
-
-
-def _in_memory(splits: Mapping[str, Rows]) -> Callable[..., dict[str, datasets.Dataset]]:
-    return lambda **_: {split: datasets.Dataset.from_list(list(rows)) for split, rows in splits.items()}
-
-
-def _folder(include: str) -> Path:
-    """`package:folder` as a path, wherever the package is installed."""
-    package, _, folder = include.partition(":")
-    return Path(str(importlib.resources.files(package))) / folder
+def text(task: Task, doc: Mapping[str, Any]) -> str:
+    """What a document says: question and choices, the sentence with each choice in its gap, or the whole text."""
+    if task.OUTPUT_TYPE == "multiple_choice":
+        choices = task.doc_to_choice(doc)
+        if task.multiple_input:
+            return "\n".join(f"{choice} {task.doc_to_target(doc)}" for choice in choices)
+        return "\n".join([str(task.doc_to_text(doc)), *choices])
+    if task.OUTPUT_TYPE == "generate_until":
+        return str(task.doc_to_text(doc))
+    return f"{task.doc_to_text(doc)}{task.doc_to_target(doc)}"

@@ -1,7 +1,8 @@
 """The stream's own tasks as a probe: one row of the matrix R[stage, task], every task of the stream, seen or not yet.
 
-A closed task is answered by its likeliest choice (sum of token log-probabilities), a generative one by greedy decoding. Beside the task's
-own metric stand the share of answers of the right form, and for closed tasks how often greedy decoding itself begins with the right choice.
+A closed task is answered by its likeliest choice (sum of token log-probabilities), a generative one by greedy decoding. Beside the task's own
+metric stand the share of answers of the right form, and for closed tasks how often greedy decoding itself begins with the right choice
+(`exact_match`) and what that form costs (`format_loss`: the metric less exact_match, item by item).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Matrix(Probe):
         self.name = name
 
     def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:
-        """Per task: its metric, format_validity, exact_match for closed tasks, corpus metrics; at stage 0 chance and majority rates."""
+        """Per task: its metric, format_validity, for closed tasks exact_match and format_loss, corpus metrics; at stage 0 the floors."""
         stage_name = stream.stages[stage - 1].name if stage else "base"
         for examined in stream.stages:
             started = time.perf_counter()
@@ -80,7 +81,10 @@ def examine(student: Student, stage: Stage) -> tuple[dict[str, list[float]], dic
             task.score(example, found) if found is not None else 0.0
             for example, found in zip(tests, greedy, strict=True)
         ]
-        items = {task.metric: _scores(stage, answers), "format_validity": valid, "exact_match": written}
+        assert task.metric not in ("format_validity", "exact_match", "format_loss"), task.metric
+        chosen = _scores(stage, answers)
+        lost = [likely - greedy_score for likely, greedy_score in zip(chosen, written, strict=True)]
+        items = {task.metric: chosen, "format_validity": valid, "exact_match": written, "format_loss": lost}
     else:
         prompts = [student.encoder.prompt(example.prompt) for example in tests]
         answers = student.generate(prompts, max_new_tokens=longest_answer(student, stage))
@@ -118,9 +122,14 @@ def longest_answer(student: Student, stage: Stage) -> int:
 
 
 def floors(stage: Stage) -> dict[str, float]:
-    """What guessing gives: uniform over the choices, and always the commonest test answer. Zero chance for generative tasks."""
+    """What guessing gives: uniform over the choices (zero for generative tasks), always the commonest test answer, and `format_only`.
+
+    `format_only` is what an answer of the right form scores that knows nothing of the question: test example i gets the answer of
+    training example i (counted round where train is shorter), both in the task's fixed order.
+    """
     tests = stage.test
     commonest, _ = Counter(example.answer for example in tests).most_common(1)[0]
     majority = sum(stage.task.score(example, commonest) for example in tests) / len(tests)
     chance = sum(1 / len(example.choices) for example in tests) / len(tests) if tests[0].choices else 0.0
-    return {"chance": chance, "majority": majority}
+    borrowed = (stage.task.score(example, stage.train[i % len(stage.train)].answer) for i, example in enumerate(tests))
+    return {"chance": chance, "majority": majority, "format_only": sum(borrowed) / len(tests)}

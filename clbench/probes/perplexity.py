@@ -1,14 +1,19 @@
-"""Perplexity drift on text the model knew: the whole text in fixed windows, weighted by token, normalised by word and by byte.
+"""Likelihood of text the model knew: over all its tokens, and over its texts.
 
-Every token is predicted once, with at least one token of context; windows never overlap, so two models are compared on equal terms.
+`Perplexity` reads whole texts in fixed windows, weighs tokens equally and normalises by token, word and byte. Every token is predicted
+once, as in lm-eval's rolling log-likelihood (`probes.rolling`), so two models are compared on equal terms. `MeanTextLoss` reads the
+beginning of a few texts and weighs texts equally: a cheap twin whose items, one a text, pair.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from clbench.data import DatasetSpec
+from clbench.probes.matrix import item_score
+from clbench.probes.rolling import rolling_nll
 from clbench.protocols import Probe
 from clbench.stream import Stream
 from clbench.student import Student
@@ -16,27 +21,41 @@ from clbench.types import Score
 
 
 class Perplexity(Probe):
-    """Likelihood of `texts` (documents). `window` is in tokens; `task` names the text in the ledger."""
+    """Likelihood of `texts` (documents) in windows of `window` tokens.
 
-    def __init__(self, *, name: str, task: str, texts: Sequence[str], window: int) -> None:
+    `task` names the text in the ledger, `dataset` where it comes from (None: it is made here).
+    """
+
+    def __init__(
+        self, *, name: str, task: str, texts: Sequence[str], window: int, dataset: DatasetSpec | None = None
+    ) -> None:
         self.name = name
         self.task = task
         self.texts = tuple(texts)
         self.window = window
+        self.dataset = dataset
+
+    def datasets(self) -> Sequence[DatasetSpec]:
+        """The dataset of the texts."""
+        return () if self.dataset is None else (self.dataset,)
+
+    def documents(self) -> Mapping[str, Sequence[str]]:
+        """The texts."""
+        return {self.task: self.texts}
 
     def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:
-        """Mean nats per token (with per-document items), token and word perplexity, bits per byte."""
+        """Mean nats per token (its items: each document's total nats), token and word perplexity, bits per byte."""
         started = time.perf_counter()
         encoded = [tuple(student.encoder.text(text)) for text in self.texts]
-        nll = student.window_nll(encoded, window=self.window)
+        nll = rolling_nll(student, encoded, window=self.window)
         total, tokens = math.fsum(nll), sum(len(ids) for ids in encoded)
         words = sum(len(text.split()) for text in self.texts)
         size = sum(len(text.encode()) for text in self.texts)
         seconds = time.perf_counter() - started
         for metric, value, n in (
             ("nll_token", total / tokens, tokens),
-            ("token_perplexity", math.exp(total / tokens), tokens),
-            ("word_perplexity", math.exp(min(total / words, 700.0)), words),
+            ("token_perplexity", exponential(total / tokens), tokens),
+            ("word_perplexity", exponential(total / words), words),
             ("bits_per_byte", total / size / math.log(2), size),
         ):
             yield Score(
@@ -52,3 +71,55 @@ class Perplexity(Probe):
                 items=tuple(nll) if metric == "nll_token" else (),
             )
             seconds = 0.0
+
+
+class MeanTextLoss(Probe):
+    """Mean cross-entropy of each of the first `max_texts` texts, cut to its first `max_tokens` tokens; then the mean over texts.
+
+    After the forgetting column of PEFT's method comparison, which weighs tokens equally; here texts weigh equally, so a text is an item. Fewer texts
+    than `max_texts` are all read, and the score's n says how many there were. BOS is read before the first token and does not count.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        task: str,
+        texts: Sequence[str],
+        max_texts: int = 100,
+        max_tokens: int = 768,
+        dataset: DatasetSpec | None = None,
+    ) -> None:
+        self.name = name
+        self.task = task
+        self.texts = tuple(texts[:max_texts])
+        self.max_tokens = max_tokens
+        self.dataset = dataset
+
+    def datasets(self) -> Sequence[DatasetSpec]:
+        """The dataset of the texts."""
+        return () if self.dataset is None else (self.dataset,)
+
+    def documents(self) -> Mapping[str, Sequence[str]]:
+        """The texts, whole."""
+        return {self.task: self.texts}
+
+    def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:
+        """`mean_text_nll` in nats per token, its items one a text."""
+        started = time.perf_counter()
+        beginnings = [tuple(student.encoder.text(text)[: self.max_tokens]) for text in self.texts]
+        nll = rolling_nll(student, beginnings, window=self.max_tokens)
+        yield item_score(
+            stage,
+            stream.stages[stage - 1].name if stage else "base",
+            self.name,
+            self.task,
+            "mean_text_nll",
+            [total / len(ids) for total, ids in zip(nll, beginnings, strict=True)],
+            seconds=time.perf_counter() - started,
+        )
+
+
+def exponential(exponent: float) -> float:
+    """e to the `exponent`, infinite beyond what a float holds."""
+    return math.exp(exponent) if exponent < 709 else math.inf

@@ -1,0 +1,115 @@
+"""Readers that know nothing and only copy words out of a prompt: what they get right stands in the prompt.
+
+A reader sees the prompt, the number of words of the right answer and, to choose its cues, the right answers of a few examples. Words
+are runs of letters and digits, or single other signs; upper and lower case count.
+
+>>> from clbench.types import Example
+>>> examples = [Example(id=str(i), prompt=f"sum of 1 and {i} ( {i + 1} ) :", answer=str(i + 1)) for i in range(3)]
+>>> [reader for reader, answers in copies(examples) if answers == ["1", "2", "3"]]
+['the words that stand 2 words before the end', "the words after the first '('", "the words after the last '('"]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from clbench.types import Example
+
+WORD = re.compile(r"\w+|[^\w\s]")
+CUE_EXAMPLES = 3
+"""A cue is looked for around the right answers of so many examples: the first may be an exception."""
+
+
+class Words:
+    """The words of a text, and where they stand in it."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._found = list(WORD.finditer(text))
+        self.words = [found.group() for found in self._found]
+
+    def copy(self, first: int, count: int) -> str:
+        """The text of up to `count` words from number `first` (from 0) on; "" where there are none."""
+        chosen = self._found[max(first, 0) : max(first + count, 0)]
+        return self.text[chosen[0].start() : chosen[-1].end()] if chosen else ""
+
+    def before_last(self, count: int) -> str:
+        """The text before the last `count` words."""
+        return self.text[: self._found[-count].start()] if count else self.text
+
+    def places(self, words: Sequence[str]) -> list[int]:
+        """The numbers of the words at which `words` begin."""
+        count = len(words)
+        if count == 0:
+            return []
+        return [
+            first
+            for first, word in enumerate(self.words)
+            if word == words[0] and self.words[first : first + count] == list(words)
+        ]
+
+
+def copies(examples: Sequence[Example]) -> Iterator[tuple[str, list[str]]]:
+    """(what a reader copies, its answer to each example), for every reader.
+
+    What all prompts end in is the template's ("Answer:"), so readers look behind it, too.
+    """
+    prompts = [Words(example.prompt) for example in examples]
+    right = [WORD.findall(example.answer) for example in examples]
+    tail = common_tail(prompts)
+    for skipped in range(tail + 1):
+        yield (
+            f"the words that stand {skipped} words before the end",
+            [
+                prompt.copy(len(prompt.words) - skipped - len(answer), len(answer))
+                for prompt, answer in zip(prompts, right, strict=True)
+            ],
+        )
+    yield "the first words", [prompt.copy(0, len(answer)) for prompt, answer in zip(prompts, right, strict=True)]
+    for skipped in sorted({0, tail}):
+        shown = [prompt.before_last(skipped) for prompt in prompts]
+        yield f"the last lines without their last {skipped} words", [text.rstrip().split("\n")[-1] for text in shown]
+        if examples[0].choices:
+            named = [named_last(example.choices, text) for example, text in zip(examples, shown, strict=True)]
+            yield f"the choices named last, the last {skipped} words aside,", named
+    for cue in cues(prompts, right):
+        for which, index in (("first", 0), ("last", -1)):
+            starts = [
+                places[index] + 1 if (places := prompt.places([cue])) else len(prompt.words) for prompt in prompts
+            ]
+            yield (
+                f"the words after the {which} {cue!r}",
+                [prompt.copy(start, len(answer)) for prompt, start, answer in zip(prompts, starts, right, strict=True)],
+            )
+
+
+def common_tail(prompts: Sequence[Words]) -> int:
+    """How many words at their ends all prompts share."""
+    count = 0
+    for words in zip(*(reversed(prompt.words) for prompt in prompts), strict=False):
+        if len(set(words)) > 1:
+            break
+        count += 1
+    return count
+
+
+def cues(prompts: Sequence[Words], right: Sequence[Sequence[str]]) -> list[str]:
+    """The words that stand before the right answer in the first prompts, each once."""
+    found = [
+        prompt.words[place - 1]
+        for prompt, answer in list(zip(prompts, right, strict=True))[:CUE_EXAMPLES]
+        for place in prompt.places(answer)
+        if place > 0
+    ]
+    return list(dict.fromkeys(found))
+
+
+def named_last(choices: Sequence[str], text: str) -> str:
+    """The choice that ends last in `text` as whole words, the longer of two that end together; the first choice where none occurs."""
+    best, answer = (0, 0), choices[0]
+    for choice in choices:
+        for found in re.finditer(rf"(?<!\w){re.escape(choice)}(?!\w)", text):
+            if (found.end(), len(choice)) > best:
+                best, answer = (found.end(), len(choice)), choice
+    return answer

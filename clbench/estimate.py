@@ -1,0 +1,110 @@
+"""What an experiment will cost, before it costs it: parameters, tokens, floating-point operations, hours.
+
+Parameters are counted on a model without storage, built from the architecture that the model's yaml states. Tokens are counted by tokenising
+the rows and by letting every probe score a model that only counts; where rows or tokenizer cannot be had, every sequence counts as long as
+`train.max_length` allows, and the number is an upper bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+from torch.nn import Module
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from clbench.config import Config, is_due
+from clbench.data import Encoder
+from clbench.protocols import Probe
+from clbench.stream import Stream
+from clbench.student import Ids, Student
+from clbench.train import global_batch, plan_stage
+from clbench.types import Source, UserMistake
+
+# Dense bfloat16 peak of one device, in floating-point operations a second, from the makers' data sheets.
+GPUS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "l40s": 362e12, "rtx4090": 165e12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Tokens that one stage trains on and that one examination reads or writes; `exact` or an upper bound."""
+
+    trained: tuple[int, ...]
+    examined: tuple[int, ...]
+    exact: bool
+
+
+def meta_model(architecture: Mapping[str, Any]) -> Module:
+    """The model of that architecture on the meta device: shapes without storage."""
+    if "model_type" not in architecture:
+        raise UserMistake(
+            "the model's yaml states no architecture with a model_type (conf/model); its cost cannot be counted"
+        )
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture))
+
+
+class Counter(Student):
+    """A student that answers nothing and counts the tokens that it would read and write."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__(Module(), encoder)
+
+    def log_likelihoods(self, requests: Sequence[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
+        """Counts each distinct row once, as the real one reads it."""
+        rows = {self._row(request) for request in requests}
+        self.tokens_scored += sum(map(len, rows))
+        return [(0.0, False)] * len(requests)
+
+    def generate(self, prompts: Sequence[Ids], *, max_new_tokens: int) -> list[str]:
+        """Counts every prompt and as many tokens as may be written."""
+        self.tokens_scored += sum(min(len(prompt), self.encoder.max_length) + max_new_tokens for prompt in prompts)
+        return ["0"] * len(prompts)
+
+    def window_nll(self, texts: Sequence[Ids], *, window: int) -> list[float]:
+        """Counts every token once."""
+        self.tokens_scored += sum(map(len, texts))
+        return [0.0] * len(texts)
+
+
+def count_tokens(config: Config, stream: Stream, probes: Sequence[Probe], encoder: Encoder) -> Tokens:
+    """The tokens of a stream whose rows are there, as SEQ draws them, replay not included, and what the probes ask for."""
+    trained = []
+    for stage in stream.stages:
+        plan = plan_stage([Source(examples=stage.train)], config.train)
+        batches = (
+            global_batch(plan, step, config=config.train, seed=config.seed, stage=stage.index)
+            for step in range(plan.total)
+        )
+        trained.append(sum(len(encoder.example(example).ids) for batch in batches for example, _, _ in batch))
+    last = len(stream.stages)
+    examined = []
+    for index in range(last + 1):
+        counter = Counter(encoder)
+        for probe in probes:
+            if is_due(config.probe.cadence.get(probe.name, "all"), index, last):
+                for _ in probe.measure(counter, stream, min(index, 1)):
+                    pass
+        examined.append(counter.tokens_scored)
+    return Tokens(trained=tuple(trained), examined=tuple(examined), exact=True)
+
+
+def bound_tokens(config: Config, rows: Sequence[int], test_rows: Sequence[int]) -> Tokens:
+    """At most so many tokens when neither rows nor tokenizer can be had: every sequence as long as it may be; probes are not counted."""
+    longest = config.train.max_length
+    trained = tuple(
+        (config.train.steps or ceil(count * (config.train.epochs or 0) / config.train.batch_size))
+        * config.train.batch_size
+        * longest
+        for count in rows
+    )
+    return Tokens(trained=trained, examined=(sum(test_rows) * longest,) * (len(rows) + 1), exact=False)
+
+
+def operations(tokens: Tokens, *, parameters: int, trainable: int) -> tuple[float, float]:
+    """Floating-point operations of training and of examination: forward 2, activation gradients 2, weight gradients 2 per parameter and token."""
+    trained, examined = sum(tokens.trained), sum(tokens.examined)
+    return float(trained * (4 * parameters + 2 * trainable)), float(2 * examined * parameters)

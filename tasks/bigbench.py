@@ -1,0 +1,67 @@
+"""BIG-bench rows as its JSON tasks are exported: choices in words, or free text.
+
+A row of logical_deduction, and one of linguistics_puzzles:
+    {"inputs": "... there are three birds: ...", "targets": ["The owl is the leftmost."],
+     "multiple_choice_targets": ["The owl is the leftmost.", ...], "multiple_choice_scores": [1, 0, 0]}
+    {"inputs": "Other: ... English: ", "targets": ["the tall dog sees slow crows"], "multiple_choice_targets": [], ...}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from clbench.types import Example, UserMistake
+from tasks.exact import right_answers
+from tasks.generation import ROUGE
+from tasks.hub import HubTask, Row, accepted, lookup, render
+
+CHOICES, SCORES, TARGETS = "multiple_choice_targets", "multiple_choice_scores", "targets"
+
+
+@dataclass(kw_only=True)
+class BigBenchChoice(HubTask):
+    """The choices are the answers, in words. `{options}` in the template lists them as BIG-bench does, where `inputs` does not."""
+
+    @property
+    def answer_columns(self) -> tuple[str, ...]:
+        """Where a row keeps its answer."""
+        return (SCORES, TARGETS)
+
+    def example(self, row: Row, *, id: str) -> Example:
+        """The question, its choices and the one with the best score; equally good ones count as right, too."""
+        choices = tuple(choice.strip() for choice in lookup(row, CHOICES))
+        scores = lookup(row, SCORES)
+        if not choices or len(scores) != len(choices) or max(scores) <= 0:
+            raise UserMistake(
+                f"{id}: the scores {scores!r} single out none of {len(choices)} choices; not a closed task"
+            )
+        right = [choice for choice, score in zip(choices, scores, strict=True) if score == max(scores)]
+        prompt = render(self.template, {**row, "options": [f"choice: {choice}" for choice in choices]})
+        return Example(id=id, prompt=prompt, answer=right[0], choices=choices, references=tuple(right[1:]))
+
+    def score(self, example: Example, answer: str) -> float:
+        """1 for a right choice, else 0."""
+        return float(answer.strip() in accepted(example))
+
+    def is_valid(self, example: Example, answer: str) -> bool:
+        """Whether `answer` is one of the choices."""
+        return answer.strip() in example.choices
+
+
+@dataclass(kw_only=True)
+class BigBenchText(HubTask):
+    """Free text, of which `targets` lists the right forms; the first is trained on."""
+
+    @property
+    def answer_columns(self) -> tuple[str, ...]:
+        """Where a row keeps its answer."""
+        return (TARGETS,)
+
+    def example(self, row: Row, *, id: str) -> Example:
+        """The question and its right answers."""
+        first, *others = right_answers(lookup(row, TARGETS), id=id)
+        return Example(id=id, prompt=render(self.template, row), answer=first, references=tuple(others))
+
+    def score(self, example: Example, answer: str) -> float:
+        """ROUGE-L F-measure with stemming, in [0, 1], against the right answer that fits best."""
+        return max(ROUGE.score(reference, answer)["rougeL"].fmeasure for reference in accepted(example))

@@ -1,0 +1,48 @@
+"""ScienceQA as TRACE poses it: the answer is a letter, a new line and the reasons; the letter is scored.
+
+A row of ScienceQA without a picture:
+    {"question": "Which is a solid?", "choices": ["air", "ice"], "answer": 1, "hint": "", "lecture": "A solid ...",
+     "solution": "Ice is ..."}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from string import ascii_uppercase
+
+from clbench.types import Example, UserMistake
+from tasks.hub import HubTask, Row, render
+
+LETTERS = ascii_uppercase[:5]
+"""ScienceQA has up to five choices."""
+
+
+@dataclass(kw_only=True)
+class ScienceQA(HubTask):
+    """In the template `{options}` stands for the lettered choices and `{hint}` for the hint under its heading, if there is one."""
+
+    @property
+    def answer_columns(self) -> tuple[str, ...]:
+        """Where a row keeps its answer."""
+        return ("answer", "lecture", "solution")
+
+    def example(self, row: Row, *, id: str) -> Example:
+        """The question; its letter with lecture and solution, which TRACE puts together without a space, as reasons."""
+        choices, right = row["choices"], row["answer"]
+        if not 0 <= right < len(choices) <= len(LETTERS):
+            raise UserMistake(
+                f"{id}: the answer {right!r} is none of {len(choices)} choices, of which there can be {len(LETTERS)}"
+            )
+        options = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+        hint = f"Hint:\n{row['hint']}\n\n" if row["hint"] else ""
+        prompt = render(self.template, {**row, "options": options, "hint": hint})
+        answer = f"{LETTERS[right]}\n{row['lecture']}{row['solution']}".strip()
+        return Example(id=id, prompt=prompt, answer=answer)
+
+    def score(self, example: Example, answer: str) -> float:
+        """1 where the first character is the right letter, else 0, as TRACE does ("Because ..." counts as B)."""
+        return float(answer.strip()[:1] == example.answer[0])
+
+    def is_valid(self, example: Example, answer: str) -> bool:
+        """Whether the first line is a letter that a choice can have."""
+        return answer.strip().split("\n")[0].strip() in tuple(LETTERS)

@@ -1,0 +1,484 @@
+"""Canaries: sound streams pass, and every canary is shown to bite by planting its fault in a tiny task of ours."""
+
+import importlib.util
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+import clbench.canaries
+from clbench.canaries import check_stream, checked
+from clbench.canaries.answers import chance, near_zero
+from clbench.canaries.copying import copies, named_last
+from clbench.config import StreamConfig
+from clbench.data import DatasetSpec, Encoded, Encoder
+from clbench.model import bpe_tokenizer, word_tokenizer
+from clbench.protocols import Task
+from clbench.stream import build_stream
+from clbench.student import Student
+from clbench.types import Example, Stage
+from tasks.classification import Classification
+from tasks.world_asks import FORMS
+from tasks.world_task import WorldTask
+from tasks.world_words import VOCABULARY
+
+CONF = Path(__file__).parent.parent / "conf"
+LINES = ["question : how much are 3 and 4 ? answer : red green blue yes no 0 1 2 5 6 7 8 9 word thing of colour"] * 20
+COLOURS = ("red", "green", "blue")
+THINGS = ("stone", "leaf", "sky", "car", "hat", "bird", "door", "lamp")
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return Encoder(bpe_tokenizer(LINES, 300), max_length=128)
+
+
+def exact(example, answer):
+    return float(answer == example.answer)
+
+
+class Made(Task):
+    """Forty questions whose answers are drawn apart from the questions; `ask` puts an answer into the prompt, if it likes."""
+
+    metric = "accuracy"
+
+    def __init__(self, ask, *, answers, choices=(), score=exact, valid=lambda answer: bool(answer.strip())):
+        self.name = "made"
+        self.ask, self.choices, self.scored, self.valid = ask, choices, score, valid
+        self.answers = answers
+
+    def examples(self, split):
+        rng = random.Random(split)
+        drawn = [(f"{rng.choice(THINGS)} {rng.choice(THINGS)} {i}", self.answers(rng)) for i in range(40)]
+        return tuple(
+            Example(id=f"made/{split}/{i}", prompt=self.ask(thing, answer), answer=answer, choices=self.choices)
+            for i, (thing, answer) in enumerate(drawn)
+        )
+
+    def score(self, example, answer):
+        return self.scored(example, answer)
+
+    def is_valid(self, example, answer):
+        return self.valid(answer)
+
+
+def colours(ask=lambda thing, answer: f"colour of {thing} :", **changes):
+    return Made(ask, answers=lambda rng: rng.choice(COLOURS), **{"choices": COLOURS, **changes})
+
+
+def numbers(ask=lambda thing, answer: f"how much is {thing} ?", **changes):
+    return Made(ask, answers=lambda rng: str(rng.randrange(100, 1000)), **changes)
+
+
+def stream_of(*tasks, encoder, rows=40):
+    config = StreamConfig(name="made", tasks=[task.name for task in tasks], train_rows=40, test_rows=rows)
+    return build_stream(config, order="default", tasks={task.name: task for task in tasks}, encoder=encoder)
+
+
+def failures(task, encoder, **changes):
+    found = check_stream(stream_of(task, encoder=encoder), encoder, **changes)
+    assert {canary.task for canary in found} == {task.name}
+    return {canary.name for canary in found if not canary.passed}
+
+
+def detail(task, encoder, name):
+    (found,) = (c for c in check_stream(stream_of(task, encoder=encoder), encoder) if c.name == name)
+    return found.detail
+
+
+ALL = {"chance", "copier", "reference", "shuffled", "bos", "prompt", "invariance"}
+
+
+@pytest.mark.parametrize("task", [colours(), numbers()], ids=["closed", "generative"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_sound_task_passes_every_canary(task, seed, encoder):
+    found = check_stream(stream_of(task, encoder=encoder), encoder, seed=seed)
+    assert [canary for canary in found if not canary.passed] == []
+    assert {canary.name for canary in found} == ALL  # no swap: it has no rows
+
+
+@pytest.mark.parametrize("rows", [32, 6])
+def test_every_task_of_the_embedded_world_passes(rows):
+    encoder = Encoder(word_tokenizer(VOCABULARY), max_length=256)
+    found = check_stream(
+        stream_of(*(WorldTask(skill=skill, seed=0) for skill in FORMS), encoder=encoder, rows=rows), encoder
+    )
+    assert [canary for canary in found if not canary.passed] == []
+    assert len(found) == 16 * len(ALL)
+
+
+@pytest.mark.skipif(
+    "CLBENCH_DATA" not in os.environ, reason="set CLBENCH_DATA to a folder of <task>/<split>.jsonl with real rows"
+)
+def test_every_task_of_the_real_rows_passes():
+    names = OmegaConf.load(CONF / "stream" / "seq16_local.yaml").tasks
+    configs = {name: OmegaConf.load(CONF / "task" / f"{name}.yaml") for name in names}
+    both = OmegaConf.create({"data_dir": os.environ["CLBENCH_DATA"], "tasks": configs})
+    tasks = [instantiate(both.tasks[name], _convert_="all") for name in names]
+    texts = [f"{example.prompt} {example.answer}" for task in tasks for example in task.examples("train")[:20]]
+    encoder = Encoder(bpe_tokenizer(texts, 4096), max_length=768)
+    found = check_stream(stream_of(*tasks, encoder=encoder), encoder)
+    assert [canary for canary in found if not canary.passed] == []
+    assert len(found) == 16 * (len(ALL) + 1)  # each of them swaps
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        colours(lambda thing, answer: f"colour of {thing} : {answer}"),
+        colours(lambda thing, answer: f"the {answer} one , {thing} , is of colour :"),
+        colours(lambda thing, answer: f"{thing} ( it is {answer} )\ncolour ( red , green or blue ) :"),
+        numbers(lambda thing, answer: f"how much is {thing} ? {answer}"),
+        numbers(lambda thing, answer: f"how much is {thing} ?\nsolution : {answer}\nanswer :"),
+        numbers(lambda thing, answer: f"{answer} is how much {thing} ?"),
+        numbers(lambda thing, answer: f"{thing} costs {answer} and {thing[::-1]} more , how much ?"),
+        Made(
+            lambda thing, answer: f"{thing}\nhint : {answer}\nA. one\nB. two\nC. three\nanswer :",
+            answers=lambda rng: rng.choice("ABC"),
+            choices=("A", "B", "C"),
+        ),
+    ],
+    ids=["choice last", "choice within", "choice before a list", "last", "before a tail", "first", "within", "letter"],
+)
+def test_an_answer_in_the_prompt_is_found_by_the_copier_alone(task, encoder):
+    assert failures(task, encoder) == {"copier"}
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        # The choice named last is right 39 times in 40, and so is the commonest answer.
+        Made(
+            lambda thing, answer: f"{thing} , yes or no ?",
+            answers=lambda rng: "no" if rng.random() < 0.97 else "yes",
+            choices=("yes", "no"),
+        ),
+        # The answer is a word of the prompt, at no fixed place.
+        Made(
+            lambda thing, answer: f"find {' '.join(sorted([answer, *thing.split()[:2]]))} which is alive ?",
+            answers=lambda rng: rng.choice(("cat", "dog", "ox", "zebra", "hen", "mole")),
+        ),
+        # Backwards: right now and then.
+        Made(
+            lambda thing, answer: f"reverse {' '.join(answer.split()[::-1])} :",
+            answers=lambda rng: f"{rng.choice(THINGS)} {rng.choice(THINGS)}",
+        ),
+    ],
+    ids=["nearly constant", "extraction", "reversal"],
+)
+def test_tasks_that_are_easy_or_quote_the_prompt_do_not_fall_to_the_copier(task, encoder):
+    assert "copier" not in failures(task, encoder)
+
+
+def test_readers_copy_from_the_ends_and_after_cues():
+    examples = [
+        Example(id=str(i), prompt=f"Is {a} or {b} taller? It is {a}.\nName:", answer=a)
+        for i, (a, b) in enumerate([("Ida", "Bo"), ("Tom", "Al"), ("Old Bo", "Ida")])
+    ]
+    right = {name for name, answers in copies(examples) if answers == ["Ida", "Tom", "Old Bo"]}
+    assert right == {
+        "the words that stand 3 words before the end",  # '.', 'Name' and ':' are words
+        "the words after the first 'Is'",
+        "the words after the last 'Is'",
+        "the words after the first 'is'",
+        "the words after the last 'is'",
+    }
+
+
+def test_the_choice_named_last_is_a_whole_word_and_the_longer_of_two():
+    assert named_last(("card", "lost card", "pin"), "pin? a lost card, discarded") == "lost card"
+    assert named_last(("card", "pin"), "neither") == "card"
+
+
+def test_an_answer_column_in_the_template_changes_with_the_answer(tmp_path, encoder):
+    rows = [{"text": f"{thing} {i}", "label": random.Random(i).randrange(2)} for i, thing in enumerate(THINGS * 4)]
+    for split in ("train", "test"):
+        (tmp_path / "made").mkdir(exist_ok=True)
+        (tmp_path / "made" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def task(template):
+        return Classification(
+            name="made",
+            dataset=DatasetSpec(name="made", hub="nobody/made"),
+            data_dir=str(tmp_path),
+            template=template,
+            metric="accuracy",
+            metric_package="clbench",
+            metric_version=1,
+            licence="",
+            max_train=None,
+            max_test=None,
+            labels=("no", "yes"),
+            label="label",
+        )
+
+    assert failures(task("{text} ?"), encoder) == set()
+    assert "0 of 32 prompts change" in detail(task("{text} ?"), encoder, "swap")
+    # The label's number stands in the prompt, its word does not: no copier sees it.
+    assert failures(task("{text} [{label}] ?"), encoder) == {"swap"}
+    assert "32 of 32 prompts change" in detail(task("{text} [{label}] ?"), encoder, "swap")
+
+
+def test_a_score_that_gives_full_marks_to_anything_is_noticed(encoder):
+    assert failures(colours(score=lambda example, answer: 1.0), encoder) == {"chance", "shuffled"}
+    assert failures(numbers(score=lambda example, answer: 1.0), encoder) == {"shuffled"}
+
+
+def test_a_score_that_gives_full_marks_to_what_it_cannot_read_is_noticed(encoder):
+    task = numbers(score=lambda example, answer: float(answer == example.answer or not answer.isdigit()))
+    assert failures(task, encoder) == {"chance", "copier"}  # whatever is copied is no number
+
+
+def test_choices_whose_length_tells_the_right_one_are_noticed(encoder):
+    """Sums of log-probabilities favour short choices, so even a random model finds them."""
+
+    class Told(Made):
+        def examples(self, split):
+            rng = random.Random(split)
+            made = []
+            for i in range(40):
+                choices = [f"the {thing} that nobody has ever seen before {i}" for thing in rng.sample(THINGS, 3)]
+                choices.insert(rng.randrange(4), f"{i}")
+                made.append(Example(id=str(i), prompt=f"which {i} ?", answer=f"{i}", choices=tuple(choices)))
+            return tuple(made)
+
+    assert "chance" in failures(Told(None, answers=None), encoder)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        colours(score=lambda example, answer: exact(example, answer) * 0.99),
+        colours(valid=lambda answer: answer != "red"),
+        numbers(valid=str.isalpha),
+        Made(lambda thing, answer: f"colour of {thing} :", answers=lambda rng: rng.choice("abc"), choices=("a", "b")),
+    ],
+    ids=["below full", "choice refused", "form refused", "no choice"],
+)
+def test_a_right_answer_that_counts_as_wrong_is_noticed(task, encoder):
+    assert "reference" in failures(task, encoder)
+
+
+def test_a_task_on_which_nothing_is_wrong_is_noticed(encoder):
+    assert failures(Made(lambda thing, answer: thing, answers=lambda rng: "so"), encoder) == {"shuffled"}
+
+
+def test_a_second_bos_is_noticed(encoder):
+    assert failures(colours(lambda thing, answer: f"<s> colour of {thing} :"), encoder) == {"bos"}
+
+
+def test_one_token_may_begin_end_and_pad():
+    tokenizer = bpe_tokenizer(LINES, 300)
+    tokenizer.bos_token = tokenizer.pad_token = tokenizer.eos_token
+    for task in (colours(), numbers()):
+        assert failures(task, Encoder(tokenizer, max_length=128)) == set()
+
+
+class Apart(Encoder):
+    """Trains on a prompt without its last token."""
+
+    def example(self, example):
+        encoded = super().example(example)
+        kept = encoded.answer_start - 1
+        return Encoded(ids=encoded.ids[:kept] + encoded.ids[kept + 1 :], answer_start=kept)
+
+
+@pytest.mark.parametrize("task", [colours(), numbers()], ids=["closed", "generative"])
+def test_another_prompt_in_training_than_in_examination_is_noticed(task, encoder):
+    assert failures(task, Apart(encoder.tokenizer, max_length=128)) == {"prompt"}
+
+
+@pytest.mark.parametrize("task", [colours(), numbers()], ids=["closed", "generative"])
+def test_a_prompt_that_examination_changes_is_noticed(task, encoder, monkeypatch):
+    plain = clbench.canaries.answers.examine
+    monkeypatch.setattr(
+        clbench.canaries.answers,
+        "examine" if task.choices == () else "choose",
+        lambda student, asked: (
+            plain(student, _instructed(asked))
+            if task.choices == ()
+            else clbench.probes.matrix.choose(student, [_worded(example) for example in asked])
+        ),
+    )
+    assert failures(task, encoder) == {"prompt"}
+
+
+def _worded(example):
+    return Example(id=example.id, prompt=f"please : {example.prompt}", answer=example.answer, choices=example.choices)
+
+
+def _instructed(stage):
+    return Stage(**{**vars(stage), "test": tuple(_worded(example) for example in stage.test)})
+
+
+def test_cut_prompts_are_counted_and_lost_ones_noticed(encoder):
+    tokenizer = word_tokenizer([*COLOURS, *THINGS, "a"])
+    task = colours(lambda thing, answer: f"a a a a {thing} a :")  # 9 words; 12 ids with BOS, answer and EOS
+    assert failures(task, Encoder(tokenizer, max_length=9)) == set()
+    assert ", 64 cut and 0 without a prompt" in detail(task, Encoder(tokenizer, max_length=9), "prompt")
+    assert ", 0 cut and" in detail(task, Encoder(tokenizer, max_length=12), "prompt")
+    assert failures(task, Encoder(tokenizer, max_length=3)) == {"prompt"}  # BOS, answer, EOS
+
+
+def test_answers_too_long_to_train_on_are_left_out_of_what_is_encoded():
+    tokenizer = word_tokenizer([*THINGS, "a"])
+    task = Made(lambda thing, answer: f"{thing} :", answers=lambda rng: " ".join("a" * rng.randrange(1, 13)))
+    encoder = Encoder(tokenizer, max_length=12)  # BOS, up to ten words of answer, EOS
+    examples = [*task.examples("test")[:32], *task.examples("train")[:32]]
+    too_long = sum(len(example.answer.split()) > 10 for example in examples)
+    lost = sum(len(example.answer.split()) == 10 for example in examples)
+    assert too_long > 0 and lost > 0
+    found = {c.name: c for c in check_stream(_unencoded_stream(task), encoder)}
+    assert f"{lost} without a prompt among them ({too_long} left out" in found["prompt"].detail
+    assert found["bos"].passed and not found["prompt"].passed
+
+
+def _unencoded_stream(task):
+    return stream_of(task, encoder=Encoder(word_tokenizer([]), max_length=10**6))
+
+
+def attend_everywhere(student, plain):
+    def pad(rows, *, left=False):
+        input_ids, attention_mask = plain(student, rows, left=left)
+        return input_ids, torch.ones_like(attention_mask)
+
+    return pad
+
+
+def pad_on_the_right(student, plain):
+    return lambda rows, *, left=False: plain(student, rows)
+
+
+@pytest.mark.parametrize("fault", [attend_everywhere, pad_on_the_right])
+def test_padding_that_changes_what_is_written_is_noticed(fault, encoder, monkeypatch):
+    plain = Student._pad
+    monkeypatch.setattr(Student, "_pad", lambda self, rows, **sides: fault(self, plain)(rows, **sides))
+    assert failures(numbers(), encoder) == {"invariance"}
+
+
+def test_a_score_that_depends_on_the_batch_is_noticed(encoder, monkeypatch):
+    plain = Student._score
+
+    def score(self, batch, requests, results):
+        plain(self, batch, requests, results)
+        for _, members in batch:
+            for index in members:
+                results[index] = (results[index][0] + 1e-3 * len(batch), results[index][1])
+
+    monkeypatch.setattr(Student, "_score", score)
+    assert failures(colours(), encoder) == {"invariance"}
+
+
+def test_a_score_that_depends_on_the_order_is_noticed(encoder, monkeypatch):
+    plain = Student.log_likelihoods
+    monkeypatch.setattr(
+        Student,
+        "log_likelihoods",
+        lambda self, requests: [(value + 1e-3 * i, greedy) for i, (value, greedy) in enumerate(plain(self, requests))],
+    )
+    assert "invariance" in failures(colours(), encoder)
+
+
+class Dictated(Student):
+    """Finds likeliest, and writes, what it is told, example by example."""
+
+    def __init__(self, encoder, answers):
+        super().__init__(None, encoder)
+        self.answers = answers
+
+    def log_likelihoods(self, requests):
+        told = [self.encoder.answer(answer) for answer in self.answers for _ in COLOURS]
+        return [(float(asked == right), False) for (_, asked), right in zip(requests, told, strict=True)]
+
+    def generate(self, prompts, *, max_new_tokens):
+        return list(self.answers)
+
+
+def stage_with(task, right, **changes):
+    tests = tuple(
+        Example(id=str(i), prompt=f"{i} ?", answer=answer, choices=task.choices) for i, answer in enumerate(right)
+    )
+    return Stage(
+        index=1, name="made", task=task, train=tests, test=tests, collate=lambda examples: None, whole_stream=tests
+    )
+
+
+def test_chance_is_worked_out_from_the_answers_given(encoder):
+    right = ["red"] * 8 + ["green"] * 8
+    # Given: 12 red, 4 green; right: 8 and 8. (12 * 8 + 4 * 8) / 256 = 0.5; four times sqrt(0.25 / 16) = 0.5, and 1/16.
+    passed, seen = chance(stage_with(colours(), right), Dictated(encoder, ["red"] * 12 + ["green"] * 4))
+    assert passed and "accuracy 0.750, 0.500 expected" in seen and "0.562 off allowed" in seen
+    # Right in all of 64, four times sqrt(0.25 / 64) = 0.25 and 1/64 allowed; so is wrong in all of them.
+    right = ["red", "green"] * 32
+    assert not chance(stage_with(colours(), right), Dictated(encoder, right))[0]
+    assert not chance(stage_with(colours(), right), Dictated(encoder, ["green", "red"] * 32))[0]
+    # One label for everything is no knowledge.
+    assert chance(stage_with(colours(), right), Dictated(encoder, ["red"] * 64))[0]
+
+
+def test_a_random_text_may_score_what_the_commonest_answer_scores(encoder):
+    right = ["7", "7", "8", "9"]
+    stage = stage_with(numbers(), right)
+    passed, seen = near_zero(stage, Dictated(encoder, ["7"] * 4), [0.0, 0.2])
+    assert passed and "0.500, at most 0.500 (others' answers 0.100, the commonest answer 0.500)" in seen
+    assert not near_zero(stage, Dictated(encoder, ["7", "7", "8", "8"]), [0.0, 0.2])[0]
+    assert near_zero(stage, Dictated(encoder, ["7", "7", "8", "8"]), [0.8])[0]
+
+
+def test_random_numbers_elsewhere_are_left_alone_and_the_outcome_repeats(encoder):
+    stream = stream_of(colours(), encoder=encoder)
+    before = torch.get_rng_state()
+    first = check_stream(stream, encoder)
+    torch.rand(3)
+    assert check_stream(stream, encoder) == first
+    assert not torch.equal(torch.get_rng_state(), before)  # the three draws
+    torch.set_rng_state(before)
+    check_stream(stream, encoder)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_runs_device_is_not_used(encoder):
+    elsewhere = Encoder(encoder.tokenizer, max_length=128, device="meta")
+    assert failures(colours(), elsewhere) == set()
+    assert elsewhere.device == torch.device("meta")
+
+
+def test_a_result_is_kept_until_its_content_changes(tmp_path, encoder, monkeypatch):
+    tasks = colours(), WorldTask(skill="total", seed=0)
+    streams = [stream_of(*tasks, encoder=encoder), stream_of(*tasks[::-1], encoder=encoder)]
+    first = checked(streams[0], encoder, cache_dir=tmp_path, stream_hash="a")
+    assert {canary.task for canary in first} == {"made", "world_total"}
+    monkeypatch.setattr(clbench.canaries, "check_stream", lambda stream, encoder: ())
+    assert checked(streams[0], encoder, cache_dir=tmp_path, stream_hash="a") == first
+    # Another order of the same tasks is the same stream; the result follows its order.
+    turned = checked(streams[1], encoder, cache_dir=tmp_path, stream_hash="a")
+    assert [canary.task for canary in turned] == [canary.task for canary in first][::-1]
+    assert checked(streams[0], encoder, cache_dir=tmp_path, stream_hash="b") == ()
+    longer = Encoder(encoder.tokenizer, max_length=129)
+    assert checked(streams[0], longer, cache_dir=tmp_path, stream_hash="a") == ()
+    other = Encoder(bpe_tokenizer(LINES, 301), max_length=128)
+    assert checked(streams[0], other, cache_dir=tmp_path, stream_hash="a") == ()
+    assert len(list((tmp_path / "canaries").glob("*.json"))) == len(list((tmp_path / "canaries").iterdir())) == 4
+
+
+def test_a_changed_scorer_is_checked_again(tmp_path, encoder, monkeypatch):
+    monkeypatch.setattr(clbench.canaries, "check_stream", lambda stream, encoder: ())
+    for body in ("1.0", "0.5", "0.5"):
+        (tmp_path / "own_task.py").write_text(
+            "from clbench.protocols import Task\nclass Own(Task):\n    name = metric = 'own'\n"
+            "    def examples(self, split): return EXAMPLES\n"
+            f"    def score(self, example, answer): return {body}\n"
+        )
+        spec = importlib.util.spec_from_file_location("own_task", tmp_path / "own_task.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "own_task", module)
+        spec.loader.exec_module(module)
+        module.EXAMPLES = numbers().examples("test")
+        checked(stream_of(module.Own(), encoder=encoder), encoder, cache_dir=tmp_path, stream_hash="a")
+    assert len(list((tmp_path / "canaries").iterdir())) == 2

@@ -1,0 +1,455 @@
+"""The lm-eval probe: the same numbers as lm-eval's own model class, item by item; groups, frozen items, floors, rows that lie offline."""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+from lm_eval.api.instance import Instance
+from omegaconf import OmegaConf
+
+from clbench.cli import CONF_DIR
+from clbench.probes.items import choose
+from clbench.probes.knowledge import Knowledge
+from clbench.probes.lm import StudentLM, cut, run_task
+from clbench.probes.lm_tasks import Builder, groups
+from clbench.probes.perplexity import Perplexity
+from clbench.types import UserMistake
+from tests.test_probes import SENTENCES, STREAM, tiny_student
+
+REAL_ROWS = os.environ.get("CLBENCH_DATA")
+FOLDERS = {
+    "Rowan/hellaswag": "hellaswag",
+    "allenai/ai2_arc:ARC-Challenge": "arc_challenge",
+    "baber/piqa": "piqa",
+    "winogrande": "winogrande",
+    "allenai/winogrande": "winogrande",
+    "cais/mmlu": "mmlu",
+    "truthfulqa/truthful_qa": "truthful_qa_mc",
+    "EleutherAI/lambada_openai": "lambada_openai",
+    "EleutherAI/wikitext_document_level": "pages",
+    "openai/gsm8k": "gsm8k",
+}
+COLUMNS = {"cais/mmlu": "subject"}
+TASKS = ["hellaswag", "arc_challenge", "piqa", "winogrande", "mmlu_stem"]
+HALVES = [sentence.split(" and ") for sentence in SENTENCES]
+
+
+@pytest.fixture(scope="module")
+def student():
+    return tiny_student()
+
+
+def write(folder, split, rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def subjects():
+    """The 19 subjects of mmlu_stem in the order in which lm-eval's group lists them."""
+    (group,) = groups("mmlu_stem", include=None)
+    return [task["dataset_name"] for task in group.tasks]
+
+
+def hellaswag_row(i, half):
+    return {
+        "ind": i,
+        "activity_label": "Work",
+        "ctx_a": half[0],
+        "ctx_b": "",
+        "ctx": half[0],
+        "endings": [half[-1] if k == i % 4 else HALVES[(i + k + 1) % 5][-1] + "!" * k for k in range(4)],
+        "source_id": "",
+        "split": "val",
+        "split_type": "",
+        "label": str(i % 4),
+    }
+
+
+def truthful_row(i, sentence):
+    return {
+        "question": f"What do we know of {sentence[:12]}?",
+        "mc1_targets": {"choices": ["Nothing.", sentence], "labels": [1, 0]},
+        "mc2_targets": {
+            "choices": ["Nothing.", "Little.", sentence, "All."][: 2 + i],
+            "labels": [1, 1, 0, 0][: 2 + i],
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Invented rows in the shape of the hub's datasets."""
+    root = tmp_path_factory.mktemp("data")
+    write(root / "hellaswag", "validation", [hellaswag_row(i, half) for i, half in enumerate(HALVES)])
+    arc = [
+        {
+            "id": str(i),
+            "question": f"What happens when {sentence[:30]}?",
+            "choices": {"text": ["fish", "the old book", "butter and salt", "a tree"], "label": ["A", "B", "C", "D"]},
+            "answerKey": "ABCD"[i % 4],
+        }
+        for i, sentence in enumerate(SENTENCES)
+    ]
+    write(root / "arc_challenge", "test", arc)
+    pairs = [{"goal": s[:20], "sol1": s[20:], "sol2": s[25:], "label": i % 2} for i, s in enumerate(SENTENCES)]
+    write(root / "piqa", "validation", pairs)
+    gaps = [
+        {
+            "sentence": f"The dog saw the cat because _ {s[:12]}.",
+            "option1": "the dog",
+            "option2": "the cat",
+            "answer": str(1 + i % 2),
+        }
+        for i, s in enumerate(SENTENCES)
+    ]
+    write(root / "winogrande", "validation", gaps)
+    questions = [
+        {
+            "question": f"{place} {subject}: {SENTENCES[k % 5]}",
+            "subject": subject,
+            "choices": [w * 2 for w in "wxyz"],
+            "answer": (k + place) % 3,
+        }
+        # The file lists the subjects backwards: their order in it may not matter.
+        for k, subject in reversed(list(enumerate(subjects())))
+        for place in range(2)
+    ]
+    write(root / "mmlu", "test", questions)
+    write(root / "truthful_qa_mc", "validation", [truthful_row(i, s) for i, s in enumerate(SENTENCES[:3])])
+    write(root / "pages", "test", [{"page": f" = Page {k} = \n \n " + " , ".join(SENTENCES[k:] * 3)} for k in range(3)])
+    sums = [{"question": f"What is {i} plus {i}?", "answer": f"It is {2 * i}.\n#### {2 * i}"} for i in range(7)]
+    write(root / "gsm8k", "train", sums)
+    write(root / "gsm8k", "test", sums[:2])
+    return root
+
+
+def probe(data_dir, *tasks, **settings):
+    return Knowledge(
+        name="knowledge", tasks=list(tasks), data_dir=str(data_dir), folders=FOLDERS, columns=COLUMNS, **settings
+    )
+
+
+@pytest.fixture(scope="module")
+def knowledge(data_dir):
+    return probe(data_dir, *TASKS)
+
+
+def hflm(student, **settings):
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(
+        pretrained=student.model,
+        tokenizer=student.encoder.tokenizer,
+        batch_size=3,
+        max_length=student.model.config.max_position_embeddings,
+        device="cpu",
+        **{"add_bos_token": True} | settings,
+    )
+
+
+def evaluated(student, row):
+    """lm-eval's own run of the tasks behind a row of the ledger."""
+    from lm_eval.evaluator import evaluate
+
+    return evaluate(
+        hflm(student),
+        task_dict={task.task_name: task for task in row.tasks},
+        samples={task.task_name: list(ids) for task, ids in zip(row.tasks, row.chosen, strict=True)},
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+
+
+def assert_equal_item_by_item(student, knowledge):
+    found = {(s.task, s.metric): s for s in knowledge.measure(student, STREAM, 1)}
+    for row in knowledge.examined:
+        samples = evaluated(student, row)["samples"]
+        ordered = [s for t in row.tasks for s in sorted(samples[t.task_name], key=lambda sample: sample["doc_id"])]
+        metrics = [metric for metric in ("acc", "acc_norm") if metric in ordered[0]]
+        assert metrics and all(len(indices) for indices in row.chosen)
+        for metric in metrics:
+            assert list(found[row.name, metric].items) == [sample[metric] for sample in ordered], (row.name, metric)
+
+
+def test_scores_equal_lm_evals_own_model_item_by_item(student, knowledge):
+    assert_equal_item_by_item(student, knowledge)
+
+
+@pytest.mark.skipif(REAL_ROWS is None, reason="CLBENCH_DATA names no folder of real rows")
+def test_scores_of_real_rows_equal_lm_evals_own_model_item_by_item():
+    tasks = ["hellaswag", "arc_challenge", "piqa", "winogrande", "truthfulqa_mc1", "mmlu_anatomy", "mmlu_virology"]
+    items = {task: 10 if task.startswith("mmlu") else 20 for task in tasks}
+    knowledge = probe(REAL_ROWS, *tasks, items=items)
+    assert_equal_item_by_item(tiny_student(positions=2048), knowledge)
+
+
+def test_log_likelihoods_equal_lm_evals_own(student, knowledge):
+    requests = [one for row in knowledge.examined for task in row.tasks for one in task.instances][:200]
+    theirs = hflm(student).loglikelihood(requests, disable_tqdm=True)
+    ours = StudentLM(student).loglikelihood(requests)
+    for (value, greedy), (expected, expected_greedy) in zip(ours, theirs, strict=True):
+        assert value == pytest.approx(expected, abs=1e-4)
+        assert greedy == expected_greedy
+
+
+def test_what_is_read_does_not_depend_on_the_longest_training_input(student, knowledge):
+    def outcomes(one):
+        return [run_task(task, StudentLM(one)) for row in knowledge.examined[:2] for task in row.tasks]
+
+    assert outcomes(tiny_student(max_length=12)) == outcomes(student)
+    assert StudentLM(student, max_length=12).max_length == 12 and StudentLM(student).max_length == 256
+
+
+def test_rolling_log_likelihood_equals_lm_evals_own_and_gives_its_word_perplexity(student, data_dir):
+    knowledge = probe(data_dir, "wikitext")
+    found = {s.metric: s for s in knowledge.measure(student, STREAM, 1)}
+    theirs = evaluated(student, knowledge.examined[0])["results"]["wikitext"]
+    for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
+        assert found[metric].value == pytest.approx(theirs[f"{metric},none"], rel=1e-5)
+        assert found[metric].n == 3 and math.isnan(found[metric].stderr) and found[metric].items == ()
+
+
+def test_the_perplexity_probe_gives_lm_evals_rolling_log_likelihood_of_the_text_itself(student, data_dir):
+    (task,) = probe(data_dir, "wikitext").examined[0].tasks
+    texts = [instance.args[0] for instance in task.instances]
+    theirs = hflm(student, add_bos_token=False).loglikelihood_rolling(task.instances, disable_tqdm=True)
+    scores = Perplexity(name="p", task="t", texts=texts, window=256).measure(student, STREAM, 0)
+    (score,) = [score for score in scores if score.metric == "nll_token"]
+    assert score.items == pytest.approx([-value for value in theirs], rel=1e-5)
+    assert max(len(student.encoder.text(text)) for text in texts) > 256  # more than one window somewhere
+
+
+def asked(*prompts, **settings):
+    return [
+        Instance(request_type="generate_until", doc={}, arguments=(prompt, dict(settings)), idx=0) for prompt in prompts
+    ]
+
+
+def test_generated_answers_equal_lm_evals_own_with_stops_and_lengths(student):
+    prompts = [SENTENCES[0], "A dog", SENTENCES[3][:30], "She opens"]
+    written = StudentLM(student).generate_until(asked(*prompts, until=[], max_gen_toks=12))
+    stop = written[1][3:5]  # something that the second answer really says
+    requests = [
+        *asked(*prompts, until=[], max_gen_toks=12),
+        *asked(*prompts, until=[stop], max_gen_toks=12),
+        *asked(*prompts, until=["never", stop], max_gen_toks=5),
+    ]
+    ours = StudentLM(student).generate_until(requests)
+    assert ours == hflm(student).generate_until(requests, disable_tqdm=True)
+    assert ours[:4] == written and ours[5] == written[1].split(stop)[0] != written[1]
+    assert cut(" 4 Question: 5", ["5", "Question:"]) == " 4 "
+
+
+def test_requests_of_equal_settings_are_generated_in_one_batch_that_ends_with_its_last_stop(student, monkeypatch):
+    calls = []
+    generate = student.model.generate
+
+    def spy(**arguments):
+        written = generate(**arguments)
+        calls.append((len(arguments["input_ids"]), written.shape[1] - arguments["input_ids"].shape[1]))
+        return written
+
+    monkeypatch.setattr(student.model, "generate", spy)
+    prompts = ["A dog", "She opens", "A man"]
+    full = StudentLM(student).generate_until(asked(*prompts, until=[], max_gen_toks=12))
+    assert calls == [(3, 12)]
+    stops = [answer[3:5] for answer in full]
+    calls.clear()
+    StudentLM(student).generate_until([*asked(*prompts, until=stops, max_gen_toks=12), *asked("A", max_gen_toks=3)])
+    assert [rows for rows, _ in calls] == [3, 1] and calls[0][1] < 12
+
+
+def test_a_task_that_samples_or_leaves_no_room_for_its_prompt_is_refused(student):
+    with pytest.raises(UserMistake, match="do_sample"):
+        StudentLM(student).generate_until(asked("A", do_sample=True, temperature=0.7))
+    with pytest.raises(UserMistake, match="256 tokens"):
+        StudentLM(student).generate_until(asked("A", until=[]))
+
+
+def test_a_generated_task_is_scored_by_each_of_its_filters(data_dir):
+    student = tiny_student(positions=1024)
+    knowledge = probe(data_dir, "gsm8k")
+    found = {s.metric: s for s in knowledge.measure(student, STREAM, 0)}
+    assert set(found) == {"exact_match,strict-match", "exact_match,flexible-extract", "chance"}
+    assert [found[metric].n for metric in sorted(found)] == [2, 2, 2] and found["chance"].value == 0.0
+    prompt = knowledge.examined[0].tasks[0].instances[0].args[0]
+    assert prompt.count("####") == 5  # five examples, the same ones every time
+    assert prompt == probe(data_dir, "gsm8k").examined[0].tasks[0].instances[0].args[0]
+
+
+def test_requests_are_built_once_and_scored_again(student, knowledge):
+    instances = [task.instances for row in knowledge.examined for task in row.tasks]
+    first = [(s.task, s.metric, s.value) for s in knowledge.measure(student, STREAM, 1)]
+    assert first == [(s.task, s.metric, s.value) for s in knowledge.measure(student, STREAM, 1)]
+    again = [task.instances for row in knowledge.examined for task in row.tasks]
+    assert all(one is other for one, other in zip(instances, again, strict=True))
+
+
+def test_the_tokens_it_reads_are_counted(data_dir):
+    student = tiny_student()
+    list(probe(data_dir, "piqa").measure(student, STREAM, 1))
+    assert student.tokens_scored > 5 * 2 * 10
+
+
+def test_floors_are_those_of_the_rows(student, data_dir, knowledge):
+    found = {(s.task, s.metric): s.value for s in knowledge.measure(student, STREAM, 0)}
+    assert [found[task, "chance"] for task in TASKS] == [0.25, 0.25, 0.5, 0.5, 0.25]
+    # Gold letters (k + place) % 3 of 19 subjects, two rows each: A 13, B 13, C 12.
+    assert found["mmlu_stem", "majority"] == pytest.approx(13 / 38)
+    # The invented rows of two more tasks offer the same choices; golds 0 1 2 3 0 and 0 1 0 1 0.
+    assert (found["arc_challenge", "majority"], found["winogrande", "majority"]) == (0.4, 0.6)
+    # Where choices differ between rows there is no commonest answer.
+    assert not {("hellaswag", "majority"), ("piqa", "majority")} & found.keys()
+    assert ("piqa", "chance") not in {(s.task, s.metric) for s in knowledge.measure(student, STREAM, 1)}
+    # A task may score a share of probability: two of two, of three, of four choices are right.
+    shares = {s.metric: s for s in probe(data_dir, "truthfulqa_mc2").measure(student, STREAM, 0)}
+    assert shares["chance"].items == pytest.approx((2 / 2, 2 / 3, 2 / 4))
+    assert {s.metric: s.value for s in probe(data_dir, "truthfulqa_mc1").measure(student, STREAM, 0)}["chance"] == 0.5
+
+
+def test_lambada_has_a_chance_of_zero_and_a_perplexity_of_the_corpus(student, tmp_path):
+    write(tmp_path / "lambada_openai", "test", [{"text": sentence.rstrip(".")} for sentence in SENTENCES])
+    knowledge = probe(tmp_path, "lambada_openai")
+    found = {s.metric: s for s in knowledge.measure(student, STREAM, 0)}
+    theirs = evaluated(student, knowledge.examined[0])["results"]["lambada_openai"]
+    assert found["acc"].value == theirs["acc,none"] and found["chance"].value == 0.0
+    assert found["perplexity"].value == pytest.approx(theirs["perplexity,none"], rel=1e-4)
+    mean = sum(found["perplexity"].items) / 5  # its items are log-likelihoods in nats
+    assert found["perplexity"].value == pytest.approx(math.exp(-mean), rel=1e-6)
+    assert knowledge.documents()["lambada_openai"][0] == SENTENCES[0].rstrip(".")
+
+
+def test_a_group_is_one_row_whose_items_stand_in_the_order_of_its_tasks(student, knowledge):
+    row = knowledge.examined[-1]
+    assert row.name == "mmlu_stem" and len(row.tasks) == 19
+    (score,) = [s for s in knowledge.measure(student, STREAM, 1) if s.task == "mmlu_stem"]
+    alone = [run_task(task, StudentLM(student))["acc"] for task in row.tasks]
+    assert score.n == 38 and list(score.items) == [item for one in alone for item in one]
+    texts = knowledge.documents()["mmlu_stem"]
+    assert [text.split()[1].rstrip(":") for text in texts[::2]] == subjects()
+    assert [text.split()[0] for text in texts] == ["0", "1"] * 19
+
+
+def test_a_group_of_unlike_tasks_is_its_members():
+    (mmlu,) = groups("mmlu", include=None)
+    assert (mmlu.name, len(mmlu.tasks), mmlu.tasks[0].get("num_fewshot")) == ("mmlu", 57, None)
+    openllm = {group.name: group for group in groups("openllm", include=None)}
+    assert {"arc_challenge", "hellaswag", "mmlu", "winogrande", "gsm8k"} < set(openllm)
+    assert {task["num_fewshot"] for task in openllm["mmlu"].tasks} == {5}  # what the group sets for its members
+    assert [group.name for group in groups("truthfulqa", include=None)] == [
+        "truthfulqa_gen",
+        "truthfulqa_mc1",
+        "truthfulqa_mc2",
+    ]
+    (arc,) = groups("ai2_arc", include=None)
+    assert [task["task"] for task in arc.tasks] == ["arc_challenge", "arc_easy"]
+
+
+def test_frozen_items_are_those_of_the_lowest_hashes():
+    ranked = sorted(range(50), key=lambda index: hashlib.sha256(f"piqa/{index}".encode()).hexdigest())
+    assert choose("piqa", size=50, wanted=7) == tuple(sorted(ranked[:7]))
+    assert set(choose("piqa", size=50, wanted=7)) < set(choose("piqa", size=50, wanted=8))
+    assert choose("piqa", size=50, wanted=7) != choose("winogrande", size=50, wanted=7)
+    assert choose("piqa", size=3, wanted=None) == (0, 1, 2) and choose("piqa", size=3, wanted=[2, 0]) == (0, 2)
+    for wanted in (0, 51, [], [1, 1], [50], [-1]):
+        with pytest.raises(UserMistake, match="piqa"):
+            choose("piqa", size=50, wanted=wanted)
+
+
+def test_frozen_items_score_as_they_do_in_the_whole_task(student, data_dir, knowledge):
+    whole = {(s.task, s.metric): s.items for s in knowledge.measure(student, STREAM, 1)}
+    few = probe(data_dir, "hellaswag", "piqa", "mmlu_stem", items={"hellaswag": [3, 1], "piqa": 2, "mmlu_stem": 19})
+    found = {(s.task, s.metric): s.items for s in few.measure(student, STREAM, 1)}
+    assert found["hellaswag", "acc_norm"] == tuple(whole["hellaswag", "acc_norm"][i] for i in (1, 3))
+    chosen = choose("piqa", size=5, wanted=2)
+    assert found["piqa", "acc"] == tuple(whole["piqa", "acc"][i] for i in chosen)
+    # An equal number of each subject, each subject drawn by its own name.
+    picked = [choose(f"mmlu_{subject}", size=2, wanted=1)[0] for subject in subjects()]
+    assert few.examined[2].chosen == tuple((i,) for i in picked) and 0 < sum(picked) < 19
+    assert found["mmlu_stem", "acc"] == tuple(whole["mmlu_stem", "acc"][2 * k + i] for k, i in enumerate(picked))
+    assert [len(indices) for indices in probe(data_dir, "piqa", items={"piqa": 3}, limit=2).examined[0].chosen] == [2]
+
+
+def test_fingerprints_name_the_chosen_items(data_dir):
+    one, other, same = (probe(data_dir, "piqa", items={"piqa": n}).fingerprints()["piqa"] for n in (2, 3, 2))
+    lines = "".join(f'"piqa/{index}"\n' for index in choose("piqa", size=5, wanted=2))
+    assert one == same == hashlib.sha256(lines.encode()).hexdigest() != other
+
+
+def test_items_that_cannot_be_meant_are_mistakes(data_dir):
+    for items, said in (
+        ({"mmlu_stem": 20}, "multiple, e.g. 19"),
+        ({"mmlu_stem": [1]}, "list them by task"),
+        ({"piqa": 6}, "has 5"),
+        ({"pika": 2}, "'pika'"),
+    ):
+        with pytest.raises(UserMistake, match=said):
+            probe(data_dir, "mmlu_stem" if "mmlu_stem" in items else "piqa", items=items)
+    with pytest.raises(UserMistake, match="'openllm'.*reported one by one"):
+        probe(data_dir, "openllm", items={"openllm": 6})
+    probe(data_dir, "piqa", items={"piqa": 2, "boolq": 400})  # what is not measured lies idle
+
+
+def test_documents_are_questions_with_their_choices(data_dir, knowledge):
+    texts = knowledge.documents()
+    assert texts["piqa"][0] == f"Question: {SENTENCES[0][:20]}\nAnswer:\n{SENTENCES[0][20:]}\n{SENTENCES[0][25:]}"
+    assert texts["winogrande"][0].split("\n") == [
+        f"The dog saw the cat because the {animal} {SENTENCES[0][:12]}." for animal in ("dog", "cat")
+    ]
+    assert len(texts["mmlu_stem"]) == 38
+    assert probe(data_dir, "gsm8k").documents()["gsm8k"] == [
+        f"Question: What is {i} plus {i}?\nAnswer:" for i in (0, 1)
+    ]
+
+
+def test_datasets_are_the_hub_addresses_of_the_tasks(data_dir, knowledge):
+    specs = knowledge.datasets()
+    assert len(specs) == 4 + 19
+    assert [(s.name, s.hub, s.config) for s in specs[1:2]] == [("arc_challenge", "allenai/ai2_arc", "ARC-Challenge")]
+    assert (specs[-1].name, specs[-1].hub, specs[-1].config) == ("mmlu", "cais/mmlu", subjects()[-1])
+    rows = {"piqa": [{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}]}
+    assert Knowledge(name="knowledge", tasks=["piqa"], rows=rows).datasets() == ()
+
+
+def test_rows_that_are_not_there_are_mistakes(data_dir):
+    with pytest.raises(UserMistake, match="nonesuch"):
+        probe(data_dir, "nonesuch")
+    with pytest.raises(UserMistake, match="folders"):
+        Knowledge(name="knowledge", tasks=["piqa"], data_dir=str(data_dir), folders={})
+    # ARC-Easy has the same hub name as ARC-Challenge: its rows may not be taken for it.
+    with pytest.raises(UserMistake, match=r"arc_easy.*ARC-Easy.*folders"):
+        probe(data_dir, "arc_easy")
+    with pytest.raises(UserMistake, match=r"lambada_openai.*lambada_openai/test.jsonl.*probe=mini_local"):
+        probe(data_dir, "lambada_openai")
+
+
+def test_a_dataset_that_the_hub_does_not_give_is_a_mistake():
+    config = {
+        "task": "quiz",
+        "dataset_path": "nobody/no-such-set",
+        "output_type": "multiple_choice",
+        "test_split": "test",
+    }
+    with pytest.raises(UserMistake, match="'quiz': 'nobody/no-such-set' could not be loaded"):
+        Builder(rows={}, data_dir=None, folders={}, columns={}).build(config)
+
+
+def test_a_subject_without_rows_is_a_mistake(tmp_path):
+    write(tmp_path / "mmlu", "test", [{"question": "?", "subject": "anatomy", "choices": list("wxyz"), "answer": 0}])
+    with pytest.raises(UserMistake, match="no row of 'virology'"):
+        probe(tmp_path, "mmlu_virology")
+
+
+def test_the_suites_name_what_they_freeze():
+    conf = {
+        name: OmegaConf.load(Path(CONF_DIR) / "probe" / f"{name}.yaml")
+        for name in ("mini", "mini_local", "lite", "full")
+    }
+    mini = conf["mini"].probes.knowledge["items"]
+    assert list(conf["mini"].tasks) == list(mini) and sum(mini.values()) == 2370
+    assert [task for task in conf["mini"].tasks if task != "lambada_openai"] == list(conf["mini_local"].tasks)
+    assert set(conf["lite"].tasks) <= set(conf["lite"].probes.knowledge["items"])
+    assert conf["full"].probes.knowledge["items"] is None
