@@ -52,6 +52,8 @@ def column_probabilities(weight: Tensor, *, offset: float) -> Tensor:
 
 def sample_columns(weight: Tensor, count: int, *, offset: float, rng: torch.Generator) -> Tensor:
     """Indices int64 [count] of different columns drawn by `column_probabilities`, in the order drawn."""
+    if weight.is_meta:  # only shapes are asked for
+        return torch.arange(count, device=weight.device)
     probabilities = column_probabilities(weight, offset=offset).cpu()
     return torch.multinomial(probabilities, count, replacement=False, generator=rng).to(weight.device)
 

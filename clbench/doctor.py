@@ -130,7 +130,7 @@ def cost_lines(config: Config, tasks: Mapping[str, Task], *, gpu: str, utilisati
     kind = (
         "exact"
         if tokens.exact
-        else f"at most (every sequence as long as train.max_length; probes not counted), because {reason}"
+        else f"every sequence counted as long as train.max_length, one per test row, probes not counted, because {reason}"
     )
     yield f"tokens: {sum(tokens.trained):,} trained, {sum(tokens.examined):,} read or written in {len(tokens.examined)} examinations; {kind}"
     training, examination = operations(tokens, parameters=parameters, trainable=trainable)

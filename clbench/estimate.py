@@ -93,7 +93,7 @@ def count_tokens(config: Config, stream: Stream, probes: Sequence[Probe], encode
 
 
 def bound_tokens(config: Config, rows: Sequence[int], test_rows: Sequence[int]) -> Tokens:
-    """At most so many tokens when neither rows nor tokenizer can be had: every sequence as long as it may be; probes are not counted."""
+    """Tokens when neither rows nor tokenizer can be had: every sequence as long as it may be, one per test row; probes are not counted."""
     longest = config.train.max_length
     trained = tuple(
         (config.train.steps or ceil(count * (config.train.epochs or 0) / config.train.batch_size))

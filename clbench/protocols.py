@@ -125,12 +125,15 @@ class Task(ABC):
     """A kind of dataset: rows to examples, answers to scores. `name` and `metric` label the rows of the ledger.
 
     `dataset` is where its rows come from (None: they are made here), `licence` the terms they come under ("" where unstated).
-    `metric_version` goes up when the metric gives other numbers for equal answers.
+    `metric_version` goes up when the metric gives other numbers for equal answers. `reference_score` is what a right answer scores at
+    least: 1, unless the metric has no 1 (SARI). `max_new_tokens` bounds a written answer (None: the length of nearly all training answers).
     """
 
     name: str
     metric: str
     metric_version: int = 1
+    reference_score: float = 1.0
+    max_new_tokens: int | None = None
     dataset: DatasetSpec | None = None
     licence: str = ""
 

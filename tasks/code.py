@@ -17,7 +17,7 @@ from clbench.types import Example
 from tasks.hub import HubTask, Row, accepted, lookup, render
 
 EMPTY_LITERALS = {"<NUM_LIT>": "0", "<STR_LIT>": "", "<CHAR_LIT>": ""}
-LITERAL = re.compile("<(?:STR|NUM|CHAR)_LIT:(.*?)>", re.DOTALL)
+LITERAL = re.compile("(<(?:STR|NUM|CHAR)_LIT:(.*?)>)", re.DOTALL)
 
 
 @dataclass(kw_only=True)
@@ -75,4 +75,6 @@ def with_literals(line: str) -> str:
     """
     for mark, literal in EMPTY_LITERALS.items():
         line = line.replace(mark, literal)
-    return LITERAL.sub(r"\1", line)
+    for mark, literal in LITERAL.findall(line):
+        line = line.replace(mark, literal)
+    return line

@@ -38,7 +38,7 @@ class HubTask(Task):
     values, or one of them where it lists several. `group_by` makes the test rows that share a column's value one
     example with several references. `balance_by` names the column of which the test has every value equally often.
     `hold_out` names the column by whose hash test rows are taken from a hub dataset that has one split; rows with the
-    same value go to the same side. `max_new_tokens=None`: as long as the longest training answer.
+    same value go to the same side. `max_new_tokens` bounds a written answer.
     """
 
     name: str

@@ -2,9 +2,9 @@
 
 What a program cannot do: reach a network, see or signal another process, start one (or a thread), write outside a
 directory of its own that lives in memory, read stdin, be heard, gain rights, go on after its time, take more memory than
-its limit. What it can: read the files that the user (as root: nobody) may read, and keep one core busy until its time is
-up. Linux 5.12 or newer only; where the kernel refuses any part of this, nothing is run. It guards the machine: a program
-that sets out to deceive its tests can.
+its limit. What it can: read the files that the user may (under root: that `nobody` may), speak to a service by a socket
+file outside /run that the user may open, keep one core busy until its time is up. Linux 5.12 or newer only; where the
+kernel refuses any part of this, nothing is run. It guards the machine: a program that sets out to deceive its tests can.
 
 A row of mbpp:
     {"text": "Write a function to ...", "code": "...", "test_list": ["assert f(1) == 1"], "test_setup_code": ""}
@@ -31,13 +31,16 @@ PASSED = 47
 """The status with which `sandbox_inside` ends after the program's last line."""
 START = 30.0
 """Seconds in which an idle or a busy machine starts an interpreter."""
+WAIT = 3
+"""By the clock a program has this many times its processor time, so that a busy machine changes no score."""
 
 
 @dataclass(kw_only=True)
 class PassAtOne(HubTask):
     """`answer` is the column with a program, `tests` the one that lists its assertions, `setup` the code that these need.
 
-    One program is run per example, for at most `seconds` and in `memory_mb` MiB. `Example.source` holds the assertions.
+    One program is run per example, for at most `seconds` of processor time and in `memory_mb` MiB. `Example.source` holds
+    the assertions.
     """
 
     answer: str
@@ -81,7 +84,7 @@ def passes(program: str, *, seconds: int, memory_mb: int) -> bool:
     with Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env={}, cwd="/", start_new_session=True) as process:
         try:
             begin(process, program)
-            return process.wait(timeout=seconds) == PASSED
+            return process.wait(timeout=WAIT * seconds) == PASSED
         except TimeoutExpired:
             return False
         finally:

@@ -159,15 +159,15 @@ SECURA_LIKE = {
         rows=closed(
             *(
                 (
-                    f"Short Answer: {place} Context: The well is in {place}.\n"
+                    f"Short Answer: {answer} Context: Ida dug the well in {place}.\n"
                     "  choice: Where is the well?\n  choice: Who dug it?\nChoose the appropriate question.",
                     ["Where is the well?", "Who dug it?"],
-                    0,
+                    right,
                 )
-                for place in ("Lund", "Bern", "Oslo")
+                for answer, place, right in (("Lund", "Lund", 0), ("Ida", "Lund", 1), ("Oslo", "Oslo", 0))
             )
         ),
-        prompt="Short Answer: Lund Context: The well is in Lund.\n"
+        prompt="Short Answer: Lund Context: Ida dug the well in Lund.\n"
         "  choice: Where is the well?\n  choice: Who dug it?\nChoose the appropriate question.",
         answer="Where is the well?",
         wrong="Who dug it?",

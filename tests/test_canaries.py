@@ -5,6 +5,7 @@ import json
 import os
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,8 +82,8 @@ def stream_of(*tasks, encoder, rows=40):
     return build_stream(config, order="default", tasks={task.name: task for task in tasks}, encoder=encoder)
 
 
-def failures(task, encoder, **changes):
-    found = check_stream(stream_of(task, encoder=encoder), encoder, **changes)
+def failures(task, encoder, *, rows=40, seed=0):
+    found = check_stream(stream_of(task, encoder=encoder, rows=rows), encoder, seed=seed)
     assert {canary.task for canary in found} == {task.name}
     return {canary.name for canary in found if not canary.passed}
 
@@ -176,6 +177,22 @@ def test_tasks_that_are_easy_or_quote_the_prompt_do_not_fall_to_the_copier(task,
     assert "copier" not in failures(task, encoder)
 
 
+def test_few_questions_are_joined_by_training_questions(encoder):
+    class Lucky(Made):
+        """Only its test prompts hold the answer, as two prompts may by luck."""
+
+        def examples(self, split):
+            made = super().examples(split)
+            return made if split == "train" else tuple(replace(e, prompt=f"{e.prompt} {e.answer}") for e in made)
+
+    lucky = Lucky(lambda thing, answer: f"how much is {thing} ?", answers=lambda rng: str(rng.randrange(100, 1000)))
+    told = numbers(lambda thing, answer: f"how much is {thing} ? {answer}")
+    assert failures(lucky, encoder) == failures(told, encoder) == {"copier"}
+    assert failures(lucky, encoder, rows=2) == set()
+    assert failures(told, encoder, rows=2) == {"copier"}
+    assert failures(numbers(), encoder, rows=1) == set()  # wrong answers are there to be scored, too
+
+
 def test_readers_copy_from_the_ends_and_after_cues():
     examples = [
         Example(id=str(i), prompt=f"Is {a} or {b} taller? It is {a}.\nName:", answer=a)
@@ -191,8 +208,18 @@ def test_readers_copy_from_the_ends_and_after_cues():
     }
 
 
+def test_readers_look_behind_what_all_prompts_end_in():
+    rows = [("car", "red", "is it"), ("hat", "blue", "so be it then"), ("sky", "blue", "yes")]
+    examples = [
+        Example(id=thing, prompt=f"{thing} {answer} {rest}\nred or blue ?", answer=answer, choices=("red", "blue"))
+        for thing, answer, rest in rows
+    ]
+    right = [name for name, answers in copies(examples) if answers == ["red", "blue", "blue"]]
+    assert right == ["the choices named last, the last 4 words aside,"]
+
+
 def test_the_choice_named_last_is_a_whole_word_and_the_longer_of_two():
-    assert named_last(("card", "lost card", "pin"), "pin? a lost card, discarded") == "lost card"
+    assert named_last(("card", "lost card", "pin"), "pin? a lost card, cards, discard") == "lost card"
     assert named_last(("card", "pin"), "neither") == "card"
 
 
@@ -269,8 +296,15 @@ def test_a_task_on_which_nothing_is_wrong_is_noticed(encoder):
     assert failures(Made(lambda thing, answer: thing, answers=lambda rng: "so"), encoder) == {"shuffled"}
 
 
+class Twice(Encoder):
+    """Begins a prompt with two BOS, in training and in examination."""
+
+    def prompt(self, prompt):
+        return (self.tokenizer.bos_token_id, *super().prompt(prompt))
+
+
 def test_a_second_bos_is_noticed(encoder):
-    assert failures(colours(lambda thing, answer: f"<s> colour of {thing} :"), encoder) == {"bos"}
+    assert failures(colours(), Twice(encoder.tokenizer, max_length=128)) == {"bos"}
 
 
 def test_one_token_may_begin_end_and_pad():

@@ -3,9 +3,18 @@
 import json
 from pathlib import Path
 
-from clbench.cli import CONF_DIR
-from clbench.doctor import CARD, card, targets
+import pytest
+from hydra.utils import instantiate
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from clbench import doctor
+from clbench.cli import CONF_DIR, compose
+from clbench.data import Encoder
+from clbench.doctor import CARD, card, datasets_page, licence_warning, targets
+from clbench.estimate import Tokens, count_tokens, meta_model, operations
+from clbench.experiment import run
 from clbench.runs import read_runs
+from clbench.stream import build_stream
 from clbench.tuning import main, trials
 
 
@@ -96,3 +105,85 @@ def test_a_search_prefers_the_mean_of_accuracy_and_retention(tmp_path, capsys):
     assert "train.lr=0.2" in capsys.readouterr().out
     chosen = [line for line in (tmp_path / "tuning.csv").read_text().splitlines() if ",1,a-" in line]
     assert len(chosen) == 1 and "train.lr=0.2" in chosen[0]
+
+
+def test_the_page_of_datasets_is_that_of_the_yamls():
+    assert (CONF_DIR / "task" / "README.md").read_text(encoding="utf-8") == datasets_page()
+
+
+@pytest.mark.parametrize(
+    ("licence", "warning"),
+    [
+        ("MIT", ""),
+        ("CC-BY-SA-4.0", ""),
+        ("CC-BY-NC-SA-4.0", "non-commercial"),
+        ("research only, non-commercial", "non-commercial"),
+        ("unstated", "no licence stated"),
+        ("", "no licence stated"),
+    ],
+)
+def test_terms_that_bind_a_user_are_warned_of(licence, warning):
+    assert licence_warning(licence) == warning
+
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+
+
+def test_parameters_are_counted_without_storage():
+    # Embedding and head 2 * 100 * 16; a layer q 16*16, k and v 8*16 each, o 16*16, three of 16*24, two norms of 16; a last norm.
+    layer = 2 * 16 * 16 + 2 * 8 * 16 + 3 * 16 * 24 + 2 * 16
+    model = meta_model(LLAMA)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 2 * 1600 + 3 * layer + 16
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("method", sorted(targets(CONF_DIR / "method")))
+def test_every_method_wraps_a_model_without_storage(method, overrides):
+    fields = {key: value for key, value in compose([*overrides, f"method={method}"]).method.items() if key != "name"}
+    tiny, meta = (instantiate(fields, _convert_="all").wrap(model) for model in (real_model(), meta_model(LLAMA)))
+    assert [(n, p.shape) for n, p in meta.named_parameters() if p.requires_grad] == [
+        (n, p.shape) for n, p in tiny.named_parameters() if p.requires_grad
+    ]
+
+
+def real_model():
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA))
+
+
+def test_tokens_are_those_that_a_run_trains_on_and_reads(overrides, capsys):
+    arguments = [*overrides, "method=seq"]
+    config = compose(arguments)
+    path = run(config)
+    costs = [json.loads(line) for line in (path / "cost.jsonl").read_text().splitlines()]
+    encoder = Encoder(
+        instantiate(config.model).load_tokenizer(Path(config.cache_dir)), max_length=config.train.max_length
+    )
+    tasks = {name: instantiate(task, _convert_="all") for name, task in config.tasks.items()}
+    stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
+    probes = [instantiate(probe, name=name, _convert_="all") for name, probe in config.probe.probes.items()]
+    tokens = count_tokens(config, stream, probes, encoder)
+    assert list(tokens.trained) == [cost["tokens_trained"] for cost in costs[1:]]
+    for counted, cost in zip(tokens.examined, costs, strict=True):
+        # What is generated may stop early; everything else is counted as it is read.
+        assert cost["tokens_scored"] <= counted <= 1.5 * cost["tokens_scored"]
+    assert doctor.main(arguments) == 0
+    assert f"{sum(tokens.trained):,} trained" in capsys.readouterr().out
+
+
+def test_an_unknown_gpu_is_a_mistake(capsys):
+    assert doctor.main(["gpu=abacus"]) == 2
+    assert "a100" in capsys.readouterr().err
+
+
+def test_operations_of_adapters_are_four_per_frozen_and_six_per_trained_parameter():
+    tokens = Tokens(trained=(10, 20), examined=(5,), exact=True)
+    assert operations(tokens, parameters=1000, trainable=100) == (30 * (4 * 1000 + 2 * 100), 2 * 5 * 1000)

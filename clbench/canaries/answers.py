@@ -8,7 +8,7 @@ from itertools import islice
 from math import ceil, sqrt
 
 from clbench.canaries.copying import copies
-from clbench.probes.matrix import choose, examine, floors
+from clbench.probes.matrix import choose, examine
 from clbench.protocols import Task
 from clbench.student import Student
 from clbench.types import Example, Stage
@@ -58,12 +58,19 @@ def near_zero(stage: Stage, student: Student, wrong: Sequence[float]) -> Verdict
     """
     items, _ = examine(student, stage)
     score = sum(items[stage.task.metric]) / len(stage.test)
-    other, commonest = sum(wrong) / max(len(wrong), 1), floors(stage)["majority"]
+    constant = commonest_answer(stage.test)
+    commonest = sum(stage.task.score(example, constant) for example in stage.test) / len(stage.test)
+    other = sum(wrong) / max(len(wrong), 1)
     allowed = max(NEAR_ZERO, other, commonest)
     return (
         score <= allowed,
         f"random weights: {score:.3f}, at most {allowed:.3f} (others' answers {other:.3f}, the commonest answer {commonest:.3f})",
     )
+
+
+def commonest_answer(examples: Sequence[Example]) -> str:
+    """The right answer of most examples."""
+    return Counter(example.answer for example in examples).most_common(1)[0][0]
 
 
 def copier(stage: Stage) -> Verdict:
@@ -73,9 +80,8 @@ def copier(stage: Stage) -> Verdict:
     by luck. A task whose answer does stand at a fixed place of the prompt fails, on purpose: it can be solved without being understood.
     """
     examples = (*stage.test, *stage.train)[: max(len(stage.test), ENOUGH)]
-    commonest, _ = Counter(example.answer for example in examples).most_common(1)[0]
-    least = ceil(COPIED * len(examples))
-    least = max(least, solved(stage.task, examples, [commonest] * len(examples), at_least=0) + 1)
+    constant = [commonest_answer(examples)] * len(examples)
+    least = max(ceil(COPIED * len(examples)), solved(stage.task, examples, constant, at_least=0) + 1)
     readers = 0
     for name, answers in copies(examples):
         readers += 1

@@ -116,9 +116,10 @@ def choose(student: Student, examples: Sequence[Example]) -> tuple[list[str], li
 
 
 def longest_answer(student: Student, stage: Stage) -> int:
-    """Tokens to generate at most: the training answers' 99th percentile, and one for EOS."""
+    """Tokens to generate at most: the training answers' 99th percentile and one for EOS, but no more than the task allows."""
     lengths = [len(student.encoder.answer(example.answer)) for example in stage.train]
-    return int(np.quantile(lengths, 0.99, method="higher")) + 1
+    usual = int(np.quantile(lengths, 0.99, method="higher")) + 1
+    return min(usual, stage.task.max_new_tokens or usual)
 
 
 def floors(stage: Stage) -> dict[str, float]:
