@@ -30,8 +30,8 @@ from clbench.types import UserMistake
 
 PAGE = """# Datasets of the tasks
 
-Written by `python -m clbench.doctor datasets > conf/task/README.md`; a test holds it against the yamls. The project holds none of these rows. Terms are
-those that the dataset's card states; ask your own counsel. A revision "main" is a branch: no commit is pinned.
+Written by `python -m clbench.doctor datasets > conf/task/README.md`; a test holds it against the yamls. The project holds none of
+these rows. Terms are those that the dataset's card states; ask your own counsel. A revision "main" is a branch: no commit is pinned.
 
 """
 USAGE = "usage: python -m clbench.doctor methods | datasets | [+experiment=NAME] [key=value ...] [gpu=h100] [utilisation=0.4]"
@@ -120,13 +120,13 @@ def datasets_table(tasks: Mapping[str, Task]) -> Table:
 def cost_lines(config: Config, tasks: Mapping[str, Task], *, gpu: str, utilisation: float) -> Iterator[str]:
     """Parameters, tokens, operations and hours, a line each."""
     source = instantiate(config.model)
-    model = meta_model(source.architecture)
+    model = meta_model(source.configuration(Path(config.cache_dir)))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     fields = {key: value for key, value in config.method.items() if key != "name"}
     wrapped = instantiate(fields, _convert_="all").wrap(model)
     trainable = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
     yield f"model {source.label}: {parameters:,} parameters; method {config.method['name']} trains {trainable:,}"
-    tokens, reason = tokens_of(config, tasks, source)
+    tokens, reason = tokens_of(config, tasks, source, positions=model.config.max_position_embeddings)
     kind = (
         "exact"
         if tokens.exact
@@ -142,13 +142,13 @@ def cost_lines(config: Config, tasks: Mapping[str, Task], *, gpu: str, utilisati
     )
 
 
-def tokens_of(config: Config, tasks: Mapping[str, Task], source: Any) -> tuple[Tokens, str]:
+def tokens_of(config: Config, tasks: Mapping[str, Task], source: Any, *, positions: int) -> tuple[Tokens, str]:
     """Exact counts, or an upper bound and why it is one."""
     try:
         encoder = Encoder(source.load_tokenizer(Path(config.cache_dir)), max_length=config.train.max_length)
         stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
         probes = [instantiate(probe, name=name, _convert_="all") for name, probe in config.probe.probes.items()]
-        return count_tokens(config, stream, probes, encoder), ""
+        return count_tokens(config, stream, probes, encoder, positions=positions), ""
     except UserMistake as mistake:
         names = list(tasks)[: config.stream.limit]
         caps = [(config.tasks[name].get("max_train"), config.tasks[name].get("max_test")) for name in names]

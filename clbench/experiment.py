@@ -122,9 +122,9 @@ def prepare(config: Config, *, command: str) -> Run:
 def run_stages(run: Run) -> None:
     """Every stage that the ledger does not hold yet, the untouched model first."""
     first = run.ledger.finished + 1
-    student = Student(run.model, run.encoder)
+    run.model.eval()
     for probe in run.probes:
-        probe.begin(student)
+        probe.begin(Student(run.model, run.encoder))
     if first > 0:
         weights, state = run.ledger.load()
         load_trainable_state(run.model, weights)

@@ -99,9 +99,12 @@ def data_contract(
         stream.stages, {probe.name: probe.datasets() for probe in probes}, allow=config.probe.allow_overlap
     )
     documents = {f"{probe.name} {task}": texts for probe in probes for task, texts in probe.documents().items()}
-    found, overlapping = overlaps(stream.stages, documents)
+    once = {tuple(texts): name for name, texts in reversed(documents.items())}  # several probes may read one text
+    found, overlapping = overlaps(stream.stages, {name: texts for texts, name in once.items()})
     data = stream.fingerprints()
-    canaries = checked(stream, encoder, cache_dir=Path(config.cache_dir), stream_hash=stream_hash(data))
+    # The hash of the data stands for rows, prompts and metrics; the settings of a scorer count for the canaries, too.
+    settings = stream_hash({**data, "settings": config.tasks})
+    canaries = checked(stream, encoder, cache_dir=Path(config.cache_dir), stream_hash=settings)
     failed = [f"{canary.name} ({canary.task}: {canary.detail})" for canary in canaries if not canary.passed]
     if failed:
         log.warning("the run will not be ranked, its evaluation failed its own tests: %s", "; ".join(failed))
@@ -109,6 +112,9 @@ def data_contract(
         "stream_hash": stream_hash(data),
         "probe_data": {
             task: {"documents": len(texts), "sha256": fingerprint(texts)} for task, texts in documents.items()
+        },
+        "probe_items": {
+            f"{probe.name} {row}": items for probe in probes for row, items in probe.fingerprints().items()
         },
         "overlaps": [asdict(overlap) for overlap in found],
         "trained_probes": trained,

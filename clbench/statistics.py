@@ -20,6 +20,9 @@ from clbench.runs import MATRIX_PROBE, Run
 
 KNOWLEDGE_PROBE, PERPLEXITY_PROBE, DIVERGENCE_PROBE = "knowledge", "perplexity", "divergence"
 
+ITEM_METRICS = ("acc_norm", "acc", "exact_match,flexible-extract", "exact_match")
+"""What an item of a base-knowledge task is scored by: the first of these that the task has."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageRetention:
@@ -246,7 +249,7 @@ def _knowledge(run: Run, *, stage: int) -> tuple[metrics.Retention | None, str]:
     after: dict[str, metrics.Floats] = {}
     chance: dict[str, float] = {}
     for task in sorted({task for row, probe, task, _ in run.values if (row, probe) == (0, KNOWLEDGE_PROBE)}):
-        metric = next((m for m in ("acc_norm", "acc") if (0, KNOWLEDGE_PROBE, task, m) in run.values), "")
+        metric = next((m for m in ITEM_METRICS if (0, KNOWLEDGE_PROBE, task, m) in run.values), "")
         key = f"{KNOWLEDGE_PROBE}|{task}|{metric}"
         if not metric or key not in first:
             continue  # a group's total, or text that is scored otherwise: no item is right or wrong

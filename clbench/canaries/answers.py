@@ -54,17 +54,18 @@ def place(example: Example, answer: str) -> int:
 def near_zero(stage: Stage, student: Student, wrong: Sequence[float]) -> Verdict:
     """Whether a random model's greedy text scores no more than answers that ignore the question.
 
-    These are the answers of other examples (mean of `wrong`) and the commonest answer; 0.05 is allowed in any case.
+    These are the answers of other examples (mean of `wrong`), the commonest answer, and none at all; 0.05 is allowed in any case.
     """
     items, _ = examine(student, stage)
     score = sum(items[stage.task.metric]) / len(stage.test)
     constant = commonest_answer(stage.test)
     commonest = sum(stage.task.score(example, constant) for example in stage.test) / len(stage.test)
     other = sum(wrong) / max(len(wrong), 1)
-    allowed = max(NEAR_ZERO, other, commonest)
+    empty = sum(stage.task.score(example, "") for example in stage.test) / len(stage.test)
+    allowed = max(NEAR_ZERO, other, commonest, empty)
     return (
         score <= allowed,
-        f"random weights: {score:.3f}, at most {allowed:.3f} (others' answers {other:.3f}, the commonest answer {commonest:.3f})",
+        f"random weights: {score:.3f}, at most {allowed:.3f} (others' answers {other:.3f}, the commonest answer {commonest:.3f}, none {empty:.3f})",
     )
 
 
@@ -97,13 +98,13 @@ def solved(task: Task, examples: Sequence[Example], answers: Sequence[str], *, a
     for index, (example, answer) in enumerate(zip(examples, answers, strict=True)):
         if right + len(examples) - index < at_least:
             break
-        right += is_full(task.score(example, answer))
+        right += is_right(task, example, answer)
     return right
 
 
-def is_full(score: float) -> bool:
-    """Whether a score is 1, rounding aside."""
-    return abs(score - 1) <= 1e-6
+def is_right(task: Task, example: Example, answer: str) -> bool:
+    """Whether an answer scores what a right one scores at least, and no more than 1, rounding aside."""
+    return task.reference_score - 1e-6 <= task.score(example, answer) <= 1 + 1e-6
 
 
 def swap(pairs: Sequence[tuple[Example, Example]]) -> Verdict:
@@ -115,7 +116,7 @@ def swap(pairs: Sequence[tuple[Example, Example]]) -> Verdict:
 def reference(stage: Stage) -> Verdict:
     """Whether every right answer gets the full score, is of a valid form and, in a closed task, is one of the choices."""
     accepted = [(example, answer) for example in stage.test for answer in (example.answer, *example.references)]
-    full = sum(is_full(stage.task.score(example, answer)) for example, answer in accepted)
+    full = sum(is_right(stage.task, example, answer) for example, answer in accepted)
     valid = sum(
         stage.task.is_valid(example, answer) and (not example.choices or answer in example.choices)
         for example, answer in accepted
