@@ -105,6 +105,10 @@ def data_contract(
     # The hash of the data stands for rows, prompts and metrics; the settings of a scorer count for the canaries, too.
     settings = stream_hash({**data, "settings": config.tasks})
     canaries = checked(stream, encoder, cache_dir=Path(config.cache_dir), stream_hash=settings)
+    for overlap in found:
+        log.warning(
+            "%s: %d of %d of %s are also in %s", overlap.kind, overlap.count, overlap.of, overlap.where, overlap.also_in
+        )
     failed = [f"{canary.name} ({canary.task}: {canary.detail})" for canary in canaries if not canary.passed]
     if failed:
         log.warning("the run will not be ranked, its evaluation failed its own tests: %s", "; ".join(failed))
@@ -118,6 +122,10 @@ def data_contract(
         },
         "overlaps": [asdict(overlap) for overlap in found],
         "trained_probes": trained,
-        "canaries": {"checked": len(canaries), "failed": failed},
+        "canaries": {
+            "checked": len(canaries),
+            "failed": failed,
+            "results": [asdict(canary) for canary in canaries],
+        },
     }
     return contract, overlapping
