@@ -37,6 +37,7 @@ from clbench.train import Plan, Trained, plan_stage, train_stage
 from clbench.types import Cost, Score, Source, Stage
 
 log = logging.getLogger("clbench")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(kw_only=True)
@@ -91,7 +92,7 @@ def prepare(config: Config, *, command: str) -> Run:
     device = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if config.engine.device == "auto" else config.engine.device
     )
-    model.to(device=device, dtype=getattr(torch, config.engine.dtype))
+    model.to(device=device, dtype=DTYPES[config.engine.dtype])
     token_dirs = [Path(folder) / "tokens" for folder in (config.data_dir, config.cache_dir) if folder is not None]
     encoder = Encoder(tokenizer, max_length=config.train.max_length, device=device, token_dirs=token_dirs)
     tasks = {name: instantiate(task, _convert_="all") for name, task in config.tasks.items()}

@@ -49,8 +49,7 @@ class StageRetention:
 class Summary:
     """What one run amounts to. Scores as fractions of 1; costs are totals over stages, parameters and memory maxima.
 
-    `kl_to_base` is in nats per token of fixed text. `format_loss` is what closed tasks lose when the model has to write its answer instead of
-    choosing it. `format_only_accuracy` is what answers of the right form that know nothing score.
+    `kl_to_base` is in nats per token. `format_loss` is what closed tasks lose when the model writes its answer instead of choosing it.
     """
 
     average_accuracy: float
@@ -173,11 +172,11 @@ def tied_with_best(rows: Sequence[Entry], *, measure: str) -> tuple[str | None, 
     A row cannot be told from the best where the two 95 % intervals overlap or one has no interval (a single seed).
     Rows that trained nothing are references and do not compete.
     """
-    rivals = [row for row in rows if row.mean.tokens_trained != 0 and not isnan(getattr(row.mean, measure))]
+    rivals = [row for row in rows if row.mean.tokens_trained != 0 and not isnan(vars(row.mean)[measure])]
     if not rivals:
         return None, frozenset()
-    best = max(rivals, key=lambda row: getattr(row.mean, measure))
-    apart = [row for row in rivals if getattr(row.high, measure) < getattr(best.low, measure)]  # False with NaN
+    best = max(rivals, key=lambda row: vars(row.mean)[measure])
+    apart = [row for row in rivals if vars(row.high)[measure] < vars(best.low)[measure]]  # False with NaN
     return best.label, frozenset(row.label for row in rivals if row is not best and row not in apart)
 
 
@@ -194,7 +193,7 @@ def _entry(runs: Sequence[Run], *, siblings: Sequence[Run]) -> Entry:
         by_seed.setdefault(run.seed, []).append(summarise(run))
     # A seed that was run twice is one replicate: its runs are averaged before seeds are.
     bounds = {
-        name: metrics.interval([_mean([getattr(one, name) for one in repeats]) for repeats in by_seed.values()])
+        name: metrics.interval([_mean([vars(one)[name] for one in repeats]) for repeats in by_seed.values()])
         for name in MEASURES
     }
     mean, low, high = (Summary(**{name: bound[which] for name, bound in bounds.items()}) for which in range(3))
@@ -281,11 +280,8 @@ def _stream_values(run: Run, *, metric: str, stage: int) -> list[float]:
 
 def _divergences(run: Run, *, stage: int) -> list[float]:
     """KL from the untouched model after `stage`, in nats per token, of each text."""
-    return [
-        value
-        for (row, probe, _, metric), value in run.values.items()
-        if (row, probe, metric) == (stage, DIVERGENCE_PROBE, "kl_token")
-    ]
+    wanted = (stage, DIVERGENCE_PROBE, "kl_token")
+    return [value for (row, probe, _, metric), value in run.values.items() if (row, probe, metric) == wanted]
 
 
 def _rate(run: Run, *, metric: str) -> float:
@@ -296,7 +292,7 @@ def _rate(run: Run, *, metric: str) -> float:
 
 def _total(run: Run, name: str) -> float:
     """Sum over stages of a field of Cost, in its unit; NaN where no cost was recorded."""
-    return sum(getattr(cost, name) for cost in run.costs) if run.costs else nan
+    return sum(vars(cost)[name] for cost in run.costs) if run.costs else nan
 
 
 def _mean(values: Sequence[float]) -> float:
