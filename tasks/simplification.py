@@ -28,7 +28,8 @@ TOKENIZER = Tokenizer13a()
 class Simplification(HubTask):
     """`source` is the column with the text to simplify, `answer` the one with a simple version."""
 
-    reference_score: ClassVar[float] = 0.98  # a reference that repeats a word less often than the source scores a little below 1
+    # A reference that repeats a word less often than the source scores a little below 1.
+    reference_score: ClassVar[float] = 0.98
 
     source: str
     answer: str
