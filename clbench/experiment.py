@@ -51,7 +51,7 @@ class Run:
     probes: tuple[Probe, ...]
     encoder: Encoder
     ledger: Ledger
-    overlapping: frozenset[str]
+    overlapping: frozenset[str] = frozenset()
 
 
 def run(config: Config, *, command: str = "") -> Path:

@@ -54,18 +54,17 @@ def place(example: Example, answer: str) -> int:
 def near_zero(stage: Stage, student: Student, wrong: Sequence[float]) -> Verdict:
     """Whether a random model's greedy text scores no more than answers that ignore the question.
 
-    These are the answers of other examples (mean of `wrong`), the commonest answer, and none at all; 0.05 is allowed in any case.
+    These are the answers of other examples (mean of `wrong`) and the commonest answer; 0.05 is allowed in any case.
     """
     items, _ = examine(student, stage)
     score = sum(items[stage.task.metric]) / len(stage.test)
     constant = commonest_answer(stage.test)
     commonest = sum(stage.task.score(example, constant) for example in stage.test) / len(stage.test)
     other = sum(wrong) / max(len(wrong), 1)
-    empty = sum(stage.task.score(example, "") for example in stage.test) / len(stage.test)
-    allowed = max(NEAR_ZERO, other, commonest, empty)
+    allowed = max(NEAR_ZERO, other, commonest)
     return (
         score <= allowed,
-        f"random weights: {score:.3f}, at most {allowed:.3f} (others' answers {other:.3f}, the commonest answer {commonest:.3f}, none {empty:.3f})",
+        f"random weights: {score:.3f}, at most {allowed:.3f} (others' answers {other:.3f}, the commonest answer {commonest:.3f})",
     )
 
 
