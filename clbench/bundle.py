@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from clbench.cli import USERS_MISTAKES, compose
 from clbench.config import Config, writable
 from clbench.data import Encoder, indexed_rows
+from clbench.parts import make_probes, make_tasks
 from clbench.protocols import Probe, Task
 from clbench.stream import build_stream
 from clbench.types import UserMistake
@@ -27,8 +28,8 @@ Rows = dict[tuple[str, str], dict[int, Mapping[str, Any]]]
 
 def bundle(config: Config, out: Path) -> dict[str, int]:
     """Writes the copy; gives the rows of each file."""
-    tasks = {name: instantiate(task, _convert_="all") for name, task in config.tasks.items()}
-    probes = [instantiate(probe, name=name, _convert_="all") for name, probe in config.probe.probes.items()]
+    tasks = make_tasks(config)
+    probes = make_probes(config)
     tokenizer = instantiate(config.model).load_tokenizer(Path(config.cache_dir))
     encoder = Encoder(tokenizer, max_length=config.train.max_length, token_dirs=[out / "tokens"])
     stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
 
 import torch
 from torch import Tensor
@@ -30,7 +29,10 @@ GPUS = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "l40s": 362e12, "rtx4090
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """Tokens that one stage trains on and that one examination reads or writes; `exact` or an upper bound."""
+    """Tokens that each stage trains on and that each examination reads or writes; `exact`: counted, not assumed.
+
+    Only written answers are assumed even then: each as long as it may be.
+    """
 
     trained: tuple[int, ...]
     examined: tuple[int, ...]
@@ -103,12 +105,8 @@ def count_tokens(
 def bound_tokens(config: Config, rows: Sequence[int], test_rows: Sequence[int]) -> Tokens:
     """Tokens when neither rows nor tokenizer can be had: every sequence as long as it may be, one per test row; probes are not counted."""
     longest = config.train.max_length
-    trained = tuple(
-        (config.train.steps or ceil(count * (config.train.epochs or 0) / config.train.batch_size))
-        * config.train.batch_size
-        * longest
-        for count in rows
-    )
+    plans = (plan_stage([Source(examples=range(count))], config.train) for count in rows)
+    trained = tuple(plan.total * config.train.batch_size * longest for plan in plans)
     return Tokens(trained=trained, examined=(sum(test_rows) * longest,) * (len(rows) + 1), exact=False)
 
 

@@ -29,6 +29,7 @@ from clbench.data import Encoder
 from clbench.engine import LocalEngine
 from clbench.ledger import COMPLETE, Ledger
 from clbench.manifest import data_contract, manifest
+from clbench.parts import make_method, make_probes, make_tasks
 from clbench.protocols import Engine, Method, Probe
 from clbench.stream import Stream, build_stream
 from clbench.student import Student
@@ -95,12 +96,11 @@ def prepare(config: Config, *, command: str) -> Run:
     model.to(device=device, dtype=DTYPES[config.engine.dtype])
     token_dirs = [Path(folder) / "tokens" for folder in (config.data_dir, config.cache_dir) if folder is not None]
     encoder = Encoder(tokenizer, max_length=config.train.max_length, device=device, token_dirs=token_dirs)
-    tasks = {name: instantiate(task, _convert_="all") for name, task in config.tasks.items()}
+    tasks = make_tasks(config)
     stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
-    probes = tuple(instantiate(probe, name=name, _convert_="all") for name, probe in config.probe.probes.items())
+    probes = make_probes(config)
     contract, overlapping = data_contract(config, stream, probes, encoder)
-    fields = {key: value for key, value in config.method.items() if key != "name"}
-    method = instantiate(fields, _convert_="all")
+    method = make_method(config)
     path = Path(config.results_dir) / "runs" / run_name(config)
     ledger = Ledger(
         path,

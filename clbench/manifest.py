@@ -50,7 +50,6 @@ def manifest(config: Config, stream: Stream, *, model_label: str, fingerprint: s
         "config": asdict(config),
         "config_hash": config_hash(config),
         "variant": config_hash(config, without_seed=True)[:8],
-        "data": stream.fingerprints(),
         "model_fingerprint": fingerprint,
         "git": git_state(),
         "versions": versions(),
@@ -113,6 +112,7 @@ def data_contract(
     if failed:
         log.warning("the run will not be ranked, its evaluation failed its own tests: %s", "; ".join(failed))
     contract = {
+        "data": data,
         "stream_hash": stream_hash(data),
         "probe_data": {
             task: {"documents": len(texts), "sha256": fingerprint(texts)} for task, texts in documents.items()

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from clbench import metrics
-from clbench.runs import MATRIX_PROBE, Run
+from clbench.runs import MATRIX_PROBE, Run, Setting
 
 KNOWLEDGE_PROBE, PERPLEXITY_PROBE, DIVERGENCE_PROBE = "knowledge", "perplexity", "divergence"
-
 ITEM_METRICS = ("acc_norm", "acc", "exact_match,flexible-extract", "exact_match")
 """What an item of a base-knowledge task is scored by: the first of these that the task has."""
 
@@ -88,7 +87,7 @@ class Entry:
     `label` is the method's name, with the variant where the method has several.
     """
 
-    setting: tuple[str, str, str, str]
+    setting: Setting
     method: str
     variant: str
     runs: tuple[Run, ...]
@@ -155,11 +154,11 @@ def summarise(run: Run) -> Summary:
 
 def entries(runs: Sequence[Run]) -> tuple[Entry, ...]:
     """The leaderboard of those of `runs` that are complete and fit to be ranked: best average accuracy first within a setting."""
-    groups: dict[tuple[tuple[str, str, str, str], str, str], list[Run]] = {}
+    groups: dict[tuple[Setting, str, str], list[Run]] = {}
     for run in runs:
         if run.state == "complete" and not run.unfit:
             groups.setdefault((run.setting, run.method, run.variant), []).append(run)
-    by_method: dict[tuple[tuple[str, str, str, str], str], list[Run]] = {}
+    by_method: dict[tuple[Setting, str], list[Run]] = {}
     for (setting, method, _), members in groups.items():
         by_method.setdefault((setting, method), []).append(members[0])
     found = [_entry(members, siblings=by_method[key[:2]]) for key, members in groups.items()]

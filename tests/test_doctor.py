@@ -13,6 +13,7 @@ from clbench.data import Encoder
 from clbench.doctor import CARD, card, datasets_page, licence_warning, targets
 from clbench.estimate import Tokens, count_tokens, meta_model, operations
 from clbench.experiment import run
+from clbench.parts import make_method, make_probes, make_tasks
 from clbench.runs import read_runs
 from clbench.stream import build_stream
 from clbench.tuning import main, trials
@@ -148,10 +149,9 @@ def test_parameters_are_counted_without_storage():
 
 @pytest.mark.parametrize("method", sorted(targets(CONF_DIR / "method")))
 def test_every_method_wraps_a_model_without_storage(method, overrides):
-    fields = {key: value for key, value in compose([*overrides, f"method={method}"]).method.items() if key != "name"}
+    config = compose([*overrides, f"method={method}"])
     tiny, meta = (
-        instantiate(fields, _convert_="all").wrap(model)
-        for model in (real_model(), meta_model(AutoConfig.for_model(**LLAMA)))
+        make_method(config).wrap(model) for model in (real_model(), meta_model(AutoConfig.for_model(**LLAMA)))
     )
     assert [(n, p.shape) for n, p in meta.named_parameters() if p.requires_grad] == [
         (n, p.shape) for n, p in tiny.named_parameters() if p.requires_grad
@@ -170,9 +170,9 @@ def test_tokens_are_those_that_a_run_trains_on_and_reads(overrides, capsys):
     encoder = Encoder(
         instantiate(config.model).load_tokenizer(Path(config.cache_dir)), max_length=config.train.max_length
     )
-    tasks = {name: instantiate(task, _convert_="all") for name, task in config.tasks.items()}
+    tasks = make_tasks(config)
     stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
-    probes = [instantiate(probe, name=name, _convert_="all") for name, probe in config.probe.probes.items()]
+    probes = make_probes(config)
     tokens = count_tokens(config, stream, probes, encoder, positions=256)
     assert list(tokens.trained) == [cost["tokens_trained"] for cost in costs[1:]]
     for counted, cost in zip(tokens.examined, costs, strict=True):

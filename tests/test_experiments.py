@@ -11,6 +11,7 @@ from clbench.bundle import main
 from clbench.cli import CONF_DIR, compose
 from clbench.data import Encoder
 from clbench.experiment import run
+from clbench.parts import make_tasks
 from clbench.stream import build_stream
 
 REAL = [
@@ -86,7 +87,7 @@ def test_an_experiment_builds_its_whole_stream(experiment, offline, tmp_path):
     encoder = Encoder(
         instantiate(config.model).load_tokenizer(Path(config.cache_dir)), max_length=config.train.max_length
     )
-    tasks = {name: instantiate(task, _convert_="all") for name, task in config.tasks.items()}
+    tasks = make_tasks(config)
     stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
     assert [stage.name for stage in stream.stages] == list(config.stream.tasks)
     for stage in stream.stages:

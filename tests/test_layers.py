@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS = (
     {"types", "metrics"},
     {"protocols", "config", "contract"},
-    {"data", "loss", "model", "pretrain", "adapters", "cur", "pairs", "memory", "ledger", "tracking", "runs"},
+    {"data", "loss", "model", "pretrain", "adapters", "cur", "pairs", "memory", "parts", "ledger", "tracking", "runs"},
     {"engine"},
     {"student", "stream", "optim", "statistics"},
     {"probes", "train", "canaries", "manifest"},

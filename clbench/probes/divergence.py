@@ -9,14 +9,14 @@ itself, so that no [batch, length, vocabulary] tensor ever exists.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from clbench.data import DatasetSpec
 from clbench.probes.matrix import item_score
-from clbench.protocols import Probe
+from clbench.probes.text import TextProbe
 from clbench.stream import Stream
 from clbench.student import Student
 from clbench.types import Score
@@ -25,37 +25,14 @@ CHUNK = 32
 """Positions whose distributions are in memory at a time."""
 
 
-class Divergence(Probe):
-    """KL divergence at `positions` evenly spaced tokens of `texts`, read in windows of `window` tokens.
+class Divergence(TextProbe):
+    """KL divergence at `positions` evenly spaced tokens of `texts`, read in windows of `window` tokens."""
 
-    `task` names the text in the ledger, `dataset` where it comes from (None: it is made here).
-    """
-
-    def __init__(
-        self,
-        *,
-        name: str,
-        task: str,
-        texts: Sequence[str],
-        window: int,
-        positions: int = 256,
-        dataset: DatasetSpec | None = None,
-    ) -> None:
-        self.name = name
-        self.task = task
-        self.texts = tuple(texts)
+    def __init__(self, *, window: int, positions: int = 256, **text: Any) -> None:
+        super().__init__(**text)
         self.window = window
         self.positions = positions
-        self.dataset = dataset
         self.base: list[Tensor] = []
-
-    def datasets(self) -> Sequence[DatasetSpec]:
-        """The dataset of the texts."""
-        return () if self.dataset is None else (self.dataset,)
-
-    def documents(self) -> Mapping[str, Sequence[str]]:
-        """The texts."""
-        return {self.task: self.texts}
 
     def begin(self, student: Student) -> None:
         """Keeps the untouched model's log-probabilities. Adapters may just have been added in training mode, with dropout."""
