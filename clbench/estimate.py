@@ -7,19 +7,20 @@ the rows and by letting every probe score a model that only counts; where rows o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import Module
-from transformers import AutoModelForCausalLM, PretrainedConfig, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from clbench.config import Config, is_due
 from clbench.data import Encoder
+from clbench.packing import Ids, Read, groups
 from clbench.protocols import Probe
 from clbench.stream import Stream
-from clbench.student import Ids, Student
+from clbench.student import Student
 from clbench.train import global_batch, plan_stage
 from clbench.types import Source
 
@@ -58,22 +59,30 @@ class Counter(Student):
         return self._positions
 
     def log_likelihoods(self, requests: Sequence[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
-        """Counts each row once, as the real one reads it."""
-        grouped = self._grouped(requests)
-        self.tokens_scored += sum(len(ids) for ids, _ in grouped)
+        """Counts what the real one reads, shared beginnings once."""
+        self._count(self.reads(requests))
         return [(0.0, False)] * len(requests)
 
     def write(
-        self, rows: Sequence[Ids], *, max_new_tokens: int, stopping: StoppingCriteriaList | None = None
+        self,
+        prompts: Sequence[Ids],
+        *,
+        max_new_tokens: int,
+        has_ended: Callable[[list[list[int]]], list[bool]] | None = None,
     ) -> list[list[int]]:
-        """Counts every row and as many tokens as may be written."""
-        self.tokens_scored += sum(map(len, rows)) + len(rows) * max_new_tokens
-        return [[] for _ in rows]
+        """Counts every prompt and as many tokens as may be written."""
+        self.tokens_scored += sum(map(len, prompts)) + len(prompts) * max_new_tokens
+        return [[] for _ in prompts]
 
     def next_log_probs(self, contexts: Sequence[Ids]) -> Tensor:
-        """Counts every context."""
-        self.tokens_scored += sum(map(len, contexts))
+        """Counts the contexts, shared beginnings once."""
+        self._count([Read(ids, len(ids) - 1) for ids in contexts])
         return torch.zeros(len(contexts), 1)
+
+    def _count(self, reads: Sequence[Read]) -> None:
+        self.tokens_scored += sum(
+            group.shared + sum(len(row.ids) - group.shared for row in group.rows) for group in groups(reads)
+        )
 
 
 def count_tokens(

@@ -1,90 +1,69 @@
 """A model under examination: log-likelihoods of continuations, greedy answers, distributions of the next token.
 
-Requests are grouped so that equal work is done once: a context is read once for all its one-token continuations, rows of like length share a
-batch, and the vocabulary is projected at scored positions only. All scores are in nats, in float32.
+Equal work is done once: what requests have in common is read once (`packing`), the vocabulary is projected at scored positions only and a
+slice of them at a time, so that no [batch, length, vocabulary] tensor ever exists. All scores are in nats, in float32.
+
+Shape suffixes: B rows, T tokens of a row, S tokens it sees, H hidden, N scored positions, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
-from transformers import StoppingCriteriaList
 
 from clbench.data import Encoder, clip_left
-from clbench.loss import causal_lm, hidden_states, project
+from clbench.generation import decode
+from clbench.loss import causal_lm, project
+from clbench.packing import Ids, Packed, Read
+from clbench.reading import Reader, branches
 
-Ids = tuple[int, ...]
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
+"""What keeps a device busy and, on the CPU, in its caches (measured)."""
+LOGITS = 2**23
+"""Most logits in memory at a time (32 MiB in float32)."""
 
 
 class Student:
-    """`model` with its tokenizer; `tokens_per_batch` bounds rows times padded length of one forward."""
+    """`model` with its tokenizer; `tokens_per_batch` bounds rows times padded length of one forward (None: what suits the device).
 
-    def __init__(self, model: Module, encoder: Encoder, *, tokens_per_batch: int = 4096) -> None:
+    Without `branching` every request is read by itself, for models that read no trees of tokens and for checks.
+    """
+
+    def __init__(
+        self, model: Module, encoder: Encoder, *, tokens_per_batch: int | None = None, branching: bool = True
+    ) -> None:
         self.model = model
         self.encoder = encoder
-        self.tokens_per_batch = tokens_per_batch
+        self.tokens_per_batch = tokens_per_batch or TOKENS_PER_BATCH[encoder.device.type]
+        self.branching = branching
         self.tokens_scored = 0
 
     @torch.inference_mode()
     def log_likelihoods(self, requests: Sequence[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
         """For each (context ids, continuation ids): log p(continuation | context) in nats, and whether greedy decoding gives it."""
-        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for batch in self._batches(self._grouped(requests)):
-            self._score(batch, requests, results)
-        return results
+        sums = np.zeros(len(requests))
+        greedy = np.ones(len(requests), dtype=bool)
+        for packed, states_NH in self._states(self.reads(requests)):
+            spans = [len(requests[index][1]) for index in packed.members]
+            owners = np.repeat(packed.members, spans)
+            targets = np.array([token for index in packed.members for token in requests[index][1]])
+            picked, best = self._scores(states_NH, packed.places, targets)
+            np.add.at(sums, owners, picked)
+            np.logical_and.at(greedy, owners, best == targets)
+        return list(zip(sums.tolist(), greedy.tolist(), strict=True))
 
-    def _grouped(self, requests: Sequence[tuple[Ids, Ids]]) -> list[tuple[Ids, list[int]]]:
-        """The rows to read, each with the requests that it answers."""
-        grouped: dict[Ids, list[int]] = defaultdict(list)
-        for index, (context, continuation) in enumerate(requests):
+    def reads(self, requests: Sequence[tuple[Ids, Ids]]) -> list[Read]:
+        """What the model reads for each request: all but the last token, cut from the context's left to the longest it can read."""
+        reads = []
+        for context, continuation in requests:
             assert context and continuation, (context, continuation)
-            # One-token continuations of a context share its row; others get one each.
-            key = context if len(continuation) == 1 else (*context, *continuation[:-1], -1 - index)
-            grouped[key].append(index)
-        return [(self._row(requests[members[0]]), members) for members in grouped.values()]
-
-    def _row(self, request: tuple[Ids, Ids]) -> Ids:
-        """What the model reads to score the request: all but the last token, cut from the context's left to the longest it can read."""
-        context, continuation = request
-        return (*clip_left(context, self.encoder.max_length + 1 - len(continuation)), *continuation[:-1])
-
-    def _batches(self, rows: list[tuple[Ids, list[int]]]) -> Iterator[list[tuple[Ids, list[int]]]]:
-        batch: list[tuple[Ids, list[int]]] = []
-        for row in sorted(rows, key=lambda row: -len(row[0])):
-            longest = len(batch[0][0]) if batch else len(row[0])
-            if batch and longest * (len(batch) + 1) > self.tokens_per_batch:
-                yield batch
-                batch = []
-            batch.append(row)
-        if batch:
-            yield batch
-
-    def _score(
-        self, batch: list[tuple[Ids, list[int]]], requests: Sequence[tuple[Ids, Ids]], results: list[tuple[float, bool]]
-    ) -> None:
-        input_ids, attention_mask = self._pad([ids for ids, _ in batch])
-        (hidden_BTH,) = hidden_states(self.model, input_ids=input_ids, attention_mask=attention_mask)
-        spans = [len(requests[members[0]][1]) for _, members in batch]
-        rows = torch.tensor([row for row, span in enumerate(spans) for _ in range(span)], device=hidden_BTH.device)
-        places = torch.tensor(
-            [len(ids) - span + offset for (ids, _), span in zip(batch, spans, strict=True) for offset in range(span)],
-            device=hidden_BTH.device,
-        )
-        log_probs_NV = torch.log_softmax(project(self.model, hidden_BTH[rows, places]), dim=-1)
-        greedy = log_probs_NV.argmax(-1).tolist()
-        first = 0
-        for (_, members), span in zip(batch, spans, strict=True):
-            for index in members:
-                target = requests[index][1]
-                picked = log_probs_NV[first : first + span].gather(
-                    1, torch.tensor(target, device=log_probs_NV.device)[:, None]
-                )
-                results[index] = (float(picked.sum()), greedy[first : first + span] == list(target))
-            first += span
+            clipped = clip_left(context, self.encoder.max_length + 1 - len(continuation))
+            reads.append(Read((*clipped, *continuation[:-1]), len(clipped) - 1))
+        return reads
 
     @property
     def positions(self) -> int:
@@ -94,55 +73,74 @@ class Student:
     def generate(self, prompts: Sequence[Ids], *, max_new_tokens: int) -> list[str]:
         """Greedy continuation of each prompt until EOS or `max_new_tokens`, as text without special tokens."""
         room = min(self.encoder.max_length, self.positions - max_new_tokens)
-        rows = [(clip_left(prompt, room), [index]) for index, prompt in enumerate(prompts)]
-        answers = [""] * len(prompts)
-        for batch in self._batches(rows):
-            written = self.write([ids for ids, _ in batch], max_new_tokens=max_new_tokens)
-            for (_, (index,)), ids in zip(batch, written, strict=True):
-                answers[index] = self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        return answers
+        rows = [clip_left(prompt, room) for prompt in prompts]
+        written = self.write(rows, max_new_tokens=max_new_tokens)
+        return [self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
 
     @torch.inference_mode()
     def write(
-        self, rows: Sequence[Ids], *, max_new_tokens: int, stopping: StoppingCriteriaList | None = None
+        self,
+        prompts: Sequence[Ids],
+        *,
+        max_new_tokens: int,
+        has_ended: Callable[[list[list[int]]], list[bool]] | None = None,
     ) -> list[list[int]]:
-        """Greedy continuations of one batch, padded on the left; a row that has ended is filled up with PAD."""
-        tokenizer = self.encoder.tokenizer
-        input_ids, attention_mask = self._pad(rows, left=True)
-        written = causal_lm(self.model).generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            stopping_criteria=stopping,
-        )[:, input_ids.shape[1] :]
-        self.tokens_scored += written.numel()
-        return written.tolist()
+        """Greedy continuations in token ids, each until EOS (left out), until `has_ended` says so of what it wrote, or to `max_new_tokens`."""
+        written: list[list[int]] = [[]] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        while order:
+            count = max(1, self.tokens_per_batch // (len(prompts[order[0]]) + max_new_tokens))
+            batch, order = order[:count], order[count:]
+            answers = decode(
+                self.model,
+                [prompts[index] for index in batch],
+                max_new_tokens=max_new_tokens,
+                end=self.encoder.tokenizer.eos_token_id,
+                pad=self.encoder.tokenizer.pad_token_id,
+                device=self.encoder.device,
+                has_ended=has_ended,
+            )
+            for index, answer in zip(batch, answers, strict=True):
+                written[index] = answer
+                self.tokens_scored += len(prompts[index]) + len(answer)
+        return written
 
     @torch.inference_mode()
     def next_log_probs(self, contexts: Sequence[Ids]) -> Tensor:
         """Log-probabilities in nats of every token of the vocabulary after each context, [contexts, vocabulary], in their order."""
         found: list[Tensor | None] = [None] * len(contexts)
-        for batch in self._batches([(ids, [index]) for index, ids in enumerate(contexts)]):
-            input_ids, attention_mask = self._pad([ids for ids, _ in batch])
-            (hidden_BTH,) = hidden_states(self.model, input_ids=input_ids, attention_mask=attention_mask)
-            last = attention_mask.sum(-1) - 1
-            rows = torch.arange(len(batch), device=last.device)
-            log_probs_NV = torch.log_softmax(project(self.model, hidden_BTH[rows, last]), dim=-1)
-            for (_, (index,)), row in zip(batch, log_probs_NV, strict=True):
+        for packed, states_NH in self._states([Read(ids, len(ids) - 1) for ids in contexts]):
+            log_probs_NV = torch.log_softmax(project(self.model, states_NH[torch.from_numpy(packed.places)]), dim=-1)
+            for index, row in zip(packed.members, log_probs_NV, strict=True):
                 found[index] = row
         return torch.stack([row for row in found if row is not None])
 
-    def _pad(self, rows: Sequence[Ids], *, left: bool = False) -> tuple[Tensor, Tensor]:
-        length = max(len(ids) for ids in rows)
-        input_ids = torch.full((len(rows), length), self.encoder.tokenizer.pad_token_id)
-        attention_mask = torch.zeros((len(rows), length), dtype=torch.int64)
-        for row, ids in enumerate(rows):
-            where = slice(length - len(ids), length) if left else slice(0, len(ids))
-            input_ids[row, where] = torch.tensor(ids)
-            attention_mask[row, where] = 1
-        self.tokens_scored += int(attention_mask.sum())
-        return input_ids.to(self.encoder.device), attention_mask.to(self.encoder.device)
+    def _scores(self, states_NH: Tensor, places: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Per target its log-probability at its place in nats, and the likeliest token there."""
+        chunk = max(1, LOGITS // causal_lm(self.model).config.vocab_size)
+        order = np.argsort(places, kind="stable")
+        bounds = np.searchsorted(places[order], np.arange(0, len(states_NH) + chunk, chunk))
+        picked, best = np.empty(len(targets)), np.empty(len(targets), dtype=np.int64)
+        for number, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            start, asked = number * chunk, order[first:last]
+            logits_NV = project(self.model, states_NH[start : start + chunk])
+            at = torch.from_numpy(places[asked] - start).to(logits_NV.device)
+            target = torch.from_numpy(targets[asked]).to(logits_NV.device)
+            picked[asked] = (logits_NV[at, target] - logits_NV.logsumexp(-1)[at]).cpu().numpy()
+            best[asked] = logits_NV.argmax(-1)[at].cpu().numpy()
+        return picked, best
+
+    def _states(self, reads: Sequence[Read]) -> Iterator[tuple[Packed, Tensor]]:
+        """Per forward the last hidden states [N, H] at its wanted places."""
+        for packed, states_NH in self._reader().states(reads):
+            self.tokens_scored += packed.tokens
+            yield packed, states_NH
+
+    def _reader(self) -> Reader:
+        device = self.encoder.device
+        return Reader(
+            model=self.model,
+            device=device,
+            tokens_per_batch=self.tokens_per_batch,
+            branching=self.branching and branches(self.model, device),
+        )

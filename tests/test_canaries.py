@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import clbench.canaries
+from clbench import generation
 from clbench.canaries import check_stream, checked
 from clbench.canaries.answers import chance, near_zero
 from clbench.canaries.copying import copies, named_last
@@ -377,35 +378,30 @@ def _unencoded_stream(task):
     return stream_of(task, encoder=Encoder(word_tokenizer([]), max_length=10**6))
 
 
-def attend_everywhere(student, plain):
-    def pad(rows, *, left=False):
-        input_ids, attention_mask = plain(student, rows, left=left)
-        return input_ids, torch.ones_like(attention_mask)
-
-    return pad
+def attend_everywhere(ids_BT, mask_BT):
+    return ids_BT, torch.ones_like(mask_BT)
 
 
-def pad_on_the_right(student, plain):
-    return lambda rows, *, left=False: plain(student, rows)
+def pad_on_the_right(ids_BT, mask_BT):
+    turned = [torch.cat([ids[mask == 1], ids[mask == 0]]) for ids, mask in zip(ids_BT, mask_BT, strict=True)]
+    return torch.stack(turned), mask_BT.flip(1)
 
 
 @pytest.mark.parametrize("fault", [attend_everywhere, pad_on_the_right])
 def test_padding_that_changes_what_is_written_is_noticed(fault, encoder, monkeypatch):
-    plain = Student._pad
-    monkeypatch.setattr(Student, "_pad", lambda self, rows, **sides: fault(self, plain)(rows, **sides))
+    plain = generation.pad_left
+    monkeypatch.setattr(generation, "pad_left", lambda rows, **how: fault(*plain(rows, **how)))
     assert failures(numbers(), encoder) == {"invariance"}
 
 
 def test_a_score_that_depends_on_the_batch_is_noticed(encoder, monkeypatch):
-    plain = Student._score
+    plain = Student._scores
 
-    def score(self, batch, requests, results):
-        plain(self, batch, requests, results)
-        for _, members in batch:
-            for index in members:
-                results[index] = (results[index][0] + 1e-3 * len(batch), results[index][1])
+    def scores(self, states, places, targets):
+        picked, best = plain(self, states, places, targets)
+        return picked + 1e-3 * len(states), best
 
-    monkeypatch.setattr(Student, "_score", score)
+    monkeypatch.setattr(Student, "_scores", scores)
     assert failures(colours(), encoder) == {"invariance"}
 
 

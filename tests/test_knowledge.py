@@ -10,7 +10,9 @@ import pytest
 from lm_eval.api.instance import Instance
 from omegaconf import OmegaConf
 
+import clbench.student
 from clbench.cli import CONF_DIR
+from clbench.generation import decode
 from clbench.probes.items import choose
 from clbench.probes.knowledge import Knowledge
 from clbench.probes.lm import StudentLM, cut, run_task
@@ -245,14 +247,13 @@ def test_generated_answers_equal_lm_evals_own_with_stops_and_lengths(student):
 
 def test_requests_of_equal_settings_are_generated_in_one_batch_that_ends_with_its_last_stop(student, monkeypatch):
     calls = []
-    generate = student.model.generate
 
-    def spy(**arguments):
-        written = generate(**arguments)
-        calls.append((len(arguments["input_ids"]), written.shape[1] - arguments["input_ids"].shape[1]))
+    def spy(model, prompts, **arguments):
+        written = decode(model, prompts, **arguments)
+        calls.append((len(prompts), max(map(len, written))))
         return written
 
-    monkeypatch.setattr(student.model, "generate", spy)
+    monkeypatch.setattr(clbench.student, "decode", spy)
     prompts = ["A dog", "She opens", "A man"]
     full = StudentLM(student).generate_until(asked(*prompts, until=[], max_gen_toks=12))
     assert calls == [(3, 12)]

@@ -27,14 +27,17 @@ from clbench.canaries.answers import Verdict, chance, copier, near_zero, referen
 from clbench.canaries.copying import copies
 from clbench.canaries.tokens import NEW_TOKENS, Watched, invariance, one_bos, same_prompt
 from clbench.data import Encoder, tokenizer_fingerprint
+from clbench.generation import decode
 from clbench.loss import project
 from clbench.model import fresh_llama
+from clbench.packing import Read
 from clbench.probes.matrix import examine
+from clbench.reading import Reader
 from clbench.stream import Stream
 from clbench.student import Student
 from clbench.types import Stage
 
-EXAMINING = (chance, copies, invariance, Encoder, project, fresh_llama, examine, Student)
+EXAMINING = (chance, copies, invariance, Encoder, project, fresh_llama, examine, Student, Reader, Read, decode)
 """One part of each module that has a say in what a canary sees."""
 # A wide initialisation, so that the random model answers different prompts differently.
 ARCHITECTURE = {

@@ -103,7 +103,7 @@ def invariance(stage: Stage, model: Module, encoder: Encoder) -> Verdict:
     requests = [request for request in continuations if request[1]]
     requests += [(prompt, (token,)) for prompt, token in zip(prompts, tokens, strict=True)]
     together = Student(model, encoder, tokens_per_batch=EVERYTHING).log_likelihoods(requests)
-    alone = Student(model, encoder, tokens_per_batch=1).log_likelihoods(requests)
+    alone = Student(model, encoder, tokens_per_batch=1, branching=False).log_likelihoods(requests)
     backwards = Student(model, encoder).log_likelihoods(requests[::-1])[::-1]
     gap = max(
         abs(value - other[0])

@@ -8,16 +8,14 @@ The perplexity probe, which is ours, does not.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import Task
 from lm_eval.models.utils import normalize_gen_kwargs
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedTokenizerBase
 
 from clbench.data import clip_left
 from clbench.probes.rolling import Ids, reader, rolling_nll
@@ -87,45 +85,31 @@ class StudentLM(TemplateLM):
         eos = self.encoder.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
         return (*settings["until"], eos), settings["max_gen_toks"]
 
-    def _generate(self, prompts: Sequence[Ids], stops: Sequence[str], max_new_tokens: int) -> Iterator[str]:
+    def _generate(self, prompts: Sequence[Ids], stops: Sequence[str], max_new_tokens: int) -> list[str]:
         room = self.max_length - max_new_tokens
         if room < 1:
             raise UserMistake(
                 f"a task of probe.tasks asks for answers of {max_new_tokens} tokens, the model reads {self.max_length}; take it out (conf/probe)"
             )
         rows = [clip_left(prompt, room) for prompt in prompts]
-        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-        written: dict[int, str] = {}
-        while order:
-            count = max(1, self.student.tokens_per_batch // (len(rows[order[0]]) + max_new_tokens))
-            batch, order = order[:count], order[count:]
-            written |= zip(batch, self._continue([rows[index] for index in batch], stops, max_new_tokens), strict=True)
-        return (written[index] for index in range(len(rows)))
-
-    def _continue(self, rows: Sequence[Ids], stops: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Greedy continuations of one batch."""
         tokenizer = self.encoder.tokenizer
-        stopping = StoppingCriteriaList([Until(tokenizer, stops, start=max(map(len, rows)))])
-        written = self.student.write(rows, max_new_tokens=max_new_tokens, stopping=stopping)
+        written = self.student.write(rows, max_new_tokens=max_new_tokens, has_ended=Until(tokenizer, stops))
         return [cut(text, stops) for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
-class Until(StoppingCriteria):
-    """Ends a row as soon as what it wrote since position `start` holds a stop string."""
+class Until:
+    """Whether what each row wrote holds a stop string."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], *, start: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> None:
         self.tokenizer = tokenizer
         self.stops = tuple(stop for stop in stops if stop)
-        self.start = start
         # A stop string that the newest token completes lies within as many tokens as it has bytes, and one cut by their edge.
         self.tail = max((len(stop.encode()) for stop in self.stops), default=0) + 1
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        """Whether each row is done, bool [rows]."""
-        newest = input_ids[:, max(self.start, input_ids.shape[1] - self.tail) :]
-        texts = self.tokenizer.batch_decode(newest, skip_special_tokens=True)
-        ended = [any(stop in text for stop in self.stops) for text in texts]
-        return torch.tensor(ended, device=input_ids.device)
+    def __call__(self, written: list[list[int]]) -> list[bool]:
+        """Of each row's token ids, the newest of which was not there when last asked."""
+        texts = self.tokenizer.batch_decode([ids[-self.tail :] for ids in written], skip_special_tokens=True)
+        return [any(stop in text for stop in self.stops) for text in texts]
 
 
 def cut(text: str, stops: Sequence[str]) -> str:

@@ -13,8 +13,6 @@ from clbench.data import Encoder
 from clbench.student import Student
 
 Ids = tuple[int, ...]
-PROJECTED = 1024
-"""Tokens of a forward, for batches of short texts: every one of them is projected onto the vocabulary, in float32."""
 
 
 def reader(student: Student, *, max_length: int) -> Student:
@@ -39,7 +37,6 @@ def windows(ids: Ids, *, bos: int, length: int) -> Iterator[tuple[Ids, Ids]]:
 def rolling_nll(student: Student, texts: Sequence[Ids], *, window: int) -> list[float]:
     """Negative log-likelihood in nats of each text (its token ids without BOS; at least one) in windows of `window` tokens."""
     reading = reader(student, max_length=window)
-    reading.tokens_per_batch = min(reading.tokens_per_batch, PROJECTED)
     bos = student.encoder.tokenizer.bos_token_id
     pairs = [(index, pair) for index, ids in enumerate(texts) for pair in windows(ids, bos=bos, length=window)]
     scored = reading.log_likelihoods([pair for _, pair in pairs])

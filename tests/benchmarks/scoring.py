@@ -1,100 +1,103 @@
-"""Scoring multiple-choice items: ours against lm-eval's HFLM on the same requests; equality first, then the ratio of CPU seconds.
-
-    make bench
-
-One thread, a random Llama of 4 layers and width 256, interleaved repetitions; prints the median seconds of each and their ratio.
-"""
+"""Scoring multiple-choice items: ours against lm-eval's HFLM at its best batch size, on the same requests."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from types import SimpleNamespace
+import math
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from clbench.data import Encoder
 from clbench.student import Student
+from tests.benchmarks.models import random_llama, words
+from tests.benchmarks.race import Figure, figure, race
 
-REPETITIONS = 5
-SHAPES = {"4 options of 6 tokens after 40": (40, 40, 4, 6), "4 one-token options after 200": (20, 200, 4, 1)}
-"""Items, context tokens, options, tokens per option."""
-
-
-def make_model(vocabulary: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """A random model, and a tokenizer with one token per word."""
-    words = {"<s>": 0, "</s>": 1, "<pad>": 2} | {f"w{index}": index for index in range(3, vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=1024,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    return LlamaForCausalLM(config).eval(), fast
+Ids = tuple[int, ...]
+SHAPES = {
+    "ARC-like": (80, 0, (20, 50), (2, 8)),
+    "HellaSwag-like": (50, 0, (40, 100), (20, 40)),
+    "MMLU-like, few-shot": (20, 600, (40, 100), (1, 1)),
+    "few-shot, several tokens": (12, 600, (30, 60), (3, 10)),
+}
+"""Items, tokens of the shared few-shot examples, tokens of a question (from, to), tokens of each of four options (from, to)."""
+VOCABULARIES = {512: ">= 4 (geometric mean)", 32_000: ">= 8 (geometric mean)", 128_000: "-"}
+BATCH_SIZES = (8, 32)
 
 
-def requests(shape: tuple[int, int, int, int], vocabulary: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Random (context, continuation) pairs; the options of an item share its context."""
-    items, context_length, options, length = shape
+def requests(shape: tuple[int, int, tuple[int, int], tuple[int, int]], vocabulary: int) -> list[tuple[Ids, Ids]]:
+    """Random (context, continuation) pairs; the options of an item share its context, the items their few-shot examples."""
+    items, shared, question, option = shape
     rng = torch.Generator().manual_seed(0)
+
+    def draw(bounds: tuple[int, int]) -> Ids:
+        length = int(torch.randint(bounds[0], bounds[1] + 1, (), generator=rng))
+        return tuple(torch.randint(3, vocabulary, (length,), generator=rng).tolist())
+
+    beginning = draw((shared, shared))
     pairs = []
     for _ in range(items):
-        context = (0, *torch.randint(3, vocabulary, (context_length,), generator=rng).tolist())
-        pairs += [
-            (context, tuple(torch.randint(3, vocabulary, (length,), generator=rng).tolist())) for _ in range(options)
-        ]
+        context = (0, *beginning, *draw(question))
+        pairs += [(context, draw(option)) for _ in range(4)]
     return pairs
 
 
-def main() -> None:
-    """Prints one line per vocabulary and shape."""
-    torch.set_num_threads(1)
-    for vocabulary in (512, 32_000):
-        model, tokenizer = make_model(vocabulary)
-        student = Student(model, Encoder(tokenizer, max_length=1024))
+def equal(ours: list[tuple[float, bool]], theirs: list[tuple[float, bool]]) -> float:
+    """The largest difference of log-likelihoods, at most 1e-4; which option is likeliest, and what is greedy, must be the same."""
+    gap = max(abs(a[0] - b[0]) for a, b in zip(ours, theirs, strict=True))
+    assert gap <= 1e-4, gap
+    assert [a[1] for a in ours] == [b[1] for b in theirs]
+    assert likeliest(ours) == likeliest(theirs)
+    return gap
+
+
+def likeliest(scored: list[tuple[float, bool]]) -> list[int]:
+    """The likeliest of each item's four options."""
+    items = [scored[start : start + 4] for start in range(0, len(scored), 4)]
+    return [max(range(4), key=lambda option: item[option][0]) for item in items]
+
+
+def run() -> Iterator[Figure]:
+    """A figure for each vocabulary and shape, and the geometric mean of each vocabulary."""
+    for vocabulary, wanted in VOCABULARIES.items():
+        model, tokenizer = random_llama(vocabulary), words(vocabulary)
+        student = Student(model, Encoder(tokenizer, max_length=2048))
         peers = {
-            size: HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, max_length=1024, device="cpu")
-            for size in (8, 32)
+            f"lm-eval HFLM, batch {size}": HFLM(
+                pretrained=model, tokenizer=tokenizer, batch_size=size, max_length=2048, device="cpu"
+            )
+            for size in BATCH_SIZES
         }
+        ratios = []
         for name, shape in SHAPES.items():
             pairs = requests(shape, vocabulary)
-            theirs = [
-                (("", str(index)), list(context), list(continuation))
-                for index, (context, continuation) in enumerate(pairs)
-            ]
-            runs = SimpleNamespace(ours=[], peers={size: [] for size in peers})
-            for _ in range(REPETITIONS):
-                started = time.process_time()
-                scored = student.log_likelihoods(pairs)
-                runs.ours.append(time.process_time() - started)
-                for size, peer in peers.items():
-                    started = time.process_time()
-                    expected = peer._loglikelihood_tokens(theirs, disable_tqdm=True)
-                    runs.peers[size].append(time.process_time() - started)
-                    gap = max(abs(a[0] - b[0]) for a, b in zip(scored, expected, strict=True))
-                    assert gap <= 1e-4, gap
-                    assert [a[1] for a in scored] == [b[1] for b in expected]
-            ours, peer = (
-                statistics.median(runs.ours),
-                min(statistics.median(seconds) for seconds in runs.peers.values()),
+            theirs = [(("", str(n)), list(context), list(option)) for n, (context, option) in enumerate(pairs)]
+            raced = race(
+                partial(student.log_likelihoods, pairs),
+                {
+                    label: partial(peer._loglikelihood_tokens, theirs, disable_tqdm=True)
+                    for label, peer in peers.items()
+                },
+                same=equal,
+                repetitions=3,
             )
-            print(
-                f"vocabulary {vocabulary:6}  {name:32}  HFLM {peer:.2f} s  ours {ours:.2f} s  ratio {peer / ours:.1f}"
+            found = figure(
+                "scoring", f"{name}, vocabulary {vocabulary}", raced=raced, wanted=">= 2", unit="CPU seconds"
             )
-
-
-if __name__ == "__main__":
-    main()
+            ratios.append(found.ratio)
+            yield found
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        yield Figure(
+            benchmark="scoring",
+            case=f"all four, vocabulary {vocabulary}",
+            peer="lm-eval HFLM",
+            unit="geometric mean of ratios",
+            ours=math.nan,
+            ours_spread=math.nan,
+            theirs=math.nan,
+            theirs_spread=math.nan,
+            ratio=mean,
+            wanted=wanted,
+            difference="",
+        )
