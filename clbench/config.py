@@ -27,6 +27,7 @@ DTYPES = ("float32", "bfloat16")
 
 # What a run's scores do not depend on, or what names a place on one machine: no part of a run's identity.
 NO_IDENTITY = ("results_dir", "cache_dir", "data_dir", "resume", "tracking")
+NO_IDENTITY_TRAIN = ("micro_batch_tokens",)
 NO_IDENTITY_ENGINE = ("name", "processes", "zero_stage", "threads")
 
 
@@ -38,6 +39,7 @@ class TrainConfig:
     epochs: float | None = None
     batch_size: int = 16
     micro_batch_size: int | None = None
+    micro_batch_tokens: int | None = None
     max_length: int = 512
     lr: float = 1e-3
     schedule: str = "linear"
@@ -146,6 +148,8 @@ def config_hash(config: Config, *, without_seed: bool = False) -> str:
         del plain[key]
     for key in NO_IDENTITY_ENGINE:
         del plain["engine"][key]
+    for key in NO_IDENTITY_TRAIN:
+        del plain["train"][key]
     if without_seed:
         del plain["seed"]
         plain["method"].pop("seed", None)
@@ -195,6 +199,7 @@ def check(config: Config) -> None:
         ("train.epochs", train.epochs, 0),
         ("train.batch_size", train.batch_size, 1),
         ("train.micro_batch_size", train.micro_batch_size, 1),
+        ("train.micro_batch_tokens", train.micro_batch_tokens, 1),
         ("train.max_length", train.max_length, 8),
         ("train.lr", train.lr, 0),
         ("train.warmup", train.warmup, 0),

@@ -209,9 +209,17 @@ class Encoder:
         return self.micro_batches(((example, 0, 1.0) for example in examples), rows=len(examples))[0]
 
     def micro_batches(
-        self, global_batch: Iterable[tuple[Example, int, float]], *, rows: int, rank: int = 0, world_size: int = 1
+        self,
+        global_batch: Iterable[tuple[Example, int, float]],
+        *,
+        rows: int,
+        tokens: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> list[Batch]:
         """Splits this rank's part of one step's (example, source, weight of its source) into batches of at most `rows` rows.
+
+        `tokens` bounds rows times padded length of a batch of more than one row.
 
         An answer token's weight is its source's normalised weight over the answer tokens of that source in the whole step, over all
         ranks, so the split changes no gradient. Rows of similar length go together.
@@ -224,17 +232,13 @@ class Encoder:
             attended[source] += len(encoded.ids)
             weights[source] = weight
         total = sum(weights)
-        mine = drawn[rank::world_size]
-        by_length = sorted(mine, key=lambda row: len(row[0].ids)) if rows < len(mine) else mine
+        parts = [cut_rows(drawn[first::world_size], rows=rows, tokens=tokens) for first in range(world_size)]
         return [
             self._batch(
-                [
-                    (encoded, source, weights[source] / total / answers[source])
-                    for encoded, source, _ in by_length[start : start + rows]
-                ],
+                [(encoded, source, weights[source] / total / answers[source]) for encoded, source, _ in part],
                 source_tokens=tuple(attended),
             )
-            for start in range(0, len(by_length), rows)
+            for part in parts[rank]
         ]
 
     def _batch(self, rows: list[tuple[Encoded, int, float]], *, source_tokens: tuple[int, ...]) -> Batch:
@@ -255,6 +259,21 @@ class Encoder:
             sources=torch.tensor([source for _, source, _ in rows]).to(self.device),
             source_tokens=source_tokens,
         )
+
+
+Drawn = tuple[Encoded, int, float]
+
+
+def cut_rows(drawn: list[Drawn], *, rows: int, tokens: int | None) -> list[list[Drawn]]:
+    """`drawn` in lists of at most `rows` rows and, unless one row has more, at most `tokens` tokens with padding; by length if there are several."""
+    bound = tokens or len(drawn) * max((len(encoded.ids) for encoded, _, _ in drawn), default=0)
+    parts: list[list[Drawn]] = []
+    for row in sorted(drawn, key=lambda row: len(row[0].ids)):
+        if parts and len(parts[-1]) < rows and (len(parts[-1]) + 1) * len(row[0].ids) <= bound:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return parts if len(parts) > 1 else [drawn] if drawn else []
 
 
 def clip_left(ids: tuple[int, ...], length: int) -> tuple[int, ...]:

@@ -9,6 +9,8 @@ Shape suffixes: B rows, T positions, N scored positions, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import Module
@@ -16,6 +18,9 @@ from torch.nn import functional as F
 
 from clbench.data import IGNORED
 from clbench.types import Batch
+
+LOGITS = 2**23
+"""Most logits in memory at a time (32 MiB in float32)."""
 
 
 def causal_lm(model: Module) -> Module:
@@ -31,26 +36,59 @@ def project(model: Module, hidden_NH: Tensor) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def hidden_states(
-    model: Module, *, input_ids: Tensor, attention_mask: Tensor, all_layers: bool = False
-) -> tuple[Tensor, ...]:
-    """Hidden states [B, T, H] of the decoder: every layer's (embeddings first) or only the last, which is always final."""
-    output = causal_lm(model).get_decoder()(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, output_hidden_states=all_layers
-    )
+def hidden_states(model: Module, *, input_ids: Tensor, all_layers: bool = False) -> tuple[Tensor, ...]:
+    """Hidden states [B, T, H] of the decoder: every layer's (embeddings first) or only the last, which is always final.
+
+    Rows are padded on the right, where no token of theirs looks, so that attention needs no mask but the causal one.
+    """
+    output = causal_lm(model).get_decoder()(input_ids=input_ids, use_cache=False, output_hidden_states=all_layers)
     return output.hidden_states if all_layers else (output.last_hidden_state,)
 
 
 def answer_nll(model: Module, hidden_BTH: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood in nats of every answer token [N], and the row of each [N]."""
     rows, positions = torch.nonzero(labels_BT[:, 1:] != IGNORED, as_tuple=True)
-    logits_NV = project(model, hidden_BTH[rows, positions])
-    return F.cross_entropy(logits_NV, labels_BT[rows, positions + 1], reduction="none"), rows
+    return token_nll(model, hidden_BTH[rows, positions], labels_BT[rows, positions + 1]), rows
+
+
+def token_nll(model: Module, hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
+    """Negative log-likelihood in nats of each token [N], with at most LOGITS logits in memory unless the output embedding trains."""
+    inner = causal_lm(model)
+    chunk = max(1, LOGITS // inner.config.vocab_size)
+    head_trains = any(parameter.requires_grad for parameter in inner.get_output_embeddings().parameters())
+    if len(labels_N) <= chunk or head_trains:
+        return F.cross_entropy(project(model, hidden_NH), labels_N, reduction="none")
+    return _ChunkedNll.apply(hidden_NH, labels_N, model, chunk)
+
+
+class _ChunkedNll(torch.autograd.Function):
+    """Cross-entropy a slice at a time. A token's depends on its own hidden state alone, so its gradient is taken at once and the logits let go."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, labels_N: Tensor, model: Module, chunk: int) -> Tensor:
+        """[N], in nats."""
+        nll, gradients = [], []
+        for part_NH, part_N in zip(hidden_NH.split(chunk), labels_N.split(chunk), strict=True):
+            with torch.enable_grad():
+                leaf_NH = part_NH.detach().requires_grad_()
+                found_N = F.cross_entropy(project(model, leaf_NH), part_N, reduction="none")
+                total = found_N.sum()
+            nll.append(found_N.detach())
+            if hidden_NH.requires_grad:
+                gradients += torch.autograd.grad(total, leaf_NH)
+        ctx.save_for_backward(*gradients)
+        return torch.cat(nll)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, None, None, None]:
+        """The kept gradients, each times what comes from above."""
+        gradient_NH = torch.cat(ctx.saved_tensors)
+        return (gradient_N[:, None] * gradient_NH).to(gradient_NH.dtype), None, None, None
 
 
 def answer_loss(model: Module, batch: Batch) -> Tensor:
     """This batch's share of the mean negative log-likelihood of the step, in nats per answer token."""
-    (last_BTH,) = hidden_states(model, input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    (last_BTH,) = hidden_states(model, input_ids=batch.input_ids)
     return weighted_nll(model, last_BTH, batch)
 
 

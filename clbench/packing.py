@@ -14,7 +14,7 @@ Shape suffixes: B rows, T tokens of a row after the group's beginning, S tokens 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +36,7 @@ class Read:
     first: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
     """A tree of tokens in the order in which they were added: a token comes after its ancestors.
 
@@ -57,12 +57,12 @@ class Row:
         return len(self.branches) == 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class Group:
     """Rows whose first `shared` tokens are the same."""
 
     shared: int
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Row]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ def groups(reads: Sequence[Read], *, branching: bool = True) -> list[Group]:
         rows.append(tree(reads, parts))
     if not branching:
         return [Group(0, rows)]
-    return gathered(rows, [reads[index].ids for index in begun])
+    found = gathered([row.stem for row in rows], [reads[index].ids for index in begun])
+    return [Group(shared, [rows[place] for place in places]) for shared, places in found]
 
 
 def tree(reads: Sequence[Read], parts: Sequence[tuple[int, int]]) -> Row:
@@ -132,21 +133,34 @@ def tree(reads: Sequence[Read], parts: Sequence[tuple[int, int]]) -> Row:
     return Row(np.array(ids), np.concatenate(depths), branches, paths, stem)
 
 
-def gathered(rows: Sequence[Row], beginnings: Sequence[Ids]) -> list[Group]:
-    """Neighbouring rows grouped by the beginning they share, as long as a longer list saves more tokens than it gives up."""
-    found: list[Group] = []
-    for number, row in enumerate(rows):
-        if found and found[-1].rows:
-            group, held = found[-1], len(found[-1].rows)
-            before = group.shared if held > 1 else group.rows[0].stem
-            shared = min(before, row.stem, common_length(beginnings[number - 1], beginnings[number]))
-            if shared >= SHARED and held * shared >= (held - 1) * group.shared:
-                group.shared = shared
-                group.rows.append(row)
+def beginnings(sequences: Sequence[Ids]) -> list[tuple[int, list[int]]]:
+    """Which sequences share how long a beginning, short of their last token: (tokens, indices), 0 for those that share none.
+
+    >>> beginnings([(*range(40), 1, 2), (5, 6), (*range(40), 3)])
+    [(40, [0, 2]), (0, [1])]
+    """
+    order = sorted(range(len(sequences)), key=lambda index: sequences[index])
+    found = gathered([len(sequences[index]) - 1 for index in order], [sequences[index] for index in order])
+    return [(shared, [order[place] for place in places]) for shared, places in found]
+
+
+def gathered(stems: Sequence[int], sequences: Sequence[Ids]) -> list[tuple[int, list[int]]]:
+    """Neighbours in lexicographic order grouped by a beginning of at most `stems` tokens that they share, those that share none last.
+
+    A group goes on as long as a longer list saves more tokens than its shorter beginning gives up.
+    """
+    found: list[tuple[int, list[int]]] = []
+    for place, stem in enumerate(stems):
+        if found:
+            before, held = found[-1]
+            longest = before if len(held) > 1 else stems[held[0]]
+            shared = min(longest, stem, common_length(sequences[place - 1], sequences[place]))
+            if shared >= SHARED and len(held) * shared >= (len(held) - 1) * before:
+                found[-1] = (shared, [*held, place])
                 continue
-        found.append(Group(0, [row]))
-    alone = Group(0, [row for group in found if len(group.rows) == 1 for row in group.rows])
-    return [group for group in found if len(group.rows) > 1] + ([alone] if alone.rows else [])
+        found.append((0, [place]))
+    alone = [held[0] for _, held in found if len(held) == 1]
+    return [group for group in found if len(group[1]) > 1] + ([(0, alone)] if alone else [])
 
 
 def common_length(left: Ids, right: Ids) -> int:

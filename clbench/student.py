@@ -17,14 +17,14 @@ from torch.nn import Module
 
 from clbench.data import Encoder, clip_left
 from clbench.generation import decode
-from clbench.loss import causal_lm, project
-from clbench.packing import Ids, Packed, Read
+from clbench.loss import LOGITS, causal_lm, project
+from clbench.packing import Ids, Packed, Read, beginnings
 from clbench.reading import Reader, branches
 
+WRITTEN = 16
+"""How many times more tokens a batch holds when answers are written."""
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
 """What keeps a device busy and, on the CPU, in its caches (measured)."""
-LOGITS = 2**23
-"""Most logits in memory at a time (32 MiB in float32)."""
 
 
 class Student:
@@ -87,23 +87,36 @@ class Student:
     ) -> list[list[int]]:
         """Greedy continuations in token ids, each until EOS (left out), until `has_ended` says so of what it wrote, or to `max_new_tokens`."""
         written: list[list[int]] = [[]] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-        while order:
-            count = max(1, self.tokens_per_batch // (len(prompts[order[0]]) + max_new_tokens))
-            batch, order = order[:count], order[count:]
+        for shared, batch in self._written_together(prompts, max_new_tokens):
             answers = decode(
                 self.model,
                 [prompts[index] for index in batch],
+                shared=shared,
                 max_new_tokens=max_new_tokens,
                 end=self.encoder.tokenizer.eos_token_id,
                 pad=self.encoder.tokenizer.pad_token_id,
                 device=self.encoder.device,
                 has_ended=has_ended,
             )
+            self.tokens_scored += shared
             for index, answer in zip(batch, answers, strict=True):
                 written[index] = answer
-                self.tokens_scored += len(prompts[index]) + len(answer)
+                self.tokens_scored += len(prompts[index]) - shared + len(answer)
         return written
+
+    def _written_together(self, prompts: Sequence[Ids], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
+        """Batches of like length, the longest first, each with the length of the beginning that its prompts share."""
+        window = getattr(causal_lm(self.model).config, "sliding_window", None)
+        longest = max(map(len, prompts), default=0) + max_new_tokens
+        # Transformers counts a sliding window in places, and what fills rows up after a shared beginning takes places.
+        whole = window is not None and longest > window
+        for shared, indices in [(0, list(range(len(prompts))))] if whole else beginnings(prompts):
+            order = sorted(indices, key=lambda index: -len(prompts[index]))
+            while order:
+                # A step writes one token a row, so it takes many rows to fill it.
+                count = max(1, WRITTEN * self.tokens_per_batch // (len(prompts[order[0]]) + max_new_tokens))
+                yield shared, order[:count]
+                order = order[count:]
 
     @torch.inference_mode()
     def next_log_probs(self, contexts: Sequence[Ids]) -> Tensor:

@@ -14,6 +14,8 @@ from clbench.data import Encoder, draw
 from clbench.protocols import Engine, Method
 from clbench.types import Example, Source, Stage
 
+CPU_TOKENS = 1024
+"""Tokens of a forward that keep the CPU busy and in its caches; more only add padding."""
 LOG_EVERY = 10
 """Steps between readings of the loss; reading it makes the host wait for the device, so not every step."""
 
@@ -111,8 +113,9 @@ def train_step(
 ) -> Tensor:
     """One optimizer step on `rows`; returns its loss in nats per answer token, the method's penalty included."""
     micro = config.micro_batch_size or len(rows)
+    budget = config.micro_batch_tokens or (CPU_TOKENS if encoder.device.type == "cpu" else None)
     total = torch.zeros((), device=encoder.device)
-    for batch in encoder.micro_batches(rows, rows=micro, rank=engine.rank, world_size=engine.world_size):
+    for batch in encoder.micro_batches(rows, rows=micro, tokens=budget, rank=engine.rank, world_size=engine.world_size):
         loss = method.loss(engine.model, batch)
         engine.backward(loss)
         total += loss.detach()

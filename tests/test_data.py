@@ -60,6 +60,18 @@ def test_sources_weigh_by_their_own_token_means():
     assert batch.source_tokens == (4, 6)  # BOS, prompt, answer, EOS
 
 
+def test_micro_batches_keep_to_their_rows_and_tokens_and_change_no_weight():
+    encoder = Encoder(Words(), max_length=32)
+    rows = [(Example(id=str(i), prompt="a " * n, answer="b"), 0, 1.0) for i, n in enumerate((9, 1, 1, 5, 2, 20))]
+    lengths = [len(encoder.example(example).ids) for example, _, _ in rows]
+    assert lengths == [12, 4, 4, 8, 5, 23]
+    parts = encoder.micro_batches(rows, rows=3, tokens=16)
+    # By length: 4 4 5 fit into three rows of five; 8 alone with 12 would take 24; 23 is more than 16 by itself.
+    assert [tuple(part.input_ids.shape) for part in parts] == [(3, 5), (1, 8), (1, 12), (1, 23)]
+    (whole,) = encoder.micro_batches(rows, rows=6)
+    assert sorted(torch.cat([part.weights for part in parts]).tolist()) == sorted(whole.weights.tolist())
+
+
 @pytest.mark.parametrize(("micro", "ranks"), [(1, 1), (2, 1), (3, 2), (16, 4)])
 def test_micro_batches_and_ranks_change_no_weight(micro, ranks):
     encoder = Encoder(Words(), max_length=16)

@@ -122,6 +122,30 @@ def test_sharing_reads_fewer_tokens_and_neither_batch_nor_order_changes_a_score(
     assert together.tokens_scored < 0.3 * alone.tokens_scored
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_written_together_are_those_of_plain_greedy_decoding(name):
+    subject = model(name)
+    prompts = [context for context, _ in requests()[::4]]
+    plain = [greedy(subject, prompt, 20) for prompt in prompts]
+    end = plain[0][3]  # so that rows end at different times
+    expected = [ids[: ids.index(end)] if end in ids else ids for ids in plain]
+    assert len({len(ids) for ids in expected}) > 1
+    for count in (30, 4096):
+        writer = student(subject, tokens_per_batch=count)
+        writer.encoder.tokenizer.eos_token_id = end
+        assert writer.write(prompts, max_new_tokens=20) == expected
+    read = sum(len(ids) for ids in prompts) - 60 * 4 + sum(len(ids) for ids in expected)
+    assert writer.tokens_scored <= read or subject.config.to_dict().get("sliding_window")  # the trunk of 60 is read once for five prompts
+
+
+def greedy(subject, prompt, count):
+    ids = list(prompt)
+    with torch.inference_mode():
+        for _ in range(count):
+            ids.append(int(subject(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
 def test_a_shared_beginning_is_read_once_and_every_branch_once():
     trunk = tuple(range(100, 150))
     asked = [((*trunk, 1, 2), (3, 4, 5)), ((*trunk, 1, 2), (3, 9)), ((*trunk, 8), (7,))]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from clbench import loss
 from clbench.data import IGNORED, Encoder
 from clbench.loss import answer_loss
 from clbench.student import Student
@@ -102,3 +103,34 @@ def test_the_answer_loss_is_transformers_own_loss(model):
         ours = answer_loss(model, batch)
     assert float(ours) == pytest.approx(float(theirs), abs=1e-5)
     assert (batch.labels != IGNORED).sum() > 0 and math.isfinite(float(ours))
+
+
+@pytest.mark.parametrize("limit", [VOCABULARY, 3 * VOCABULARY])
+def test_the_loss_in_slices_has_the_value_and_the_gradients_of_the_whole(model, monkeypatch, limit):
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(10, 16, generator=rng, requires_grad=True)
+    labels = torch.randint(0, VOCABULARY, (10,), generator=rng)
+    weights = torch.rand(10, generator=rng)
+    model.requires_grad_(False)
+    try:
+        whole = loss.token_nll(model, hidden, labels)
+        (expected,) = torch.autograd.grad((whole * weights).sum(), hidden)
+        sizes = []
+        project = loss.project
+        monkeypatch.setattr(loss, "project", lambda m, states: sizes.append(len(states)) or project(m, states))
+        monkeypatch.setattr(loss, "LOGITS", limit)
+        sliced = loss.token_nll(model, hidden, labels)
+        (found,) = torch.autograd.grad((sliced * weights).sum(), hidden)
+    finally:
+        model.requires_grad_(True)
+    torch.testing.assert_close(sliced, whole)
+    torch.testing.assert_close(found, expected)
+    assert max(sizes) * VOCABULARY <= limit and sum(sizes) == 10
+
+
+def test_an_output_embedding_that_trains_gets_its_gradient(model, monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS", 1)
+    hidden, labels = torch.randn(4, 16, requires_grad=True), torch.tensor([3, 5, 7, 9])
+    weight = model.get_output_embeddings().weight
+    (gradient,) = torch.autograd.grad(loss.token_nll(model, hidden, labels).sum(), weight)
+    assert float(gradient.abs().max()) > 0

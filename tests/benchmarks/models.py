@@ -7,8 +7,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
-def random_llama(vocabulary: int, *, hidden: int = 256, layers: int = 4, positions: int = 2048) -> LlamaForCausalLM:
-    """A Llama with random weights, the same for the same numbers."""
+def random_llama(
+    vocabulary: int, *, hidden: int = 256, layers: int = 4, positions: int = 2048, spread: float = 0.02
+) -> LlamaForCausalLM:
+    """A Llama with random weights of that standard deviation, the same for the same numbers."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -17,6 +19,7 @@ def random_llama(vocabulary: int, *, hidden: int = 256, layers: int = 4, positio
         num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
         max_position_embeddings=positions,
+        initializer_range=spread,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,

@@ -1,0 +1,165 @@
+"""Training one stage with LoRA: ours against transformers' Trainer on PEFT, the same examples in the same global batches."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch.nn import Module
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+
+from clbench import optim
+from clbench.adapters import Lora, trainable
+from clbench.config import TrainConfig
+from clbench.data import Encoder
+from clbench.engine import LocalEngine
+from clbench.train import train_step
+from clbench.types import Example
+from tests.benchmarks.models import random_llama, words
+from tests.benchmarks.race import Figure, figure, race
+
+EXAMPLES, BATCH = 128, 8
+LORA = Lora(rank=8, alpha=16, targets=["q_proj", "v_proj"])
+CONFIG = TrainConfig(steps=EXAMPLES // BATCH, batch_size=BATCH, lr=1e-3, schedule="constant", warmup=0.0, clip=1.0)
+CASES = {"answer-only": ((20, 200), (1, 10), ">= 5"), "all tokens": ((0, 0), (20, 200), ">= 1.2")}
+"""Words of a prompt and of an answer (from, to), and the ratio wanted."""
+
+
+def examples(prompt: tuple[int, int], answer: tuple[int, int], vocabulary: int) -> list[Example]:
+    """Random ones; where the prompt is empty every token but BOS counts in the loss."""
+    rng = torch.Generator().manual_seed(0)
+
+    def draw(bounds: tuple[int, int]) -> str:
+        length = int(torch.randint(bounds[0], bounds[1] + 1, (), generator=rng))
+        return " ".join(f"w{token}" for token in torch.randint(3, vocabulary, (length,), generator=rng).tolist())
+
+    return [Example(id=str(number), prompt=draw(prompt), answer=draw(answer)) for number in range(EXAMPLES)]
+
+
+def ours(model: Module, encoder: Encoder, rows: list[Example]) -> list[float]:
+    """The loss of every step; the model is trained in place."""
+    model.train()
+    optimizer = optim.optimizer(trainable(model).values(), CONFIG)
+    schedule = optim.schedule(optimizer, CONFIG, steps=CONFIG.steps)
+    engine = LocalEngine(model, optimizer=optimizer, schedule=schedule, clip=CONFIG.clip)
+    losses = []
+    for step in range(CONFIG.steps):
+        batch = [(row, 0, 1.0) for row in rows[step * BATCH : (step + 1) * BATCH]]
+        losses.append(train_step(batch, method=AnswerLoss(), engine=engine, encoder=encoder, config=CONFIG))
+    return [float(loss) for loss in losses]
+
+
+class AnswerLoss:
+    """What SEQ does in a step."""
+
+    def loss(self, model: Module, batch: object) -> torch.Tensor:
+        from clbench.loss import answer_loss
+
+        return answer_loss(model, batch)
+
+    def correct_gradients(self, engine: object) -> float:
+        return 0.0
+
+    def after_step(self, engine: object) -> None:
+        return None
+
+
+class Rows(Dataset):
+    """Encoded examples as Trainer wants them."""
+
+    def __init__(self, encoder: Encoder, rows: list[Example]) -> None:
+        self.rows = []
+        for row in rows:
+            encoded = encoder.example(row)
+            start = encoded.answer_start
+            labels = [-100] * start + list(encoded.ids[start:])
+            self.rows.append(
+                {"input_ids": list(encoded.ids), "attention_mask": [1] * len(encoded.ids), "labels": labels}
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.rows[index]
+
+
+class InOrder(Trainer):
+    """Trainer that takes the rows as they come, as ours does here."""
+
+    def _get_train_sampler(self, *arguments: object) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+
+class Losses(TrainerCallback):
+    """Keeps what Trainer logs, each step's loss."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_log(
+        self, args: object, state: object, control: object, logs: dict[str, float] | None = None, **rest: object
+    ) -> None:
+        if logs and "loss" in logs:
+            self.values.append(float(logs["loss"]))
+
+
+def theirs(model: Module, tokenizer: PreTrainedTokenizerBase, rows: Rows, *, batch: int) -> list[float]:
+    """The loss of every step as Trainer reports it; `batch` rows a forward, the rest accumulated."""
+    with tempfile.TemporaryDirectory() as folder:
+        losses = Losses()
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=BATCH // batch,
+            max_steps=CONFIG.steps,
+            learning_rate=CONFIG.lr,
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            max_grad_norm=CONFIG.clip,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        collator = DataCollatorForSeq2Seq(tokenizer, padding="longest", label_pad_token_id=-100)
+        trainer = InOrder(model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=[losses])
+        trainer.train()
+    return losses.values
+
+
+def equal(found: list[float], expected: list[float]) -> float:
+    """The largest difference of the loss curves, at most 1e-5 of the loss and what Trainer's log rounds off."""
+    assert len(found) == len(expected) == CONFIG.steps
+    gap = max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+    assert gap <= 1e-5, gap
+    return gap
+
+
+def run(vocabulary: int = 32_000) -> Iterator[Figure]:
+    """A figure for each objective."""
+    tokenizer = words(vocabulary)
+    encoder = Encoder(tokenizer, max_length=512)
+    for name, (prompt, answer, wanted) in CASES.items():
+        rows = examples(prompt, answer, vocabulary)
+        dataset = Rows(encoder, rows)
+        base = LORA.add(random_llama(vocabulary), seed=0)
+        raced = race(
+            lambda base=base, rows=rows: ours(copy.deepcopy(base), encoder, rows),
+            {
+                f"Trainer + PEFT, {size} rows a forward": partial(_fresh, base, tokenizer, dataset, size)
+                for size in (8, 2)
+            },
+            same=equal,
+            repetitions=3,
+        )
+        yield figure("training", f"{name}, vocabulary {vocabulary}", raced=raced, wanted=wanted, unit="CPU seconds")
+
+
+def _fresh(base: Module, tokenizer: PreTrainedTokenizerBase, rows: Rows, size: int) -> list[float]:
+    return theirs(copy.deepcopy(base), tokenizer, rows, batch=size)
