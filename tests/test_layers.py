@@ -27,7 +27,7 @@ ROWS = (
         "runs",
     },
     {"engine"},
-    {"student", "stream", "optim", "statistics"},
+    {"student", "cells", "stream", "optim", "statistics"},
     {"probes", "train", "canaries", "manifest"},
     {"experiment", "estimate"},
     {"cli", "leaderboard", "published", "report", "doctor", "tuning", "bundle", "__main__"},

@@ -135,7 +135,9 @@ def test_answers_written_together_are_those_of_plain_greedy_decoding(name):
         writer.encoder.tokenizer.eos_token_id = end
         assert writer.write(prompts, max_new_tokens=20) == expected
     read = sum(len(ids) for ids in prompts) - 60 * 4 + sum(len(ids) for ids in expected)
-    assert writer.tokens_scored <= read or subject.config.to_dict().get("sliding_window")  # the trunk of 60 is read once for five prompts
+    assert writer.tokens_scored <= read or subject.config.to_dict().get(
+        "sliding_window"
+    )  # the trunk of 60 is read once for five prompts
 
 
 def greedy(subject, prompt, count):

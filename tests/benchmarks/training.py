@@ -12,6 +12,7 @@ from torch.nn import Module
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
+from baselines.seq import Seq
 from clbench import optim
 from clbench.adapters import Lora, trainable
 from clbench.config import TrainConfig
@@ -49,23 +50,8 @@ def ours(model: Module, encoder: Encoder, rows: list[Example]) -> list[float]:
     losses = []
     for step in range(CONFIG.steps):
         batch = [(row, 0, 1.0) for row in rows[step * BATCH : (step + 1) * BATCH]]
-        losses.append(train_step(batch, method=AnswerLoss(), engine=engine, encoder=encoder, config=CONFIG))
+        losses.append(train_step(batch, method=Seq(lora=LORA, seed=0), engine=engine, encoder=encoder, config=CONFIG))
     return [float(loss) for loss in losses]
-
-
-class AnswerLoss:
-    """What SEQ does in a step."""
-
-    def loss(self, model: Module, batch: object) -> torch.Tensor:
-        from clbench.loss import answer_loss
-
-        return answer_loss(model, batch)
-
-    def correct_gradients(self, engine: object) -> float:
-        return 0.0
-
-    def after_step(self, engine: object) -> None:
-        return None
 
 
 class Rows(Dataset):
@@ -108,7 +94,7 @@ class Losses(TrainerCallback):
             self.values.append(float(logs["loss"]))
 
 
-def theirs(model: Module, tokenizer: PreTrainedTokenizerBase, rows: Rows, *, batch: int) -> list[float]:
+def theirs(model: Module, tokenizer: PreTrainedTokenizerBase, rows: Rows, *, batch: int, steps: int) -> list[float]:
     """The loss of every step as Trainer reports it; `batch` rows a forward, the rest accumulated."""
     with tempfile.TemporaryDirectory() as folder:
         losses = Losses()
@@ -116,7 +102,7 @@ def theirs(model: Module, tokenizer: PreTrainedTokenizerBase, rows: Rows, *, bat
             output_dir=folder,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=BATCH // batch,
-            max_steps=CONFIG.steps,
+            max_steps=steps,
             learning_rate=CONFIG.lr,
             lr_scheduler_type="constant",
             weight_decay=0.0,
@@ -162,4 +148,4 @@ def run(vocabulary: int = 32_000) -> Iterator[Figure]:
 
 
 def _fresh(base: Module, tokenizer: PreTrainedTokenizerBase, rows: Rows, size: int) -> list[float]:
-    return theirs(copy.deepcopy(base), tokenizer, rows, batch=size)
+    return theirs(copy.deepcopy(base), tokenizer, rows, batch=size, steps=CONFIG.steps)

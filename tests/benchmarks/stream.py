@@ -1,0 +1,172 @@
+"""A stream of four tasks, trained and wholly examined after every stage: ours against the loop that published repositories run.
+
+That loop loads the base model and the last adapter from disk for every stage, trains with transformers' Trainer on PEFT, saves the adapter, and
+loads both again to score every test item with lm-eval's HFLM.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from lm_eval.models.huggingface import HFLM
+from peft import PeftModel
+from transformers import LlamaForCausalLM
+
+from baselines.seq import Seq
+from clbench import optim
+from clbench.adapters import folded, trainable
+from clbench.config import TrainConfig
+from clbench.data import Encoder
+from clbench.engine import LocalEngine
+from clbench.probes.matrix import choose
+from clbench.student import Student
+from clbench.train import plan_stage, train_stage
+from clbench.types import Example, Source, Stage
+from tests.benchmarks.models import random_llama, words
+from tests.benchmarks.race import Figure, figure, race
+from tests.benchmarks.training import LORA, Rows, theirs
+
+VOCABULARY, TASKS, TRAIN, TEST, OPTIONS, BATCH = 32_000, 4, 48, 24, 4, 8
+CONFIG = TrainConfig(epochs=1.0, batch_size=BATCH, lr=1e-3, schedule="constant", warmup=0.0, clip=1.0)
+Matrix = list[list[float]]
+"""Accuracy after each stage (the untouched model first) on each task."""
+
+
+def tasks() -> list[tuple[list[Example], list[Example]]]:
+    """Training and test examples of each task: random prompts, one of four answers of one to three words."""
+    rng = np.random.default_rng(0)
+
+    def text(low: int, high: int) -> str:
+        return " ".join(f"w{word}" for word in rng.integers(3, VOCABULARY, rng.integers(low, high + 1)))
+
+    found = []
+    for task in range(TASKS):
+        choices = tuple(text(1, 3) for _ in range(OPTIONS))
+        examples = [
+            Example(id=f"{task}/{row}", prompt=text(40, 160), answer=choices[rng.integers(OPTIONS)], choices=choices)
+            for row in range(TRAIN + TEST)
+        ]
+        found.append((examples[:TRAIN], examples[TRAIN:]))
+    return found
+
+
+def ours(folder: Path, encoder: Encoder, rows: list[tuple[list[Example], list[Example]]]) -> Matrix:
+    """The matrix, by the stage loop's own parts: one model for the whole stream."""
+    model = PeftModel.from_pretrained(
+        LlamaForCausalLM.from_pretrained(folder / "base"), folder / "start", is_trainable=True
+    )
+    student = Student(model.eval(), encoder)
+    matrix = [accuracies(student, rows)]
+    for number, (train, _) in enumerate(rows, start=1):
+        # Trainer takes rows as they come; a stage of ours would shuffle them.
+        stage = Stage(
+            index=number, name="", task=None, train=train, test=(), collate=encoder.collate, whole_stream=train
+        )
+        plan = plan_stage([Source(examples=tuple(train))], CONFIG)
+        optimizer = optim.optimizer(trainable(model).values(), CONFIG)
+        engine = LocalEngine(
+            model, optimizer=optimizer, schedule=optim.schedule(optimizer, CONFIG, steps=plan.total), clip=CONFIG.clip
+        )
+        train_stage(
+            stage,
+            plan,
+            method=Seq(lora=LORA, seed=0),
+            engine=engine,
+            encoder=encoder,
+            config=CONFIG,
+            seed=0,
+            report=lambda *values: None,
+        )
+        engine.close()
+        matrix.append(accuracies(student, rows))
+    return matrix
+
+
+def accuracies(student: Student, rows: list[tuple[list[Example], list[Example]]]) -> list[float]:
+    """On each task, adapters folded."""
+    with folded(student.model):
+        chosen = [choose(student, test)[0] for _, test in rows]
+    return [
+        float(np.mean([answer == example.answer for answer, example in zip(answers, test, strict=True)]))
+        for answers, (_, test) in zip(chosen, rows, strict=True)
+    ]
+
+
+def published(folder: Path, encoder: Encoder, order: list[list[Example]], rows: list, *, batch: int) -> Matrix:
+    """The matrix, by the published loop; `order`: each stage's examples in the order in which ours draws them."""
+    matrix = [scored(folder, "start", encoder, rows, batch=batch)]
+    last = "start"
+    for number, train in enumerate(order, start=1):
+        model = PeftModel.from_pretrained(
+            LlamaForCausalLM.from_pretrained(folder / "base"), folder / last, is_trainable=True
+        )
+        theirs(model, encoder.tokenizer, Rows(encoder, train), batch=BATCH, steps=len(train) // BATCH)
+        last = f"stage-{number}"
+        model.save_pretrained(str(folder / last))
+        matrix.append(scored(folder, last, encoder, rows, batch=batch))
+    return matrix
+
+
+def scored(folder: Path, adapter: str, encoder: Encoder, rows: list, *, batch: int) -> list[float]:
+    """Accuracy on each task of the model loaded from disk."""
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder / "base"), folder / adapter).eval()
+    peer = HFLM(pretrained=model, tokenizer=encoder.tokenizer, batch_size=batch, max_length=512, device="cpu")
+    found = []
+    for _, test in rows:
+        requests = [
+            (("", ""), list(encoder.prompt(example.prompt)), list(encoder.answer(choice)))
+            for example in test
+            for choice in example.choices
+        ]
+        values = [value for value, _ in peer._loglikelihood_tokens(requests, disable_tqdm=True)]
+        right = [
+            example.choices[int(np.argmax(values[OPTIONS * item : OPTIONS * (item + 1)]))] == example.answer
+            for item, example in enumerate(test)
+        ]
+        found.append(float(np.mean(right)))
+    return found
+
+
+def drawn(rows: list[tuple[list[Example], list[Example]]]) -> list[list[Example]]:
+    """Each stage's examples in the order in which ours draws them, for the peer to take as they come."""
+    from clbench.train import global_batch
+
+    order = []
+    for number, (train, _) in enumerate(rows, start=1):
+        plan = plan_stage([Source(examples=tuple(train))], CONFIG)
+        batches = [global_batch(plan, step, config=CONFIG, seed=0, stage=number) for step in range(plan.total)]
+        order.append([example for batch in batches for example, _, _ in batch])
+    return order
+
+
+def equal(found: Matrix, expected: Matrix) -> float:
+    """The largest difference of an accuracy: none."""
+    gap = float(np.abs(np.array(found) - np.array(expected)).max())
+    assert gap == 0.0, (found, expected)
+    return gap
+
+
+def run() -> Iterator[Figure]:
+    """One figure, in seconds of wall time."""
+    encoder = Encoder(words(VOCABULARY), max_length=512)
+    rows = tasks()
+    order = drawn(rows)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        random_llama(VOCABULARY).save_pretrained(folder / "base")
+        LORA.add(random_llama(VOCABULARY), seed=0).save_pretrained(str(folder / "start"))
+        raced = race(
+            partial(ours, folder, encoder, rows),
+            {"Trainer + PEFT + HFLM, reloading": partial(published, folder, encoder, order, rows, batch=8)},
+            same=equal,
+            repetitions=2,
+            clock=time.perf_counter,
+        )
+    yield figure(
+        "stream", f"{TASKS} tasks, all cells, vocabulary {VOCABULARY}", raced=raced, wanted=">= 6", unit="seconds"
+    )
