@@ -24,10 +24,25 @@ SCHEDULES = ("linear", "cosine", "constant")
 ORDER = r"default|reversed|latin:\d+|random:\d+"
 CADENCE = r"all|quarters|ends|every:[1-9]\d*"
 DTYPES = ("float32", "bfloat16")
+ENGINES = ("local", "deepspeed")
+
+# DeepSpeed's keys that decide a number or what a slice is, or that offload, which is not there yet: stated by clbench alone.
+OWNED_BY_US = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("prescale_gradients", "gradient_predivide_factor", "communication_data_type", "data_types", "sparse_gradients"),
+    *("fp16", "bf16", "bfloat16", "amp", "torch_autocast", "optimizer", "scheduler", "gradient_accumulation_dtype"),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "sequence_parallel_size", "tensor_parallel"),
+    *("managed_gradient_accumulation", "activation_checkpointing", "data_efficiency", "compression_training"),
+)
+OWNED_BY_US_IN_ZERO = (
+    *("stage", "round_robin_gradients", "offload_param", "offload_optimizer", "cpu_offload", "zenflow"),
+    *("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "zero_quantized_weights"),
+    *("zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_hpz_partition_size", "mics_shard_size"),
+)
 
 # What a run's scores do not depend on, or what names a place on one machine: no part of a run's identity.
 NO_IDENTITY = ("results_dir", "cache_dir", "data_dir", "resume", "tracking")
-NO_IDENTITY_ENGINE = ("name", "processes", "zero_stage", "threads")
+NO_IDENTITY_ENGINE = ("name", "processes", "zero_stage", "threads", "deepspeed")
 
 
 @dataclass
@@ -51,7 +66,7 @@ class TrainConfig:
 
 @dataclass
 class EngineConfig:
-    """Where and in which precision to train."""
+    """Where and in which precision to train. `deepspeed` holds further keys of DeepSpeed's own configuration."""
 
     name: str = "local"
     processes: int = 1
@@ -59,6 +74,7 @@ class EngineConfig:
     dtype: str = "float32"
     device: str = "auto"
     threads: int | None = None
+    deepspeed: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -161,6 +177,11 @@ def run_name(config: Config) -> str:
     return f"{config.experiment}-{config.method['name']}-s{config.seed}-{config_hash(config)[:8]}"
 
 
+def run_directory(config: Config) -> Path:
+    """Where the run of this configuration is recorded."""
+    return Path(config.results_dir) / "runs" / run_name(config)
+
+
 def check(config: Config) -> None:
     """Raises UserMistake, in one line, for the first value that cannot be meant."""
     train, stream = config.train, config.stream
@@ -168,12 +189,7 @@ def check(config: Config) -> None:
         raise UserMistake(
             f"order={config.order!r} is unknown; choose one of default, reversed, latin:K (rotated by K places), random:SEED"
         )
-    if (config.engine.name, config.engine.processes) != ("local", 1):
-        raise UserMistake(
-            f"engine.name={config.engine.name!r} with engine.processes={config.engine.processes}: only engine=local with one process is there"
-        )
-    if config.engine.zero_stage != 0:
-        raise UserMistake(f"engine.zero_stage={config.engine.zero_stage}: engine=local shards nothing; leave it at 0")
+    check_engine(config.engine)
     if train.carry_optimizer:
         raise UserMistake(
             "train.carry_optimizer=true is not there yet: every stage begins with a fresh optimizer; leave it at false"
@@ -223,6 +239,25 @@ def check(config: Config) -> None:
         )
     for key, value in (("results_dir", config.results_dir), ("cache_dir", config.cache_dir)):
         writable(key, value)
+
+
+def check_engine(engine: EngineConfig) -> None:
+    """Raises UserMistake where the engine cannot do what is asked of it."""
+    _one_of("engine.name", engine.name, ENGINES)
+    if engine.name == "local" and (engine.processes, engine.zero_stage, engine.deepspeed) != (1, 0, {}):
+        raise UserMistake(
+            f"engine=local with engine.processes={engine.processes}, engine.zero_stage={engine.zero_stage}, engine.deepspeed={engine.deepspeed}: "
+            "it is one process and shards nothing; choose engine=deepspeed"
+        )
+    if engine.zero_stage not in range(4):
+        raise UserMistake(f"engine.zero_stage={engine.zero_stage} is unknown; choose one of 0, 1, 2, 3")
+    zero = engine.deepspeed.get("zero_optimization", {})
+    owned = [key for key in engine.deepspeed if key in OWNED_BY_US]
+    owned += [f"zero_optimization.{key}" for key in zero if key in OWNED_BY_US_IN_ZERO]
+    if owned:
+        raise UserMistake(
+            f"engine.deepspeed.{owned[0]} is set by clbench, so that every engine gives the same numbers; use the keys of train and engine instead"
+        )
 
 
 def is_due(cadence: str, stage: int, last: int) -> bool:

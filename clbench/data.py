@@ -214,7 +214,8 @@ class Encoder:
         """Splits this rank's part of one step's (example, source, weight of its source) into batches of at most `rows` rows.
 
         An answer token's weight is its source's normalised weight over the answer tokens of that source in the whole step, over all
-        ranks, so the split changes no gradient. Rows of similar length go together.
+        ranks, so the split changes no gradient. Rows of similar length go together. Every rank gets as many batches, as sharded weights
+        need equal numbers of forwards: where rows run out, one row of weight 0 stands in.
         """
         drawn = [(self.example(example), source, weight) for example, source, weight in global_batch]
         sources = max(source for _, source, _ in drawn) + 1
@@ -226,7 +227,7 @@ class Encoder:
         total = sum(weights)
         mine = drawn[rank::world_size]
         by_length = sorted(mine, key=lambda row: len(row[0].ids)) if rows < len(mine) else mine
-        return [
+        batches = [
             self._batch(
                 [
                     (encoded, source, weights[source] / total / answers[source])
@@ -236,6 +237,10 @@ class Encoder:
             )
             for start in range(0, len(by_length), rows)
         ]
+        longest = len(drawn[::world_size])
+        missing = -(-longest // rows) - len(batches)
+        encoded, source, _ = drawn[0]
+        return batches + [self._batch([(encoded, source, 0.0)], source_tokens=tuple(attended))] * missing
 
     def _batch(self, rows: list[tuple[Encoded, int, float]], *, source_tokens: tuple[int, ...]) -> Batch:
         length = max(len(encoded.ids) for encoded, _, _ in rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -41,6 +41,10 @@ class ParameterShard(Shard):
     def grad(self, grad: Tensor) -> None:
         if grad is not self._parameter.grad:
             self.grad.copy_(grad)
+
+    def part(self, whole: Tensor) -> Tensor:
+        """All of it."""
+        return whole
 
 
 class LocalEngine(Engine):
@@ -84,7 +88,11 @@ class LocalEngine(Engine):
         """The named trainable tensors, whole."""
         return (ParameterShard(name, self._parameters[name]) for name in names)
 
-    def total(self, value: Tensor) -> Tensor:
+    def whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parts themselves: they are whole."""
+        return dict(parts)
+
+    def total(self, value: Tensor | float) -> Tensor | float:
         """`value` itself: there is one rank."""
         return value
 

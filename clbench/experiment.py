@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from torch.nn import Module
 
 from clbench import optim
 from clbench.adapters import describe, folded, load_trainable_state, seeded, trainable, trainable_state
-from clbench.config import Config, is_due, run_name
+from clbench.config import Config, TrackingConfig, is_due, run_directory, run_name
 from clbench.data import Encoder
 from clbench.engine import LocalEngine
 from clbench.ledger import COMPLETE, Ledger
@@ -35,13 +35,17 @@ from clbench.student import Student
 from clbench.tracking import Tracker
 from clbench.train import Plan, Trained, plan_stage, train_stage
 from clbench.types import Cost, Score, Source, Stage
+from clbench.world import World
 
 log = logging.getLogger("clbench")
 
 
 @dataclass(kw_only=True)
 class Run:
-    """Everything a run is made of, complete after `prepare`. `overlapping`: ids of training examples that a test or probe holds, too."""
+    """Everything a run is made of, complete after `prepare`. `overlapping`: ids of training examples that a test or probe holds, too.
+
+    Only the first rank of the world examines and writes: elsewhere there are no probes and no ledger.
+    """
 
     config: Config
     method: Method
@@ -49,26 +53,28 @@ class Run:
     stream: Stream
     probes: tuple[Probe, ...]
     encoder: Encoder
-    ledger: Ledger
+    ledger: Ledger | None
     overlapping: frozenset[str]
+    world: World = field(default_factory=World)
 
 
-def run(config: Config, *, command: str = "") -> Path:
+def run(config: Config, *, command: str = "", world: World | None = None) -> Path:
     """Runs (or continues) one experiment to its end; gives its directory. A run that is complete is left alone.
 
-    `command` is what the user typed, for the record.
+    `command` is what the user typed, for the record. `world`: the processes that run it together, each of which calls this.
     """
     set_up_torch(config)
-    prepared = prepare(config, command=command)
-    ledger = prepared.ledger
-    if ledger.status() == COMPLETE:
-        log.info("%s is complete already", ledger.path)
-        return ledger.path
+    prepared = prepare(config, command=command, world=world or World())
+    ledger, path = prepared.ledger, run_directory(config)
+    if prepared.world.share(ledger is not None and ledger.status() == COMPLETE):
+        if ledger is not None:
+            log.info("%s is complete already", path)
+        return path
     # A polite kill counts as an interruption, like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with ledger:
+    with ledger or nullcontext():
         run_stages(prepared)
-    return ledger.path
+    return path
 
 
 def set_up_torch(config: Config) -> None:
@@ -84,8 +90,18 @@ def set_up_torch(config: Config) -> None:
     transformers.logging.disable_progress_bar()
 
 
-def prepare(config: Config, *, command: str) -> Run:
-    """Builds what the configuration names and opens the ledger."""
+def prepare(config: Config, *, command: str, world: World) -> Run:
+    """Builds what the configuration names and opens the ledger. The first rank goes first and fills the cache for the others."""
+    if not world.is_first:
+        world.wait()
+    prepared = build(config, command=command, world=world)
+    if world.is_first:
+        world.wait()
+    return prepared
+
+
+def build(config: Config, *, command: str, world: World) -> Run:
+    """As `prepare`, for one rank."""
     source = instantiate(config.model)
     model, tokenizer = source.load(Path(config.cache_dir))
     device = torch.device(
@@ -96,17 +112,15 @@ def prepare(config: Config, *, command: str) -> Run:
     encoder = Encoder(tokenizer, max_length=config.train.max_length, device=device, token_dirs=token_dirs)
     tasks = {name: instantiate(task, _convert_="all") for name, task in config.tasks.items()}
     stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
-    probes = tuple(instantiate(probe, name=name, _convert_="all") for name, probe in config.probe.probes.items())
-    contract, overlapping = data_contract(config, stream, probes, encoder)
-    fields = {key: value for key, value in config.method.items() if key != "name"}
-    method = instantiate(fields, _convert_="all")
-    path = Path(config.results_dir) / "runs" / run_name(config)
-    ledger = Ledger(
-        path,
-        manifest=manifest(config, stream, model_label=source.label, fingerprint=source.fingerprint(), command=command)
-        | contract,
-        resume=config.resume,
-    )
+    probes, ledger, overlapping = (), None, frozenset()
+    if world.is_first:
+        probes = tuple(instantiate(probe, name=name, _convert_="all") for name, probe in config.probe.probes.items())
+        contract, overlapping = data_contract(config, stream, probes, encoder)
+        named = {"model_label": source.label, "fingerprint": source.fingerprint(), "command": command}
+        ledger = Ledger(
+            run_directory(config), manifest=manifest(config, stream, **named) | contract, resume=config.resume
+        )
+    method = instantiate({key: value for key, value in config.method.items() if key != "name"}, _convert_="all")
     return Run(
         config=config,
         method=method,
@@ -116,36 +130,42 @@ def prepare(config: Config, *, command: str) -> Run:
         encoder=encoder,
         ledger=ledger,
         overlapping=overlapping,
+        world=world,
     )
 
 
 def run_stages(run: Run) -> None:
     """Every stage that the ledger does not hold yet, the untouched model first."""
-    first = run.ledger.finished + 1
+    first = run.world.share(run.ledger.finished + 1 if run.ledger else 0)
     student = Student(run.model, run.encoder)
     for probe in run.probes:
         probe.begin(student)
     if first > 0:
-        weights, state = run.ledger.load()
+        weights, state = run.world.share(run.ledger.load() if run.ledger else ({}, {}))
         load_trainable_state(run.model, weights)
         run.method.load_state_dict(state)
-        log.info("%s: continuing after stage %d", run.ledger.path.name, first - 1)
-    manifest = {"config": asdict(run.config), "results_dir": run.config.results_dir}
-    with Tracker(
-        run.config.tracking,
-        run=run.ledger.path.name,
-        stages=run.stream.stages,
-        manifest=manifest,
-        first=max(first - 1, 0),
-    ) as tracker:
+        if run.ledger:
+            log.info("%s: continuing after stage %d", run.ledger.path.name, first - 1)
+    with open_tracker(run, first=max(first - 1, 0)) as tracker:
         if first == 0:
             run_stage(run, None, tracker)
         for stage in run.stream.stages[max(first - 1, 0) :]:
             run_stage(run, stage, tracker)
 
 
+def open_tracker(run: Run, *, first: int) -> Tracker:
+    """What a person sees, on the first rank; the others follow the run in silence."""
+    return Tracker(
+        run.config.tracking if run.world.is_first else TrackingConfig(progress=False),
+        run=run_name(run.config),
+        stages=run.stream.stages,
+        manifest={"config": asdict(run.config), "results_dir": run.config.results_dir},
+        first=first,
+    )
+
+
 def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
-    """Trains `stage` (None: the untouched model), examines, records, and last of all marks it finished."""
+    """Trains `stage` (None: the untouched model); then the first rank examines, records, and last of all marks it finished."""
     started = time.perf_counter()
     index, name = (stage.index, stage.name) if stage else (0, "base")
     trained = Trained(steps=0, tokens_trained=0, tokens_replayed=0, loss=float("nan"))
@@ -153,6 +173,8 @@ def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
     if stage:
         sources, trained = train(run, stage, tracker)
         replay = replay_scores(run, stage, sources[1:])
+    if run.ledger is None:
+        return run.world.wait()
     after_training = time.perf_counter()
     student = Student(run.model, run.encoder)
     scores = [*replay, *examine(run, student, index)]
@@ -181,6 +203,7 @@ def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
     run.ledger.append_cost(replace(cost, seconds_other=time.perf_counter() - after_probes))
     run.ledger.save(index, weights=trainable_state(run.model), state=run.method.state_dict())
     tracker.stage(index, name, scores, loss=trained.loss, seconds=time.perf_counter() - started)
+    run.world.wait()
 
 
 def train(run: Run, stage: Stage, tracker: Tracker) -> tuple[Sequence[Source], Trained]:
@@ -234,7 +257,18 @@ def open_engine(model: Module, config: Config, plan: Plan) -> Engine:
         return LocalEngine(model, optimizer=None, schedule=None, clip=0.0)
     optimizer = optim.optimizer(trainable(model).values(), config.train)
     schedule = optim.schedule(optimizer, config.train, steps=plan.total)
-    return LocalEngine(model, optimizer=optimizer, schedule=schedule, clip=config.train.clip)
+    if config.engine.name == "local":
+        return LocalEngine(model, optimizer=optimizer, schedule=schedule, clip=config.train.clip)
+    from clbench.engine_deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(
+        model,
+        optimizer=optimizer,
+        schedule=schedule,
+        clip=config.train.clip,
+        zero_stage=config.engine.zero_stage,
+        extra=config.engine.deepspeed,
+    )
 
 
 def examine(run: Run, student: Student, index: int) -> Iterator[Score]:

@@ -159,6 +159,13 @@ class Ledger:
             os.fsync(file.fileno())
 
 
+def mark_interrupted(path: Path) -> None:
+    """Records at `path` that a run's processes ended before it was complete; for the parent that outlived them."""
+    status = path / "status"
+    if status.is_file() and status.read_text().strip() != COMPLETE:
+        _replace(status, f"{INTERRUPTED}\n".encode())
+
+
 def _null_nan(row: dict[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
 

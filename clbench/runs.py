@@ -96,6 +96,7 @@ class Run:
         if leaves.get("engine.dtype", "float32") != "float32":
             placement -= {"engine.name", "engine.zero_stage"}
         dropped = {"seed", "method.seed", *placement}
+        dropped |= {key for key in leaves if key.startswith("engine.deepspeed.")}
         places = {leaves.get(key) for key in ("results_dir", "cache_dir", "data_dir")} - {None, ""}
         return {
             key: "<path>" if isinstance(value, str) and value in places else value

@@ -9,12 +9,12 @@ ROOT = Path(__file__).resolve().parent.parent
 ROWS = (
     {"types", "metrics"},
     {"protocols", "config", "contract"},
-    {"data", "loss", "model", "pretrain", "adapters", "cur", "pairs", "memory", "ledger", "tracking", "runs"},
-    {"engine"},
+    {"world", "data", "loss", "model", "pretrain", "adapters", "cur", "pairs", "memory", "ledger", "tracking", "runs"},
+    {"engine", "engine_zero", "engine_deepspeed"},
     {"student", "stream", "optim", "statistics"},
     {"probes", "train", "canaries", "manifest"},
     {"experiment", "estimate"},
-    {"cli", "leaderboard", "published", "report", "doctor", "tuning", "bundle", "__main__"},
+    {"launch", "worker", "cli", "leaderboard", "published", "report", "doctor", "tuning", "bundle", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(ROWS) for name in names}
 VOCABULARY = {"types", "protocols", "data", "loss", "adapters", "cur", "pairs", "memory", "metrics"}

@@ -1,0 +1,224 @@
+"""The engine of many processes: DeepSpeed, ZeRO stage 0 to 3, with the numbers of `LocalEngine`.
+
+Every rank computes its part of the global batch's loss and the parts add up. DeepSpeed averages gradients over ranks, so a loss is first
+multiplied by their number (exact for powers of two). Micro-batches add up on each rank, and ranks are added once per step.
+
+Who owns what is `engine_zero`'s to know; methods see none of it.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm
+from deepspeed.runtime.zero import parameter_offload
+from torch import Tensor
+from torch.nn import Module, ParameterList
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from clbench.adapters import trainable
+from clbench.cur import CurLinear
+from clbench.engine_zero import STORAGES, Matrix, Slice, assembled, release
+from clbench.protocols import Engine, Shard
+from clbench.world import World
+
+PATIENCE = timedelta(days=1)
+"""How long a rank waits for another: rank 0 examines alone. A rank that died is the launcher's to notice, not a timeout's."""
+
+
+def join() -> World:
+    """Makes this process a rank of the world that its environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        # Saves 20 to 90 s: DeepSpeed would compile an operation here that only its inference uses.
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=PATIENCE, verbose=False)
+    return World(rank=comm.get_rank(), size=comm.get_world_size())
+
+
+def leave() -> None:
+    """Ends what `join` began; torch's own function would leave DeepSpeed's groups behind."""
+    comm.destroy_process_group()
+
+
+def settings(*, zero_stage: int, clip: float, bucket: int, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's configuration: whatever touches a number is stated here, `extra` may add the rest. `bucket`: elements per message."""
+    zero = {
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "stage3_prefetch_bucket_size": bucket,
+        **extra.get("zero_optimization", {}),
+        "stage": zero_stage,
+        "round_robin_gradients": False,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 0,
+    }
+    return {
+        "steps_per_print": None,
+        **extra,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip,
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": False},
+        "torch_autocast": {"enabled": False},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+    }
+
+
+class DeepSpeedEngine(Engine):
+    """Many processes. `clip` bounds the global gradient norm, 0 switches it off; `extra` are further keys of DeepSpeed's configuration."""
+
+    def __init__(
+        self,
+        model: Module,
+        *,
+        optimizer: Optimizer,
+        schedule: LRScheduler,
+        clip: float,
+        zero_stage: int,
+        extra: Mapping[str, Any],
+    ) -> None:
+        self.model = model
+        self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
+        self._schedule = schedule
+        self._zero_stage = zero_stage
+        self._parameters = trainable(model)
+        assert {tensor.dtype for tensor in self._parameters.values()} == {torch.float32}, (
+            "trainable tensors are float32"
+        )
+        self._known = attributes(model)
+        config = settings(
+            zero_stage=zero_stage,
+            clip=clip,
+            bucket=max(tensor.numel() for tensor in self._parameters.values()) * 8,
+            extra=extra,
+        )
+        # Below stage 3 DeepSpeed needs to know of nothing but what trains.
+        module = model if zero_stage == 3 else ParameterList(self._parameters.values())
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self._storage = STORAGES[zero_stage](self._engine)
+        self._reduction: AbstractContextManager | None = None
+        if zero_stage == 3:
+            for layer in model.modules():
+                if isinstance(layer, CurLinear):
+                    deepspeed.zero.register_external_parameter(layer, layer.base.weight)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds this rank's gradient of `loss`; ranks are added when the gradients are asked for, or in `step`."""
+        if self._reduction is None:
+            self._reduction = self._storage.gather_later()
+            self._reduction.__enter__()
+        self._engine.backward(loss * self.world_size)
+        if self._zero_stage == 3:
+            self._engine.optimizer.parameter_offload.get_param_coordinator().reset_step()
+
+    def step(self) -> None:
+        """Clips, steps, clears."""
+        self._reduce()
+        self._engine.step()
+        self._schedule.step()
+        self._storage.clear()
+
+    def clear(self) -> None:
+        """Drops the gradients."""
+        self._reduce()
+        self._storage.clear()
+
+    def shards(self) -> Iterator[Shard]:
+        """This rank's slices. Iterate to the end: what was assigned is then made known to the other ranks."""
+        self._reduce()
+        return self._slices()
+
+    def _slices(self) -> Iterator[Shard]:
+        written: set[str] = set()
+        for name, parameter in self._parameters.items():
+            first, last = self._storage.span(parameter)
+            if last > first:
+                yield Slice(name, parameter, self._storage, written.add)
+        flags = torch.tensor([float(key in written) for key in ("values", "grads")], device=self._engine.device)
+        values, grads = (count > 0 for count in self.total(flags).tolist())
+        self._storage.publish(self._parameters.values(), values=values, grads=grads)
+
+    def matrices(self, names: Iterable[str]) -> Iterator[Shard]:
+        """The named tensors whole, on every rank; a collective per tensor that is read."""
+        self._reduce()
+        return (Matrix(name, self._parameters[name], self._storage) for name in names)
+
+    def whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors, on every rank, from each rank's slices."""
+        wholes = {}
+        for name, parameter in self._parameters.items():
+            wholes[name] = assembled(parts.get(name), self._storage.span(parameter), parameter)
+        return wholes
+
+    def total(self, value: Tensor | float) -> Tensor:
+        """Sum of `value` over ranks."""
+        total = torch.as_tensor(value, dtype=torch.float32, device=self._engine.device).clone()
+        comm.all_reduce(total)
+        return total
+
+    def close(self) -> None:
+        """Gathers the weights, releases DeepSpeed's engine and takes back all that it attached to the model."""
+        self.clear()
+        whole = {}
+        for parameter in self.model.parameters():
+            if self._zero_stage == 3:
+                release(parameter)
+                parameter.all_gather()
+            if self._zero_stage == 3 or parameter.requires_grad:
+                whole[parameter] = parameter.data.clone()
+        self._engine.destroy()
+        detach(self.model, self._known)
+        for parameter, value in whole.items():
+            parameter.data = value
+        parameter_offload.FWD_MODULE_STACK.clear()
+        del self._engine, self._storage, self._schedule
+        gc.collect()
+
+    def _reduce(self) -> None:
+        """Completes the gradients: adds the ranks' parts."""
+        if self._reduction is None:
+            return
+        unused = [name for name, parameter in self._parameters.items() if parameter.grad is None]
+        assert not unused, f"no gradient: {unused}"
+        self._reduction.__exit__(None, None, None)
+        self._reduction = None
+        if self._zero_stage == 0:
+            self._engine.allreduce_gradients()
+
+
+def attributes(model: Module) -> dict[Any, set[str]]:
+    """The names in every module's and parameter's own dictionary."""
+    return {part: set(vars(part)) for part in (*model.modules(), *model.parameters())}
+
+
+def detach(model: Module, known: Mapping[Any, set[str]]) -> None:
+    """Removes what is attached to modules and parameters beyond `known`, and the dictionaries that stage 3 put in place of theirs.
+
+    What stays would speak for an engine that is gone: hooks of its, slices of its buffers.
+    """
+    for part in (*model.modules(), *model.parameters()):
+        for name in vars(part).keys() - known[part]:
+            del vars(part)[name]
+    for module in model.modules():
+        vars(module)["_parameters"] = dict(module._parameters.items())

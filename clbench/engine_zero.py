@@ -1,0 +1,284 @@
+"""Where DeepSpeed's ZeRO stages keep trainable tensors and their gradients, and the shards that methods see of them.
+
+At stage 0 every rank holds everything and answers for an equal slice of each tensor; at stages 1 and 2 it owns a run of all trainable
+tensors laid end to end; at stage 3 a slice of each tensor, the frozen ones included. Trainable tensors are float32, so a master copy and its
+working copy hold the same numbers, and every write goes to both. Not here: when gradients are complete, and steps (`engine_deepspeed`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.nn import Parameter
+
+from clbench.protocols import Shard
+
+Span = tuple[int, int]
+"""First and last + 1 of the entries of a flattened tensor."""
+
+
+class Storage(ABC):
+    """Where one ZeRO stage keeps trainable tensors and their gradients. Slices are flat; writing to them is local."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.optimizer = engine.optimizer
+
+    @abstractmethod
+    def gather_later(self) -> AbstractContextManager:
+        """While it lasts, gradients add up on each rank; on leaving they are reduced over ranks."""
+
+    @abstractmethod
+    def span(self, parameter: Parameter) -> Span:
+        """The entries of `parameter` that this rank owns; empty where it owns none."""
+
+    @abstractmethod
+    def value(self, parameter: Parameter) -> Tensor:
+        """This rank's slice of the values."""
+
+    @abstractmethod
+    def grad(self, parameter: Parameter) -> Tensor:
+        """This rank's slice of the gradient, once it is complete."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Drops all gradients."""
+
+    @abstractmethod
+    def publish(self, parameters: Iterable[Parameter], *, values: bool, grads: bool) -> None:
+        """Makes what ranks wrote to their slices known wherever it is used."""
+
+    def set_whole_value(self, parameter: Parameter, whole: Tensor) -> None:
+        """Writes a tensor that every rank holds."""
+        first, last = self.span(parameter)
+        parameter.data.copy_(whole)
+        if last > first:
+            self.value(parameter).copy_(whole.flatten()[first:last])
+
+    def set_whole_grad(self, parameter: Parameter, whole: Tensor) -> None:
+        """Writes a gradient that every rank holds."""
+        first, last = self.span(parameter)
+        if last > first:
+            self.grad(parameter).copy_(whole.flatten()[first:last])
+
+
+class Replicated(Storage):
+    """Stage 0: everything is everywhere."""
+
+    def gather_later(self) -> AbstractContextManager:
+        """DeepSpeed's own; the reduction is asked for by `reduce`."""
+        return self.engine.no_sync()
+
+    def span(self, parameter: Parameter) -> Span:
+        """Equal parts, the last one shorter."""
+        return equal_part(parameter.numel())
+
+    def value(self, parameter: Parameter) -> Tensor:
+        """A view."""
+        first, last = self.span(parameter)
+        return parameter.data.view(-1)[first:last]
+
+    def grad(self, parameter: Parameter) -> Tensor:
+        """A view."""
+        first, last = self.span(parameter)
+        return parameter.grad.view(-1)[first:last]
+
+    def set_whole_grad(self, parameter: Parameter, whole: Tensor) -> None:
+        """All of it, as every rank steps with all of it."""
+        parameter.grad.copy_(whole)
+
+    def clear(self) -> None:
+        """In DeepSpeed's way."""
+        self.engine.zero_grad()
+
+    def publish(self, parameters: Iterable[Parameter], *, values: bool, grads: bool) -> None:
+        """Every rank takes the others' slices."""
+        for parameter in parameters:
+            if values:
+                parameter.data.copy_(assembled(self.value(parameter), self.span(parameter), parameter))
+            if grads:
+                parameter.grad.copy_(assembled(self.grad(parameter), self.span(parameter), parameter))
+
+
+class Flat(Storage):
+    """Stages 1 and 2: each rank owns a run of all trainable tensors laid end to end, so of some tensors nothing."""
+
+    def gather_later(self) -> AbstractContextManager:
+        """One reduction for all micro-batches."""
+        return self.engine.coalesce_grad_reduction()
+
+    def span(self, parameter: Parameter) -> Span:
+        """What DeepSpeed's mapping says."""
+        if parameter._hp_mapping is None:
+            return 0, 0
+        place = parameter._hp_mapping.lp_fragment_address
+        return place.start, place.start + place.numel
+
+    def value(self, parameter: Parameter) -> Tensor:
+        """A view of the master copy."""
+        return parameter._hp_mapping.hp_fragment.data
+
+    def grad(self, parameter: Parameter) -> Tensor:
+        """A view of the reduced gradient."""
+        return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
+
+    def clear(self) -> None:
+        """In place: slices hold on to the dictionary, so a new one would leave them with the old gradients."""
+        for group in self.optimizer.averaged_gradients:
+            self.optimizer.averaged_gradients[group] = None
+            self.optimizer.all_grad_tensors[group] = None
+        self.optimizer.zero_grad()
+        self.optimizer.micro_step_id = -1
+
+    def publish(self, parameters: Iterable[Parameter], *, values: bool, grads: bool) -> None:
+        """Master copies to working copies; gradients are used where they lie."""
+        if values:
+            self.optimizer.update_lp_params()
+
+
+class Sharded(Storage):
+    """Stage 3: each rank owns a slice of every tensor; parameters are empty outside the forwards that use them."""
+
+    def gather_later(self) -> AbstractContextManager:
+        """One reduction for all micro-batches."""
+        return self.engine.coalesce_grad_reduction()
+
+    def span(self, parameter: Parameter) -> Span:
+        """Equal parts; DeepSpeed pads the last one, which ends here where the tensor does."""
+        return equal_part(parameter.ds_numel)
+
+    def value(self, parameter: Parameter) -> Tensor:
+        """A view of the master copy without its padding."""
+        first, last = self.span(parameter)
+        return self.optimizer.get_local_fp32_param(parameter).view(-1)[: last - first]
+
+    def grad(self, parameter: Parameter) -> Tensor:
+        """A view of the reduced gradient without its padding."""
+        first, last = self.span(parameter)
+        return self.optimizer.get_local_fp32_grad_for_param(parameter).view(-1)[: last - first]
+
+    def set_whole_value(self, parameter: Parameter, whole: Tensor) -> None:
+        """Each rank its slice, to both copies."""
+        first, last = self.span(parameter)
+        self.value(parameter).copy_(whole.flatten()[first:last])
+        self.publish([parameter], values=True, grads=False)
+
+    def clear(self) -> None:
+        """As DeepSpeed does after a step: the next reduction then replaces instead of adding."""
+        self.optimizer.zero_grad()
+
+    def publish(self, parameters: Iterable[Parameter], *, values: bool, grads: bool) -> None:
+        """Master copies to working copies; nothing to send."""
+        for parameter in parameters if values else ():
+            release(parameter)
+            value = self.value(parameter)
+            parameter.ds_tensor.data.view(-1)[: len(value)].copy_(value)
+
+
+STORAGES = (Replicated, Flat, Flat, Sharded)
+
+
+def equal_part(length: int) -> Span:
+    """This rank's part of `length` entries in equal parts, the last ones shorter or empty."""
+    part = -(-length // distributed.get_world_size())
+    first = min(distributed.get_rank() * part, length)
+    return first, min(first + part, length)
+
+
+def assembled(part: Tensor | None, span: Span, like: Parameter) -> Tensor:
+    """The whole tensor, of `like`'s shape, from every rank's part of it at `span`; a collective. Adding zeros is exact."""
+    shape = getattr(like, "ds_shape", like.shape)
+    whole = torch.zeros(shape.numel(), dtype=torch.float32, device=like.device)
+    if part is not None:
+        whole[span[0] : span[1]] = part.reshape(-1)
+    distributed.all_reduce(whole)
+    return whole.view(shape)
+
+
+def release(parameter: Parameter) -> None:
+    """Back to slices, should the tensor be whole at the moment; what is gathered next is then up to date."""
+    if parameter.ds_status.name == "AVAILABLE":
+        parameter.partition()
+
+
+class Slice(Shard):
+    """This rank's flat part of one trainable tensor; `report` hears of each assignment."""
+
+    def __init__(self, name: str, parameter: Parameter, storage: Storage, report: Callable[[str], None]) -> None:
+        self.name = name
+        self._parameter = parameter
+        self._storage = storage
+        self._report = report
+
+    @property
+    def value(self) -> Tensor:
+        """Flat [owned]."""
+        return self._storage.value(self._parameter)
+
+    @value.setter
+    def value(self, value: Tensor) -> None:
+        self._report("values")
+        if value is not (own := self.value):
+            own.copy_(value)
+
+    @property
+    def grad(self) -> Tensor:
+        """Flat [owned]."""
+        return self._storage.grad(self._parameter)
+
+    @grad.setter
+    def grad(self, grad: Tensor) -> None:
+        self._report("grads")
+        if grad is not (own := self.grad):
+            own.copy_(grad)
+
+    def part(self, whole: Tensor) -> Tensor:
+        """The entries of `whole` that lie where this slice lies."""
+        first, last = self._storage.span(self._parameter)
+        return whole.reshape(-1)[first:last]
+
+
+class Matrix(Shard):
+    """One trainable tensor whole, fetched when first read; what is assigned must be the same on every rank."""
+
+    def __init__(self, name: str, parameter: Parameter, storage: Storage) -> None:
+        self.name = name
+        self._parameter = parameter
+        self._storage = storage
+        self._fetched: dict[str, Tensor] = {}
+
+    def _whole(self, read: Callable[[Parameter], Tensor]) -> Tensor:
+        if read.__name__ not in self._fetched:
+            first, last = span = self._storage.span(self._parameter)
+            part = read(self._parameter) if last > first else None
+            self._fetched[read.__name__] = assembled(part, span, self._parameter)
+        return self._fetched[read.__name__]
+
+    @property
+    def value(self) -> Tensor:
+        """The tensor's own shape."""
+        return self._whole(self._storage.value)
+
+    @value.setter
+    def value(self, value: Tensor) -> None:
+        self._fetched["value"] = value
+        self._storage.set_whole_value(self._parameter, value)
+
+    @property
+    def grad(self) -> Tensor:
+        """The tensor's own shape."""
+        return self._whole(self._storage.grad)
+
+    @grad.setter
+    def grad(self, grad: Tensor) -> None:
+        self._fetched["grad"] = grad
+        self._storage.set_whole_grad(self._parameter, grad)
+
+    def part(self, whole: Tensor) -> Tensor:
+        """All of it."""
+        return whole
