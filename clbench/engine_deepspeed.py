@@ -33,6 +33,8 @@ from clbench.world import World
 
 PATIENCE = timedelta(days=1)
 """How long a rank waits for another: rank 0 examines alone. A rank that died is the launcher's to notice, not a timeout's."""
+MESSAGE = 50_000_000
+"""Most elements of one message between ranks, and of the buffer for it, unless one tensor has more."""
 
 
 def join() -> World:
@@ -107,12 +109,9 @@ class DeepSpeedEngine(Engine):
             "trainable tensors are float32"
         )
         self._known = attributes(model)
-        config = settings(
-            zero_stage=zero_stage,
-            clip=clip,
-            bucket=max(tensor.numel() for tensor in self._parameters.values()) * 8,
-            extra=extra,
-        )
+        sizes = [tensor.numel() for tensor in self._parameters.values()]
+        bucket = max(*sizes, min(sum(sizes), MESSAGE))
+        config = settings(zero_stage=zero_stage, clip=clip, bucket=bucket, extra=extra)
         # Below stage 3 DeepSpeed needs to know of nothing but what trains.
         module = model if zero_stage == 3 else ParameterList(self._parameters.values())
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)

@@ -155,12 +155,12 @@ class Sharded(Storage):
     def value(self, parameter: Parameter) -> Tensor:
         """A view of the master copy without its padding."""
         first, last = self.span(parameter)
-        return self.optimizer.get_local_fp32_param(parameter).view(-1)[: last - first]
+        return self.optimizer.get_local_fp32_param(parameter).detach().view(-1)[: last - first]
 
     def grad(self, parameter: Parameter) -> Tensor:
         """A view of the reduced gradient without its padding."""
         first, last = self.span(parameter)
-        return self.optimizer.get_local_fp32_grad_for_param(parameter).view(-1)[: last - first]
+        return self.optimizer.get_local_fp32_grad_for_param(parameter).detach().view(-1)[: last - first]
 
     def set_whole_value(self, parameter: Parameter, whole: Tensor) -> None:
         """Each rank its slice, to both copies."""

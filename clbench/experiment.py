@@ -54,7 +54,7 @@ class Run:
     probes: tuple[Probe, ...]
     encoder: Encoder
     ledger: Ledger | None
-    overlapping: frozenset[str]
+    overlapping: frozenset[str] = frozenset()
     world: World = field(default_factory=World)
 
 

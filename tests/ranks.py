@@ -10,6 +10,7 @@ from pathlib import Path
 os.environ.update(HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu", TQDM_DISABLE="1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import psutil  # noqa: E402
 import torch  # noqa: E402
 
 from clbench.loss import answer_loss  # noqa: E402
@@ -106,6 +107,16 @@ def facts(*overrides: str) -> dict[str, object]:
     return answers
 
 
+def life(*overrides: str) -> dict[str, object]:
+    """Resident memory of this process, in bytes, after each of 16 engines."""
+    toy = lab("seq", *overrides)
+    resident = []
+    for _ in range(16):
+        toy.train(1)
+        resident.append(psutil.Process().memory_info().rss)
+    return {"resident": resident}
+
+
 def gradient(engine: Engine) -> dict[str, torch.Tensor]:
     return engine.whole({shard.name: shard.grad.clone() for shard in engine.shards()})
 
@@ -128,12 +139,12 @@ def main(path: Path, *wanted: str) -> None:
     for item in wanted:
         case, zero_stage = item.split(":")
         engine = ("engine=deepspeed", f"engine.processes={world.size}", f"engine.zero_stage={zero_stage}")
-        found = facts(*engine) if case == "facts" else outcome(case, *engine)
-        weights = "closed" if case == "facts" else "weights"
-        assert methods.same(world.share(found[weights]), found[weights]), f"ranks differ: {item}"
+        found = {"facts": facts, "life": life}[case](*engine) if case in ("facts", "life") else outcome(case, *engine)
+        same = {"facts": "closed", "life": None}.get(case, "weights")
+        assert same is None or methods.same(world.share(found[same]), found[same]), f"ranks differ: {item}"
         outcomes[item] = found
-    if world.is_first:
-        torch.save(outcomes, path)
+        if world.is_first:
+            torch.save(outcomes, path)
     world.wait()
     engine_deepspeed.leave()
 

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 def outcomes(tmp_path_factory) -> dict[str, dict]:
     """Everything that two ranks found, in one pair of processes: most of their time goes into starting."""
     path = tmp_path_factory.mktemp("ranks") / "outcomes.pt"
-    wanted = [f"{case}:{stage}" for stage in STAGES for case in ("facts", *ranks.CASES)]
+    wanted = [f"{case}:{stage}" for stage in STAGES for case in ("facts", "life", *ranks.CASES)]
     two_ranks([sys.executable, str(ROOT / "tests" / "ranks.py"), str(path), *wanted])
     return torch.load(path, weights_only=False)
 
@@ -134,6 +134,12 @@ def test_only_stage_3_empties_parameters_outside_forwards(outcomes, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_closed_engine_leaves_nothing_on_the_model(outcomes, stage):
     assert outcomes[f"facts:{stage}"]["left behind"] == []
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_sixteen_engines_take_no_more_memory_than_two(outcomes, stage):
+    resident = outcomes[f"life:{stage}"]["resident"]
+    assert resident[-1] <= 1.05 * resident[1]
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------------
