@@ -35,7 +35,15 @@ OWNED_BY_US = (
     *("managed_gradient_accumulation", "activation_checkpointing", "data_efficiency", "compression_training"),
 )
 OWNED_BY_US_IN_ZERO = (
-    *("stage", "round_robin_gradients", "offload_param", "offload_optimizer", "cpu_offload", "zenflow"),
+    *(
+        "stage",
+        "round_robin_gradients",
+        "memory_efficient_linear",
+        "offload_param",
+        "offload_optimizer",
+        "cpu_offload",
+        "zenflow",
+    ),
     *("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "zero_quantized_weights"),
     *("zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_hpz_partition_size", "mics_shard_size"),
 )

@@ -33,6 +33,8 @@ from clbench.world import World
 
 PATIENCE = timedelta(days=1)
 """How long a rank waits for another: rank 0 examines alone. A rank that died is the launcher's to notice, not a timeout's."""
+LINEAR = torch.nn.functional.linear
+"""Torch's own; stage 3 puts one in its place, for the whole process, that keeps no gathered weights for the backward pass."""
 MESSAGE = 50_000_000
 """Most elements of one message between ranks, and of the buffer for it, unless one tensor has more."""
 
@@ -65,6 +67,7 @@ def settings(*, zero_stage: int, clip: float, bucket: int, extra: Mapping[str, A
         **extra.get("zero_optimization", {}),
         "stage": zero_stage,
         "round_robin_gradients": False,
+        "memory_efficient_linear": True,
         "stage3_param_persistence_threshold": 0,
         "stage3_max_reuse_distance": 0,
     }
@@ -191,6 +194,7 @@ class DeepSpeedEngine(Engine):
         for parameter, value in whole.items():
             parameter.data = value
         parameter_offload.FWD_MODULE_STACK.clear()
+        torch.nn.functional.linear = LINEAR
         del self._engine, self._storage, self._schedule
         gc.collect()
 

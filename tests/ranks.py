@@ -17,7 +17,13 @@ from clbench.loss import answer_loss  # noqa: E402
 from clbench.protocols import Engine  # noqa: E402
 from tests import test_methods as methods  # noqa: E402
 
-ARITHMETIC = ("train.clip=0.05", "train.weight_decay=0.1", "train.micro_batch_size=1", "train.warmup=0.4")
+ARITHMETIC = (
+    "train.lr=1e-3",
+    "train.clip=0.05",
+    "train.weight_decay=0.1",
+    "train.micro_batch_size=1",
+    "train.warmup=0.4",
+)
 """Clipping that bites, weight decay, several micro-batches a rank, a rate that changes: each is a way for engines to differ."""
 CASES = {
     "seq": ("method=seq",),
@@ -102,6 +108,7 @@ def facts(*overrides: str) -> dict[str, object]:
     answers["value after step"] = whole_value(engine, toy)
     answers["outside a forward"] = sum(parameter.numel() for parameter in toy.model.parameters())
     engine.close()
+    answers["linear"] = torch.nn.functional.linear is torch._C._nn.linear
     answers["closed"] = methods.everything(toy.model)
     answers["left behind"] = sorted({name for part, known in before.items() for name in vars(part).keys() - known})
     return answers

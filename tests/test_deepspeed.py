@@ -87,8 +87,11 @@ def test_a_method_keeps_the_state_of_one_process_whole(outcomes, case, stage):
 
 
 def scaled(state: dict) -> dict:
-    """The Fisher information in units of its largest entry, so that a tolerance means something."""
-    return {key: value / value.abs().max() if key.startswith("importance/") else value for key, value in state.items()}
+    """The Fisher information in units of its largest entry; centres weighted by it, as one of no importance is a quotient of roundings."""
+    importance = {key.partition("/")[2]: state[key] for key in state if key.startswith("importance/")}
+    importance = {name: value / value.abs().max() for name, value in importance.items()}
+    weighted = {f"centre/{name}": state[f"centre/{name}"] * value for name, value in importance.items()}
+    return state | weighted | {f"importance/{name}": value for name, value in importance.items()}
 
 
 ANSWERS = (
@@ -134,6 +137,7 @@ def test_only_stage_3_empties_parameters_outside_forwards(outcomes, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_closed_engine_leaves_nothing_on_the_model(outcomes, stage):
     assert outcomes[f"facts:{stage}"]["left behind"] == []
+    assert outcomes[f"facts:{stage}"]["linear"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
