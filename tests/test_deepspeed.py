@@ -191,7 +191,7 @@ def test_a_run_resumes_with_other_processes_and_another_stage(overrides, tmp_pat
 
 
 def test_a_killed_rank_ends_the_run_and_resume_continues_it(overrides, tmp_path):
-    places = [*overrides, *two(), "train.steps=300"]
+    places = [*overrides, *two(), "train.steps=60"]
     command = [sys.executable, "-m", "clbench", *places]
     parent = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     ledgers = tmp_path / "results" / "runs"
@@ -213,7 +213,7 @@ def test_a_killed_rank_ends_the_run_and_resume_continues_it(overrides, tmp_path)
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_no_rank_outlives_its_parent(overrides, tmp_path, how):
-    command = [sys.executable, "-m", "clbench", *overrides, *two(), "train.steps=3000"]
+    command = [sys.executable, "-m", "clbench", *overrides, *two(), "train.steps=1000"]
     parent = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     ledgers = tmp_path / "results" / "runs"
     wait_for(lambda: any('"stage": 0,' in path.read_text() for path in ledgers.glob("*/scores.jsonl")), parent)
