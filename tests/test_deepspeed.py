@@ -89,7 +89,8 @@ def test_a_method_keeps_the_state_of_one_process_whole(outcomes, case, stage):
 def scaled(state: dict) -> dict:
     """The Fisher information in units of its largest entry; centres weighted by it, as one of no importance is a quotient of roundings."""
     importance = {key.partition("/")[2]: state[key] for key in state if key.startswith("importance/")}
-    importance = {name: value / value.abs().max() for name, value in importance.items()}
+    largest = max((float(value.max()) for value in importance.values()), default=1.0)
+    importance = {name: value / largest for name, value in importance.items()}
     weighted = {f"centre/{name}": state[f"centre/{name}"] * value for name, value in importance.items()}
     return state | weighted | {f"importance/{name}": value for name, value in importance.items()}
 
