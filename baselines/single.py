@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.nn import Module
 
-from clbench.adapters import Lora, load_trainable_state, trainable_state
+from clbench.adapters import Lora, load_trainable_state, trainable
 from clbench.loss import answer_loss
 from clbench.protocols import Method
 from clbench.types import Batch, Stage
@@ -37,7 +37,7 @@ class Single(Method):
     def wrap(self, model: Module) -> Module:
         """Adds the adapter and remembers its initial values, which `seed` decides (no part of a checkpoint)."""
         wrapped = self.lora.add(model, seed=self.seed)
-        self.initial = trainable_state(wrapped)
+        self.initial = {name: tensor.detach().clone() for name, tensor in trainable(wrapped).items()}
         return wrapped
 
     def begin_stage(self, stage: Stage, model: Module) -> None:

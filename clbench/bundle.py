@@ -16,7 +16,8 @@ from hydra.utils import instantiate
 
 from clbench.cli import USERS_MISTAKES, compose
 from clbench.config import Config, writable
-from clbench.data import Encoder
+from clbench.data import Encoder, indexed_rows
+from clbench.parts import make_probes, make_tasks
 from clbench.protocols import Probe, Task
 from clbench.stream import build_stream
 from clbench.types import UserMistake
@@ -27,13 +28,17 @@ Rows = dict[tuple[str, str], dict[int, Mapping[str, Any]]]
 
 def bundle(config: Config, out: Path) -> dict[str, int]:
     """Writes the copy; gives the rows of each file."""
-    tasks = {name: instantiate(task, _convert_="all") for name, task in config.tasks.items()}
-    probes = [instantiate(probe, name=name, _convert_="all") for name, probe in config.probe.probes.items()]
+    tasks = make_tasks(config)
+    probes = make_probes(config)
     tokenizer = instantiate(config.model).load_tokenizer(Path(config.cache_dir))
     encoder = Encoder(tokenizer, max_length=config.train.max_length, token_dirs=[out / "tokens"])
     stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
     counts = {}
-    for (name, split), rows in sorted(gathered([stage.task for stage in stream.stages], probes).items()):
+    found = gathered([stage.task for stage in stream.stages], probes)
+    for spec in (spec for probe in probes for spec in probe.datasets()):
+        if not any(name == spec.name for name, _ in found):  # text is read whole, from its test split
+            found[spec.name, "test"] = indexed_rows(spec, split="test", data_dir=config.data_dir)
+    for (name, split), rows in sorted(found.items()):
         folder = out / name
         folder.mkdir(parents=True, exist_ok=True)
         indices = sorted(rows)

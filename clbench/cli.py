@@ -158,11 +158,10 @@ def _tasks(names: Sequence[str]) -> DictConfig:
     """`conf/task/<name>.yaml` of every name, wherever Hydra's search path finds it."""
     loader = GlobalHydra.instance().config_loader()
     known = loader.get_group_options("task")
-    for name in names:
-        if name not in known:
-            raise UserMistake(
-                f"stream.tasks names {name!r}, which has no yaml in conf/task; known: {', '.join(sorted(known))}"
-            )
+    for number, name in enumerate(names):
+        if name not in known or name in names[:number]:
+            wrong = "which has no yaml in conf/task" if name not in known else "more than once"
+            raise UserMistake(f"stream.tasks names {name!r}, {wrong}; known: {', '.join(sorted(known))}")
     together = [f"+task@{name}={name}" for name in dict.fromkeys(names)]
     loaded = loader.load_configuration(None, overrides=together, run_mode=RunMode.RUN)
     return OmegaConf.create({name: OmegaConf.to_container(loaded[name], resolve=False) for name in names})

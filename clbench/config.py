@@ -234,11 +234,6 @@ def check(config: Config) -> None:
     ):
         if value is not None and value < least:
             raise UserMistake(f"{key}={value} is too small; the least allowed is {least}")
-    twice = sorted({name for name in stream.tasks if stream.tasks.count(name) > 1})
-    if twice:
-        raise UserMistake(
-            f"stream.tasks names {', '.join(twice)} more than once; each task may stand in a stream once (conf/stream)"
-        )
     if not stream.tasks:
         raise UserMistake("stream.tasks is empty; name at least one task of conf/task")
     if config.data_dir is not None and not Path(config.data_dir).is_dir():

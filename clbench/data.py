@@ -166,8 +166,8 @@ class Encoder:
         self._prompts: dict[str, tuple[int, ...]] = {}
 
     def text(self, text: str) -> list[int]:
-        """Token ids of bare text, without special tokens."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Token ids of bare text, without special tokens; one that is spelled out in the text (`<s>` in a program) is plain characters."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def prompt(self, prompt: str) -> tuple[int, ...]:
         """BOS and the prompt's token ids, untruncated."""

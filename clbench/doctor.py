@@ -24,14 +24,15 @@ from clbench.cli import CONF_DIR, USERS_MISTAKES, compose
 from clbench.config import Config
 from clbench.data import Encoder
 from clbench.estimate import GPUS, Tokens, bound_tokens, count_tokens, meta_model, operations
+from clbench.parts import make_method, make_probes, make_tasks
 from clbench.protocols import Task
 from clbench.stream import address, build_stream
 from clbench.types import UserMistake
 
 PAGE = """# Datasets of the tasks
 
-Written by `python -m clbench.doctor datasets > conf/task/README.md`; a test holds it against the yamls. The project holds none of these rows. Terms are
-those that the dataset's card states; ask your own counsel. A revision "main" is a branch: no commit is pinned.
+Written by `python -m clbench.doctor datasets > conf/task/README.md`; a test holds it against the yamls. The project holds none of
+these rows. Terms are those that the dataset's card states; ask your own counsel. A revision "main" is a branch: no commit is pinned.
 
 """
 USAGE = "usage: python -m clbench.doctor methods | datasets | [+experiment=NAME] [key=value ...] [gpu=h100] [utilisation=0.4]"
@@ -56,6 +57,7 @@ def targets(folder: Path) -> dict[str, str]:
     """The module of every method yaml, its own or the one it inherits."""
 
     def target(name: str) -> str:
+        """The module that the yaml states, or else that its parent does."""
         loaded = OmegaConf.load(folder / f"{name}.yaml")
         stated = OmegaConf.select(loaded, "method._target_")
         if stated is not None:
@@ -120,15 +122,14 @@ def datasets_table(tasks: Mapping[str, Task]) -> Table:
 def cost_lines(config: Config, tasks: Mapping[str, Task], *, gpu: str, utilisation: float) -> Iterator[str]:
     """Parameters, tokens, operations and hours, a line each."""
     source = instantiate(config.model)
-    model = meta_model(source.architecture)
+    model = meta_model(source.configuration(Path(config.cache_dir)))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    fields = {key: value for key, value in config.method.items() if key != "name"}
-    wrapped = instantiate(fields, _convert_="all").wrap(model)
+    wrapped = make_method(config).wrap(model)
     trainable = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
     yield f"model {source.label}: {parameters:,} parameters; method {config.method['name']} trains {trainable:,}"
-    tokens, reason = tokens_of(config, tasks, source)
+    tokens, reason = tokens_of(config, tasks, source, positions=model.config.max_position_embeddings)
     kind = (
-        "exact"
+        "exact, written answers at their longest, replay not included"
         if tokens.exact
         else f"every sequence counted as long as train.max_length, one per test row, probes not counted, because {reason}"
     )
@@ -142,13 +143,12 @@ def cost_lines(config: Config, tasks: Mapping[str, Task], *, gpu: str, utilisati
     )
 
 
-def tokens_of(config: Config, tasks: Mapping[str, Task], source: Any) -> tuple[Tokens, str]:
-    """Exact counts, or an upper bound and why it is one."""
+def tokens_of(config: Config, tasks: Mapping[str, Task], source: Any, *, positions: int) -> tuple[Tokens, str]:
+    """Counted tokens; where rows or tokenizer cannot be had, tokens from the yamls' caps, and why."""
     try:
         encoder = Encoder(source.load_tokenizer(Path(config.cache_dir)), max_length=config.train.max_length)
         stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
-        probes = [instantiate(probe, name=name, _convert_="all") for name, probe in config.probe.probes.items()]
-        return count_tokens(config, stream, probes, encoder), ""
+        return count_tokens(config, stream, make_probes(config), encoder, positions=positions), ""
     except UserMistake as mistake:
         names = list(tasks)[: config.stream.limit]
         caps = [(config.tasks[name].get("max_train"), config.tasks[name].get("max_test")) for name in names]
@@ -169,7 +169,7 @@ def examine_experiment(arguments: Sequence[str]) -> None:
         )
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     config = compose([argument for argument in arguments if argument.partition("=")[0] not in ours])
-    tasks = {name: instantiate(task, _convert_="all") for name, task in config.tasks.items()}
+    tasks = make_tasks(config)
     console = Console(highlight=False, soft_wrap=True)
     console.print(datasets_table(tasks))
     for line in cost_lines(config, tasks, gpu=gpu, utilisation=utilisation):

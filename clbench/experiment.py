@@ -29,6 +29,7 @@ from clbench.data import Encoder
 from clbench.engine import LocalEngine
 from clbench.ledger import COMPLETE, Ledger
 from clbench.manifest import data_contract, manifest
+from clbench.parts import make_method, make_probes, make_tasks
 from clbench.protocols import Engine, Method, Probe
 from clbench.stream import Stream, build_stream
 from clbench.student import Student
@@ -38,6 +39,7 @@ from clbench.types import Cost, Score, Source, Stage
 from clbench.world import World
 
 log = logging.getLogger("clbench")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(kw_only=True)
@@ -107,20 +109,20 @@ def build(config: Config, *, command: str, world: World) -> Run:
     device = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if config.engine.device == "auto" else config.engine.device
     )
-    model.to(device=device, dtype=getattr(torch, config.engine.dtype))
+    model.to(device=device, dtype=DTYPES[config.engine.dtype])
     token_dirs = [Path(folder) / "tokens" for folder in (config.data_dir, config.cache_dir) if folder is not None]
     encoder = Encoder(tokenizer, max_length=config.train.max_length, device=device, token_dirs=token_dirs)
-    tasks = {name: instantiate(task, _convert_="all") for name, task in config.tasks.items()}
+    tasks = make_tasks(config)
     stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
     probes, ledger, overlapping = (), None, frozenset()
     if world.is_first:
-        probes = tuple(instantiate(probe, name=name, _convert_="all") for name, probe in config.probe.probes.items())
+        probes = make_probes(config)
         contract, overlapping = data_contract(config, stream, probes, encoder)
         named = {"model_label": source.label, "fingerprint": source.fingerprint(), "command": command}
         ledger = Ledger(
             run_directory(config), manifest=manifest(config, stream, **named) | contract, resume=config.resume
         )
-    method = instantiate({key: value for key, value in config.method.items() if key != "name"}, _convert_="all")
+    method = make_method(config)
     return Run(
         config=config,
         method=method,
@@ -137,9 +139,9 @@ def build(config: Config, *, command: str, world: World) -> Run:
 def run_stages(run: Run) -> None:
     """Every stage that the ledger does not hold yet, the untouched model first."""
     first = run.world.share(run.ledger.finished + 1 if run.ledger else 0)
-    student = Student(run.model, run.encoder)
+    run.model.eval()
     for probe in run.probes:
-        probe.begin(student)
+        probe.begin(Student(run.model, run.encoder))
     if first > 0:
         weights, state = run.world.share(run.ledger.load() if run.ledger else ({}, {}))
         load_trainable_state(run.model, weights)

@@ -187,7 +187,7 @@ def _retention_rows(runs: Iterable[Run]) -> Iterator[tuple[str | int | float, ..
 
 def _entry_row(entry: Entry) -> tuple[str | int | float, ...]:
     """One row of leaderboard.csv, as ENTRY_COLUMNS."""
-    numbers = (getattr(part, name) for name in MEASURES for part in (entry.mean, entry.low, entry.high))
+    numbers = (vars(part)[name] for name in MEASURES for part in (entry.mean, entry.low, entry.high))
     named = (*entry.setting[:3], entry.method, entry.variant, entry.n_seeds)
     return (*named, *map(float, numbers), entry.setting[3], "; ".join(entry.notes))
 
@@ -247,7 +247,7 @@ def cell_text(
     spread: bool = True,
 ) -> str:
     """Mean of a measure, ± half its interval if `spread`, with its mark, as markdown."""
-    mean, half = getattr(entry.mean, measure), getattr(entry.high, measure) - getattr(entry.mean, measure)
+    mean, half = vars(entry.mean)[measure], vars(entry.high)[measure] - vars(entry.mean)[measure]
     if isnan(mean):
         return "-"
     text = f"{mean:{form}}"

@@ -50,7 +50,6 @@ def manifest(config: Config, stream: Stream, *, model_label: str, fingerprint: s
         "config": asdict(config),
         "config_hash": config_hash(config),
         "variant": config_hash(config, without_seed=True)[:8],
-        "data": stream.fingerprints(),
         "model_fingerprint": fingerprint,
         "git": git_state(),
         "versions": versions(),
@@ -99,19 +98,34 @@ def data_contract(
         stream.stages, {probe.name: probe.datasets() for probe in probes}, allow=config.probe.allow_overlap
     )
     documents = {f"{probe.name} {task}": texts for probe in probes for task, texts in probe.documents().items()}
-    found, overlapping = overlaps(stream.stages, documents)
+    once = {tuple(texts): name for name, texts in reversed(documents.items())}  # several probes may read one text
+    found, overlapping = overlaps(stream.stages, {name: texts for texts, name in once.items()})
     data = stream.fingerprints()
-    canaries = checked(stream, encoder, cache_dir=Path(config.cache_dir), stream_hash=stream_hash(data))
+    # The hash of the data stands for rows, prompts and metrics; the settings of a scorer count for the canaries, too.
+    settings = stream_hash({**data, "settings": config.tasks})
+    canaries = checked(stream, encoder, cache_dir=Path(config.cache_dir), stream_hash=settings)
+    for overlap in found:
+        log.warning(
+            "%s: %d of %d of %s are also in %s", overlap.kind, overlap.count, overlap.of, overlap.where, overlap.also_in
+        )
     failed = [f"{canary.name} ({canary.task}: {canary.detail})" for canary in canaries if not canary.passed]
     if failed:
         log.warning("the run will not be ranked, its evaluation failed its own tests: %s", "; ".join(failed))
     contract = {
+        "data": data,
         "stream_hash": stream_hash(data),
         "probe_data": {
             task: {"documents": len(texts), "sha256": fingerprint(texts)} for task, texts in documents.items()
         },
+        "probe_items": {
+            f"{probe.name} {row}": items for probe in probes for row, items in probe.fingerprints().items()
+        },
         "overlaps": [asdict(overlap) for overlap in found],
         "trained_probes": trained,
-        "canaries": {"checked": len(canaries), "failed": failed},
+        "canaries": {
+            "checked": len(canaries),
+            "failed": failed,
+            "results": [asdict(canary) for canary in canaries],
+        },
     }
     return contract, overlapping

@@ -22,10 +22,12 @@ from typing import Any, Protocol
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -68,6 +70,12 @@ class Pretrained:
     def load(self, cache_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         """The model in float32 on the CPU, in eval mode, and its tokenizer; a download is kept under `cache_dir`."""
         return load(self.name, revision=self.revision, cache_dir=cache_dir / "hub")
+
+    def configuration(self, cache_dir: Path) -> PretrainedConfig:
+        """The model's configuration, from `architecture` alone."""
+        if "model_type" not in self.architecture:
+            raise UserMistake(f"model {self.label!r} states no architecture with a model_type; add it in conf/model")
+        return AutoConfig.for_model(**self.architecture)
 
     def load_tokenizer(self, cache_dir: Path) -> PreTrainedTokenizerFast:
         """The tokenizer alone."""
@@ -128,6 +136,10 @@ class Recipe:
         if self.note:
             log.warning("%s: %s", self.label, self.note)
         return load(str(folder), revision=None, cache_dir=None)
+
+    def configuration(self, cache_dir: Path) -> PretrainedConfig:
+        """The model's configuration; pretrains the model where `cache_dir` lacks it."""
+        return self.load(cache_dir)[0].config
 
     def load_tokenizer(self, cache_dir: Path) -> PreTrainedTokenizerFast:
         """The tokenizer; pretrains the model where `cache_dir` lacks it."""

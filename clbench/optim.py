@@ -29,6 +29,7 @@ def schedule(optimizer: AdamW, config: TrainConfig, *, steps: int) -> LambdaLR:
     rise = max(1, math.ceil(config.warmup * steps))
 
     def factor(step: int) -> float:
+        """The factor of optimizer step `step` (from 0)."""
         if config.warmup > 0 and step < rise:
             return (step + 1) / rise
         progress = (step - rise) / max(1, steps - rise)

@@ -190,6 +190,10 @@ class Probe(ABC):
         """What it reads of datasets, by the dataset's folder and split, and by index, for an offline copy."""
         return {}
 
+    def fingerprints(self) -> Mapping[str, str]:
+        """SHA-256 of the ids of its items by task, where it measures a part of a dataset."""
+        return {}
+
     def documents(self) -> Mapping[str, Sequence[str]]:
         """The text of its items by task, for the search for overlaps with training data."""
         return {}

@@ -210,7 +210,7 @@ def _kept_curve(name: str) -> Callable[[Run], Floats]:
     """A reader of one column of retention.csv over a run's stages, (stages + 1,)."""
 
     def curve(run: Run) -> Floats:
-        return np.array([getattr(stage_retention(run, stage=stage), name) for stage in range(run.last_stage + 1)])
+        return np.array([vars(stage_retention(run, stage=stage))[name] for stage in range(run.last_stage + 1)])
 
     return curve
 
@@ -233,8 +233,8 @@ def _draw_trade_off(figure: Figure, rows: Sequence[Entry]) -> None:
     styles = _styles(rows)
     for panel, measure in zip(panels, ("retention", "forgetting"), strict=True):
         for row in rows:
-            x, y = row.mean.learning_accuracy, getattr(row.mean, measure)
-            spread = (row.high.learning_accuracy - x, getattr(row.high, measure) - y)
+            x, y = row.mean.learning_accuracy, vars(row.mean)[measure]
+            spread = (row.high.learning_accuracy - x, vars(row.high)[measure] - y)
             errors = [None if isnan(half) else half for half in spread]
             panel.errorbar(x, y, xerr=errors[0], yerr=errors[1], fmt="o", color=styles[row.label][0], elinewidth=0.8)
             panel.annotate(row.label, (x, y), xytext=(6, 5), textcoords="offset points", color=styles[row.label][0])
@@ -271,7 +271,7 @@ def _draw_cost(figure: Figure, rows: Sequence[Entry]) -> None:
     labels = [row.label for row in rows]
     left = np.zeros(len(rows))
     for part, colour in (("train", COLOURS[0]), ("probe", COLOURS[5]), ("other", FAINT)):
-        seconds = np.array([getattr(row.mean, f"seconds_{part}") for row in rows])
+        seconds = np.array([vars(row.mean)[f"seconds_{part}"] for row in rows])
         panels[0].barh(labels, seconds, left=left, color=colour, label=part, height=0.65)
         left = left + seconds
     panels[0].legend(ncols=3, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.12))

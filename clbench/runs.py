@@ -25,6 +25,8 @@ from clbench.config import NO_IDENTITY, NO_IDENTITY_ENGINE
 from clbench.metrics import Floats
 from clbench.types import Cost, Score, UserMistake
 
+Setting = tuple[str, str, str, str]
+"""Stream, order, model, hash of the stream's data."""
 STATES = ("complete", "running", "interrupted", "failed", "unreadable")
 MATRIX_PROBE = "stream"
 
@@ -47,7 +49,7 @@ class Run:
         return int(self.manifest["seed"])
 
     @property
-    def setting(self) -> tuple[str, str, str, str]:
+    def setting(self) -> Setting:
         """Stream, order, model and the hash of the stream's data: what a method is compared on."""
         named = (str(self.manifest[key]) for key in ("stream", "order", "model"))
         return *named, str(self.manifest.get("stream_hash", ""))

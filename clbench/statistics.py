@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from clbench import metrics
-from clbench.runs import MATRIX_PROBE, Run
+from clbench.runs import MATRIX_PROBE, Run, Setting
 
 KNOWLEDGE_PROBE, PERPLEXITY_PROBE, DIVERGENCE_PROBE = "knowledge", "perplexity", "divergence"
+ITEM_METRICS = ("acc_norm", "acc", "exact_match,flexible-extract", "exact_match")
+"""What an item of a base-knowledge task is scored by: the first of these that the task has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +48,7 @@ class StageRetention:
 class Summary:
     """What one run amounts to. Scores as fractions of 1; costs are totals over stages, parameters and memory maxima.
 
-    `kl_to_base` is in nats per token of fixed text. `format_loss` is what closed tasks lose when the model has to write its answer instead of
-    choosing it. `format_only_accuracy` is what answers of the right form that know nothing score.
+    `kl_to_base` is in nats per token. `format_loss` is what closed tasks lose when the model writes its answer instead of choosing it.
     """
 
     average_accuracy: float
@@ -86,7 +87,7 @@ class Entry:
     `label` is the method's name, with the variant where the method has several.
     """
 
-    setting: tuple[str, str, str, str]
+    setting: Setting
     method: str
     variant: str
     runs: tuple[Run, ...]
@@ -153,11 +154,11 @@ def summarise(run: Run) -> Summary:
 
 def entries(runs: Sequence[Run]) -> tuple[Entry, ...]:
     """The leaderboard of those of `runs` that are complete and fit to be ranked: best average accuracy first within a setting."""
-    groups: dict[tuple[tuple[str, str, str, str], str, str], list[Run]] = {}
+    groups: dict[tuple[Setting, str, str], list[Run]] = {}
     for run in runs:
         if run.state == "complete" and not run.unfit:
             groups.setdefault((run.setting, run.method, run.variant), []).append(run)
-    by_method: dict[tuple[tuple[str, str, str, str], str], list[Run]] = {}
+    by_method: dict[tuple[Setting, str], list[Run]] = {}
     for (setting, method, _), members in groups.items():
         by_method.setdefault((setting, method), []).append(members[0])
     found = [_entry(members, siblings=by_method[key[:2]]) for key, members in groups.items()]
@@ -170,11 +171,11 @@ def tied_with_best(rows: Sequence[Entry], *, measure: str) -> tuple[str | None, 
     A row cannot be told from the best where the two 95 % intervals overlap or one has no interval (a single seed).
     Rows that trained nothing are references and do not compete.
     """
-    rivals = [row for row in rows if row.mean.tokens_trained != 0 and not isnan(getattr(row.mean, measure))]
+    rivals = [row for row in rows if row.mean.tokens_trained != 0 and not isnan(vars(row.mean)[measure])]
     if not rivals:
         return None, frozenset()
-    best = max(rivals, key=lambda row: getattr(row.mean, measure))
-    apart = [row for row in rivals if getattr(row.high, measure) < getattr(best.low, measure)]  # False with NaN
+    best = max(rivals, key=lambda row: vars(row.mean)[measure])
+    apart = [row for row in rivals if vars(row.high)[measure] < vars(best.low)[measure]]  # False with NaN
     return best.label, frozenset(row.label for row in rivals if row is not best and row not in apart)
 
 
@@ -191,7 +192,7 @@ def _entry(runs: Sequence[Run], *, siblings: Sequence[Run]) -> Entry:
         by_seed.setdefault(run.seed, []).append(summarise(run))
     # A seed that was run twice is one replicate: its runs are averaged before seeds are.
     bounds = {
-        name: metrics.interval([_mean([getattr(one, name) for one in repeats]) for repeats in by_seed.values()])
+        name: metrics.interval([_mean([vars(one)[name] for one in repeats]) for repeats in by_seed.values()])
         for name in MEASURES
     }
     mean, low, high = (Summary(**{name: bound[which] for name, bound in bounds.items()}) for which in range(3))
@@ -246,7 +247,7 @@ def _knowledge(run: Run, *, stage: int) -> tuple[metrics.Retention | None, str]:
     after: dict[str, metrics.Floats] = {}
     chance: dict[str, float] = {}
     for task in sorted({task for row, probe, task, _ in run.values if (row, probe) == (0, KNOWLEDGE_PROBE)}):
-        metric = next((m for m in ("acc_norm", "acc") if (0, KNOWLEDGE_PROBE, task, m) in run.values), "")
+        metric = next((m for m in ITEM_METRICS if (0, KNOWLEDGE_PROBE, task, m) in run.values), "")
         key = f"{KNOWLEDGE_PROBE}|{task}|{metric}"
         if not metric or key not in first:
             continue  # a group's total, or text that is scored otherwise: no item is right or wrong
@@ -278,11 +279,8 @@ def _stream_values(run: Run, *, metric: str, stage: int) -> list[float]:
 
 def _divergences(run: Run, *, stage: int) -> list[float]:
     """KL from the untouched model after `stage`, in nats per token, of each text."""
-    return [
-        value
-        for (row, probe, _, metric), value in run.values.items()
-        if (row, probe, metric) == (stage, DIVERGENCE_PROBE, "kl_token")
-    ]
+    wanted = (stage, DIVERGENCE_PROBE, "kl_token")
+    return [value for (row, probe, _, metric), value in run.values.items() if (row, probe, metric) == wanted]
 
 
 def _rate(run: Run, *, metric: str) -> float:
@@ -293,7 +291,7 @@ def _rate(run: Run, *, metric: str) -> float:
 
 def _total(run: Run, name: str) -> float:
     """Sum over stages of a field of Cost, in its unit; NaN where no cost was recorded."""
-    return sum(getattr(cost, name) for cost in run.costs) if run.costs else nan
+    return sum(vars(cost)[name] for cost in run.costs) if run.costs else nan
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""A model under examination: log-likelihoods of continuations, greedy answers, likelihood of running text.
+"""A model under examination: log-likelihoods of continuations, greedy answers, distributions of the next token.
 
 Requests are grouped so that equal work is done once: a context is read once for all its one-token continuations, rows of like length share a
 batch, and the vocabulary is projected at scored positions only. All scores are in nats, in float32.
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.nn import Module
+from transformers import StoppingCriteriaList
 
 from clbench.data import Encoder, clip_left
 from clbench.loss import causal_lm, hidden_states, project
@@ -31,17 +32,20 @@ class Student:
     @torch.inference_mode()
     def log_likelihoods(self, requests: Sequence[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
         """For each (context ids, continuation ids): log p(continuation | context) in nats, and whether greedy decoding gives it."""
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for batch in self._batches(self._grouped(requests)):
+            self._score(batch, requests, results)
+        return results
+
+    def _grouped(self, requests: Sequence[tuple[Ids, Ids]]) -> list[tuple[Ids, list[int]]]:
+        """The rows to read, each with the requests that it answers."""
         grouped: dict[Ids, list[int]] = defaultdict(list)
         for index, (context, continuation) in enumerate(requests):
             assert context and continuation, (context, continuation)
             # One-token continuations of a context share its row; others get one each.
             key = context if len(continuation) == 1 else (*context, *continuation[:-1], -1 - index)
             grouped[key].append(index)
-        rows = [(self._row(requests[members[0]]), members) for members in grouped.values()]
-        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for batch in self._batches(rows):
-            self._score(batch, requests, results)
-        return results
+        return [(self._row(requests[members[0]]), members) for members in grouped.values()]
 
     def _row(self, request: tuple[Ids, Ids]) -> Ids:
         """What the model reads to score the request: all but the last token, cut from the context's left to the longest it can read."""
@@ -82,49 +86,55 @@ class Student:
                 results[index] = (float(picked.sum()), greedy[first : first + span] == list(target))
             first += span
 
-    @torch.inference_mode()
+    @property
+    def positions(self) -> int:
+        """The longest input that the model can read, in tokens."""
+        return causal_lm(self.model).config.max_position_embeddings
+
     def generate(self, prompts: Sequence[Ids], *, max_new_tokens: int) -> list[str]:
         """Greedy continuation of each prompt until EOS or `max_new_tokens`, as text without special tokens."""
-        tokenizer = self.encoder.tokenizer
-        positions = causal_lm(self.model).config.max_position_embeddings
-        room = min(self.encoder.max_length, positions - max_new_tokens)
+        room = min(self.encoder.max_length, self.positions - max_new_tokens)
         rows = [(clip_left(prompt, room), [index]) for index, prompt in enumerate(prompts)]
         answers = [""] * len(prompts)
         for batch in self._batches(rows):
-            input_ids, attention_mask = self._pad([ids for ids, _ in batch], left=True)
-            written = causal_lm(self.model).generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )[:, input_ids.shape[1] :]
-            self.tokens_scored += written.numel()
-            for (_, (index,)), ids in zip(batch, written.tolist(), strict=True):
-                answers[index] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            written = self.write([ids for ids, _ in batch], max_new_tokens=max_new_tokens)
+            for (_, (index,)), ids in zip(batch, written, strict=True):
+                answers[index] = self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip()
         return answers
 
     @torch.inference_mode()
-    def window_nll(self, texts: Sequence[Ids], *, window: int) -> list[float]:
-        """Negative log-likelihood in nats of each text, read in disjoint windows of `window` tokens with one token of context.
+    def write(
+        self, rows: Sequence[Ids], *, max_new_tokens: int, stopping: StoppingCriteriaList | None = None
+    ) -> list[list[int]]:
+        """Greedy continuations of one batch, padded on the left; a row that has ended is filled up with PAD."""
+        tokenizer = self.encoder.tokenizer
+        input_ids, attention_mask = self._pad(rows, left=True)
+        written = causal_lm(self.model).generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            stopping_criteria=stopping,
+        )[:, input_ids.shape[1] :]
+        self.tokens_scored += written.numel()
+        return written.tolist()
 
-        The first window's context is BOS, so every token is predicted once (the scheme of lm-eval's rolling log-likelihood).
-        """
-        totals = [0.0] * len(texts)
-        rows = []
-        for index, ids in enumerate(texts):
-            whole = (self.encoder.tokenizer.bos_token_id, *ids)
-            rows += [(whole[start : start + window + 1], [index]) for start in range(0, len(ids), window)]
-        for batch in self._batches(rows):
-            input_ids, attention_mask = self._pad([ids[:-1] for ids, _ in batch])
+    @torch.inference_mode()
+    def next_log_probs(self, contexts: Sequence[Ids]) -> Tensor:
+        """Log-probabilities in nats of every token of the vocabulary after each context, [contexts, vocabulary], in their order."""
+        found: list[Tensor | None] = [None] * len(contexts)
+        for batch in self._batches([(ids, [index]) for index, ids in enumerate(contexts)]):
+            input_ids, attention_mask = self._pad([ids for ids, _ in batch])
             (hidden_BTH,) = hidden_states(self.model, input_ids=input_ids, attention_mask=attention_mask)
-            for row, (ids, (index,)) in enumerate(batch):
-                targets = torch.tensor(ids[1:], device=hidden_BTH.device)
-                logits_NV = project(self.model, hidden_BTH[row, : len(targets)])
-                totals[index] += float(torch.nn.functional.cross_entropy(logits_NV, targets, reduction="sum"))
-        return totals
+            last = attention_mask.sum(-1) - 1
+            rows = torch.arange(len(batch), device=last.device)
+            log_probs_NV = torch.log_softmax(project(self.model, hidden_BTH[rows, last]), dim=-1)
+            for (_, (index,)), row in zip(batch, log_probs_NV, strict=True):
+                found[index] = row
+        return torch.stack([row for row in found if row is not None])
 
     def _pad(self, rows: Sequence[Ids], *, left: bool = False) -> tuple[Tensor, Tensor]:
         length = max(len(ids) for ids in rows)

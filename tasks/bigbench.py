@@ -1,9 +1,8 @@
-"""BIG-bench rows as its JSON tasks are exported: choices in words, or free text.
+"""BIG-bench rows with choices in words, as its JSON tasks are exported. Its rows of free text fit `exact` and `generation`.
 
-A row of logical_deduction, and one of linguistics_puzzles:
+A row of logical_deduction:
     {"inputs": "... there are three birds: ...", "targets": ["The owl is the leftmost."],
      "multiple_choice_targets": ["The owl is the leftmost.", ...], "multiple_choice_scores": [1, 0, 0]}
-    {"inputs": "Other: ... English: ", "targets": ["the tall dog sees slow crows"], "multiple_choice_targets": [], ...}
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clbench.types import Example, UserMistake
-from tasks.exact import right_answers
-from tasks.generation import ROUGE
 from tasks.hub import HubTask, Row, accepted, lookup, render
 
 CHOICES, SCORES, TARGETS = "multiple_choice_targets", "multiple_choice_scores", "targets"
@@ -46,22 +43,3 @@ class BigBenchChoice(HubTask):
     def is_valid(self, example: Example, answer: str) -> bool:
         """Whether `answer` is one of the choices."""
         return answer.strip() in example.choices
-
-
-@dataclass(kw_only=True)
-class BigBenchText(HubTask):
-    """Free text, of which `targets` lists the right forms; the first is trained on."""
-
-    @property
-    def answer_columns(self) -> tuple[str, ...]:
-        """Where a row keeps its answer."""
-        return (TARGETS,)
-
-    def example(self, row: Row, *, id: str) -> Example:
-        """The question and its right answers."""
-        first, *others = right_answers(lookup(row, TARGETS), id=id)
-        return Example(id=id, prompt=render(self.template, row), answer=first, references=tuple(others))
-
-    def score(self, example: Example, answer: str) -> float:
-        """ROUGE-L F-measure with stemming, in [0, 1], against the right answer that fits best."""
-        return max(ROUGE.score(reference, answer)["rougeL"].fmeasure for reference in accepted(example))

@@ -14,22 +14,15 @@ from difflib import SequenceMatcher
 from rapidfuzz import fuzz
 
 from clbench.types import Example
-from tasks.hub import HubTask, Row, accepted, lookup, render
+from tasks.hub import Row, TextTask, accepted, lookup, render
 
 EMPTY_LITERALS = {"<NUM_LIT>": "0", "<STR_LIT>": "", "<CHAR_LIT>": ""}
 LITERAL = re.compile("(<(?:STR|NUM|CHAR)_LIT:(.*?)>)", re.DOTALL)
 
 
 @dataclass(kw_only=True)
-class Code(HubTask):
+class Code(TextTask):
     """`answer` is the column with the program."""
-
-    answer: str
-
-    @property
-    def answer_columns(self) -> tuple[str, ...]:
-        """Where a row keeps its answer."""
-        return (self.answer,)
 
     def example(self, row: Row, *, id: str) -> Example:
         """The assignment and a program that solves it."""
@@ -42,19 +35,8 @@ class Code(HubTask):
 
 
 @dataclass(kw_only=True)
-class CodeLine(HubTask):
+class CodeLine(TextTask):
     """`answer` is the column with the line that comes next, in the tokens of CodeXGLUE."""
-
-    answer: str
-
-    @property
-    def answer_columns(self) -> tuple[str, ...]:
-        """Where a row keeps its answer."""
-        return (self.answer,)
-
-    def example(self, row: Row, *, id: str) -> Example:
-        """The code so far and its next line."""
-        return Example(id=id, prompt=render(self.template, row), answer=str(lookup(row, self.answer)).strip())
 
     def score(self, example: Example, answer: str) -> float:
         """Edit similarity in [0, 1], literals written out: 1 - insertions and deletions over the characters of both."""

@@ -13,26 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clbench.types import Example
-from tasks.hub import HubTask, Row, accepted, lookup, render
+from tasks.hub import TextTask, accepted
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @dataclass(kw_only=True)
-class Extraction(HubTask):
+class Extraction(TextTask):
     """`answer` is the column with the span."""
-
-    answer: str
-
-    @property
-    def answer_columns(self) -> tuple[str, ...]:
-        """Where a row keeps its answer."""
-        return (self.answer,)
-
-    def example(self, row: Row, *, id: str) -> Example:
-        """The passage with its question, and the span."""
-        return Example(id=id, prompt=render(self.template, row), answer=str(lookup(row, self.answer)).strip())
 
     def score(self, example: Example, answer: str) -> float:
         """Token F1 in [0, 1] against the reference that fits best."""

@@ -13,26 +13,15 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
 from clbench.types import Example
-from tasks.hub import HubTask, Row, accepted, lookup, ragged, render
+from tasks.hub import TextTask, accepted, ragged
 
 ROUGE = RougeScorer(["rougeL"], use_stemmer=True)
 """English: its tokenizer keeps a-z and 0-9 only."""
 
 
 @dataclass(kw_only=True)
-class Generation(HubTask):
+class Generation(TextTask):
     """`answer` is the column with the text to write."""
-
-    answer: str
-
-    @property
-    def answer_columns(self) -> tuple[str, ...]:
-        """Where a row keeps its answer."""
-        return (self.answer,)
-
-    def example(self, row: Row, *, id: str) -> Example:
-        """The input and one human answer to it."""
-        return Example(id=id, prompt=render(self.template, row), answer=str(lookup(row, self.answer)).strip())
 
     def score(self, example: Example, answer: str) -> float:
         """ROUGE-L F-measure with stemming, in [0, 1], against the reference that fits best."""

@@ -129,6 +129,23 @@ class HubTask(Task):
         return replace(read[0], references=(*read[0].references, *others)) if others else read[0]
 
 
+@dataclass(kw_only=True)
+class TextTask(HubTask):
+    """A task whose answer is text: `answer` is its column, or one that lists every right answer, the first of which is trained on."""
+
+    answer: str
+
+    @property
+    def answer_columns(self) -> tuple[str, ...]:
+        """Where a row keeps its answer."""
+        return (self.answer,)
+
+    def example(self, row: Row, *, id: str) -> Example:
+        """The question and its right answers, without white space around them."""
+        first, *others = right_answers(lookup(row, self.answer), id=id)
+        return Example(id=id, prompt=render(self.template, row), answer=first, references=tuple(others))
+
+
 class _Joining(Formatter):
     """str.format, except that a list prints as its items on lines of their own."""
 
@@ -183,6 +200,19 @@ def balanced(items: Sequence[Any], labels: Sequence[Any]) -> list[Any]:
         turns[seen[label]].append(item)
         seen[label] += 1
     return [item for turn in turns if len(turn) == len(seen) for item in turn]
+
+
+def right_answers(given: Any, *, id: str) -> list[str]:
+    """The right answers, each once, without white space around them.
+
+    >>> right_answers(["three ", "3", "3"], id="x"), right_answers(" yes", id="x")
+    (['three', '3'], ['yes'])
+    """
+    listed = given if isinstance(given, (list, tuple)) else [given]
+    answers = list(dict.fromkeys(str(answer).strip() for answer in listed))
+    if not answers:
+        raise UserMistake(f"{id}: the row lists no right answer; a split without answers cannot be used")
+    return answers
 
 
 def accepted(example: Example) -> tuple[str, ...]:

@@ -11,22 +11,16 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from clbench.types import Example
-from tasks.hub import HubTask, Row, lookup, render
+from tasks.hub import Row, TextTask, lookup, render
 
 NUMBER = re.compile(r"(?<![\d.])-?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|\.\d+)")
 
 
 @dataclass(kw_only=True)
-class Maths(HubTask):
+class Maths(TextTask):
     """`answer` is the column with the solution; `marker` stands before its final number ("": nothing does)."""
 
-    answer: str
     marker: str = ""
-
-    @property
-    def answer_columns(self) -> tuple[str, ...]:
-        """Where a row keeps its answer."""
-        return (self.answer,)
 
     def example(self, row: Row, *, id: str) -> Example:
         """The problem and its solution; a solution that is only a number is written plainly (12.0 as 12)."""

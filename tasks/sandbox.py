@@ -24,7 +24,7 @@ from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
 
 from clbench.types import Example, UserMistake
 from tasks.code import tidy
-from tasks.hub import HubTask, Row, lookup, render
+from tasks.hub import Row, TextTask, lookup, render
 
 INSIDE = Path(__file__).with_name("sandbox_inside.py")
 PASSED = 47
@@ -36,23 +36,17 @@ WAIT = 3
 
 
 @dataclass(kw_only=True)
-class PassAtOne(HubTask):
+class PassAtOne(TextTask):
     """`answer` is the column with a program, `tests` the one that lists its assertions, `setup` the code that these need.
 
     One program is run per example, for at most `seconds` of processor time and in `memory_mb` MiB. `Example.source` holds
     the assertions.
     """
 
-    answer: str
     tests: str
     setup: str
     seconds: int
     memory_mb: int
-
-    @property
-    def answer_columns(self) -> tuple[str, ...]:
-        """Where a row keeps its answer. The prompt may show the tests."""
-        return (self.answer,)
 
     def example(self, row: Row, *, id: str) -> Example:
         """The assignment, a program that solves it, and the tests."""

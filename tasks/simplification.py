@@ -18,25 +18,20 @@ from typing import ClassVar
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 from clbench.types import Example
-from tasks.hub import HubTask, Row, accepted, lookup, render
+from tasks.hub import Row, TextTask, accepted, lookup, render
 
 ORDERS = (1, 2, 3, 4)
 TOKENIZER = Tokenizer13a()
 
 
 @dataclass(kw_only=True)
-class Simplification(HubTask):
+class Simplification(TextTask):
     """`source` is the column with the text to simplify, `answer` the one with a simple version."""
 
-    reference_score: ClassVar[float] = 0.98  # a reference that repeats a word less often than the source scores a little below 1
+    # A reference that repeats a word less often than the source scores a little below 1.
+    reference_score: ClassVar[float] = 0.98
 
     source: str
-    answer: str
-
-    @property
-    def answer_columns(self) -> tuple[str, ...]:
-        """Where a row keeps its answer."""
-        return (self.answer,)
 
     def example(self, row: Row, *, id: str) -> Example:
         """The text and its simple version."""

@@ -1,5 +1,6 @@
 """Every yaml of conf/ composes, because it exists."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,23 @@ def test_a_task_of_the_world_is_made_from_its_yaml(option, tmp_path):
     config = compose([f"stream.tasks=[{option}]", f"results_dir={tmp_path}"])
     task = instantiate(config.tasks[option], _convert_="all")
     assert task.name == option and task.examples("train") and len(task.examples("test")) == 40
+
+
+HUB_ID = re.compile(r"\b[\w-]+/[\w.-]+")
+
+
+@pytest.mark.parametrize("group", ["model", "probe", "task"])
+def test_every_hub_address_of_a_group_stands_in_its_table_of_licences(group):
+    folder = CONF / group
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    for path in folder.glob("*.yaml"):
+        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        if group == "model":
+            named = [loaded["name"]] if "name" in loaded else []
+        elif group == "task":
+            named = [loaded["dataset"]["hub"]] if "dataset" in loaded else []
+        else:
+            folders = loaded.get("probes", {}).get("knowledge", {}).get("folders", {})
+            named = [found for key in folders for found in HUB_ID.findall(key)]
+        for address in named:
+            assert f"| {address}" in page, f"{path.name}: {address}"

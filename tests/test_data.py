@@ -18,7 +18,7 @@ from clbench.data import (
     token_key,
 )
 from clbench.memory import Memory
-from clbench.model import word_tokenizer
+from clbench.model import bpe_tokenizer, word_tokenizer
 from clbench.types import Example, Source, UserMistake
 
 
@@ -30,8 +30,8 @@ class Words:
     def __init__(self):
         self.ids = {}
 
-    def __call__(self, text, add_special_tokens):
-        assert not add_special_tokens
+    def __call__(self, text, add_special_tokens, split_special_tokens):
+        assert not add_special_tokens and split_special_tokens
         return {"input_ids": [self.ids.setdefault(word, len(self.ids) + 3) for word in text.split()]}
 
 
@@ -196,3 +196,11 @@ def test_other_rows_tokenizers_and_lengths_have_other_token_files():
         token_key([example("a c", "c")], tokenizer, max_length=16),
     }
     assert len(keys) == 4
+
+
+def test_a_special_token_spelled_out_in_a_text_is_plain_text():
+    tokenizer = bpe_tokenizer(["a program ends in a line"], 300)
+    ids = Encoder(tokenizer, max_length=64).prompt("<s> import re </s>")
+    assert ids[0] == tokenizer.bos_token_id
+    assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids[1:])
+    assert tokenizer.decode(ids[1:]) == "<s> import re </s>"

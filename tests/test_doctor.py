@@ -13,6 +13,7 @@ from clbench.data import Encoder
 from clbench.doctor import CARD, card, datasets_page, licence_warning, targets
 from clbench.estimate import Tokens, count_tokens, meta_model, operations
 from clbench.experiment import run
+from clbench.parts import make_method, make_probes, make_tasks
 from clbench.runs import read_runs
 from clbench.stream import build_stream
 from clbench.tuning import main, trials
@@ -141,15 +142,17 @@ LLAMA = {
 def test_parameters_are_counted_without_storage():
     # Embedding and head 2 * 100 * 16; a layer q 16*16, k and v 8*16 each, o 16*16, three of 16*24, two norms of 16; a last norm.
     layer = 2 * 16 * 16 + 2 * 8 * 16 + 3 * 16 * 24 + 2 * 16
-    model = meta_model(LLAMA)
+    model = meta_model(AutoConfig.for_model(**LLAMA))
     assert sum(parameter.numel() for parameter in model.parameters()) == 2 * 1600 + 3 * layer + 16
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("method", sorted(targets(CONF_DIR / "method")))
 def test_every_method_wraps_a_model_without_storage(method, overrides):
-    fields = {key: value for key, value in compose([*overrides, f"method={method}"]).method.items() if key != "name"}
-    tiny, meta = (instantiate(fields, _convert_="all").wrap(model) for model in (real_model(), meta_model(LLAMA)))
+    config = compose([*overrides, f"method={method}"])
+    tiny, meta = (
+        make_method(config).wrap(model) for model in (real_model(), meta_model(AutoConfig.for_model(**LLAMA)))
+    )
     assert [(n, p.shape) for n, p in meta.named_parameters() if p.requires_grad] == [
         (n, p.shape) for n, p in tiny.named_parameters() if p.requires_grad
     ]
@@ -167,10 +170,10 @@ def test_tokens_are_those_that_a_run_trains_on_and_reads(overrides, capsys):
     encoder = Encoder(
         instantiate(config.model).load_tokenizer(Path(config.cache_dir)), max_length=config.train.max_length
     )
-    tasks = {name: instantiate(task, _convert_="all") for name, task in config.tasks.items()}
+    tasks = make_tasks(config)
     stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
-    probes = [instantiate(probe, name=name, _convert_="all") for name, probe in config.probe.probes.items()]
-    tokens = count_tokens(config, stream, probes, encoder)
+    probes = make_probes(config)
+    tokens = count_tokens(config, stream, probes, encoder, positions=256)
     assert list(tokens.trained) == [cost["tokens_trained"] for cost in costs[1:]]
     for counted, cost in zip(tokens.examined, costs, strict=True):
         # What is generated may stop early; everything else is counted as it is read.

@@ -11,7 +11,7 @@ from functools import cache
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -27,6 +27,7 @@ from clbench.loss import answer_loss
 from clbench.memory import Memory
 from clbench.model import fresh_llama, word_tokenizer
 from clbench.pairs import lora_pairs
+from clbench.parts import make_method
 from clbench.protocols import Engine, Method, Task
 from clbench.stream import Stream
 from clbench.tracking import Tracker
@@ -171,7 +172,7 @@ def lab(name: str, *overrides: str, dtype: torch.dtype = torch.float32) -> Lab:
         Stage(index=i, name=task.name, task=task, train=train, test=train, collate=encoder.collate, whole_stream=whole)
         for i, (task, train) in enumerate(zip(tasks, rows, strict=True), start=1)
     )
-    method = instantiate({key: value for key, value in config.method.items() if key != "name"}, _convert_="all")
+    method = make_method(config)
     run = experiment.Run(
         config=config,
         method=method,

@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import clbench.student
 from clbench.data import DatasetSpec, Encoder
 from clbench.probes import divergence
 from clbench.probes.divergence import Divergence
@@ -240,9 +241,9 @@ def test_divergence_positions_are_the_middles_of_equal_spans(student):
 def test_divergence_is_zero_for_the_untouched_model_and_exact_for_another(moved, monkeypatch):
     monkeypatch.setattr(divergence, "CHUNK", 3)
     shapes = []
-    projected = divergence.project
+    projected = clbench.student.project
     monkeypatch.setattr(
-        divergence, "project", lambda model, hidden: shapes.append(hidden.shape) or projected(model, hidden)
+        clbench.student, "project", lambda model, hidden: shapes.append(hidden.shape) or projected(model, hidden)
     )
     probe = Divergence(name="divergence", task="t", texts=TEXTS, window=6, positions=10)
     probe.begin(moved)

@@ -97,13 +97,13 @@ def solved(task: Task, examples: Sequence[Example], answers: Sequence[str], *, a
     for index, (example, answer) in enumerate(zip(examples, answers, strict=True)):
         if right + len(examples) - index < at_least:
             break
-        right += is_full(task.score(example, answer))
+        right += is_right(task, example, answer)
     return right
 
 
-def is_full(score: float) -> bool:
-    """Whether a score is 1, rounding aside."""
-    return abs(score - 1) <= 1e-6
+def is_right(task: Task, example: Example, answer: str) -> bool:
+    """Whether an answer scores what a right one scores at least, and no more than 1, rounding aside."""
+    return task.reference_score - 1e-6 <= task.score(example, answer) <= 1 + 1e-6
 
 
 def swap(pairs: Sequence[tuple[Example, Example]]) -> Verdict:
@@ -115,7 +115,7 @@ def swap(pairs: Sequence[tuple[Example, Example]]) -> Verdict:
 def reference(stage: Stage) -> Verdict:
     """Whether every right answer gets the full score, is of a valid form and, in a closed task, is one of the choices."""
     accepted = [(example, answer) for example in stage.test for answer in (example.answer, *example.references)]
-    full = sum(is_full(stage.task.score(example, answer)) for example, answer in accepted)
+    full = sum(is_right(stage.task, example, answer) for example, answer in accepted)
     valid = sum(
         stage.task.is_valid(example, answer) and (not example.choices or answer in example.choices)
         for example, answer in accepted

@@ -9,16 +9,14 @@ itself, so that no [batch, length, vocabulary] tensor ever exists.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from clbench.data import DatasetSpec
-from clbench.loss import hidden_states, project
 from clbench.probes.matrix import item_score
-from clbench.protocols import Probe
+from clbench.probes.text import TextProbe
 from clbench.stream import Stream
 from clbench.student import Student
 from clbench.types import Score
@@ -27,37 +25,14 @@ CHUNK = 32
 """Positions whose distributions are in memory at a time."""
 
 
-class Divergence(Probe):
-    """KL divergence at `positions` evenly spaced tokens of `texts`, read in windows of `window` tokens.
+class Divergence(TextProbe):
+    """KL divergence at `positions` evenly spaced tokens of `texts`, read in windows of `window` tokens."""
 
-    `task` names the text in the ledger, `dataset` where it comes from (None: it is made here).
-    """
-
-    def __init__(
-        self,
-        *,
-        name: str,
-        task: str,
-        texts: Sequence[str],
-        window: int,
-        positions: int = 256,
-        dataset: DatasetSpec | None = None,
-    ) -> None:
-        self.name = name
-        self.task = task
-        self.texts = tuple(texts)
+    def __init__(self, *, window: int, positions: int = 256, **text: Any) -> None:
+        super().__init__(**text)
         self.window = window
         self.positions = positions
-        self.dataset = dataset
         self.base: list[Tensor] = []
-
-    def datasets(self) -> Sequence[DatasetSpec]:
-        """The dataset of the texts."""
-        return () if self.dataset is None else (self.dataset,)
-
-    def documents(self) -> Mapping[str, Sequence[str]]:
-        """The texts."""
-        return {self.task: self.texts}
 
     def begin(self, student: Student) -> None:
         """Keeps the untouched model's log-probabilities. Adapters may just have been added in training mode, with dropout."""
@@ -83,30 +58,11 @@ class Divergence(Probe):
             seconds=time.perf_counter() - started,
         )
 
-    @torch.inference_mode()
     def log_probs(self, student: Student) -> Iterator[Tensor]:
         """Log-probabilities [N, V] of the token after each context, in chunks of at most CHUNK contexts, in the order of the text."""
         contexts = self.contexts(student)
         for first in range(0, len(contexts), CHUNK):
-            chunk = [torch.tensor(ids) for ids in contexts[first : first + CHUNK]]
-            yield torch.cat(list(self._read(student, chunk)))
-
-    def _read(self, student: Student, contexts: list[Tensor]) -> Iterator[Tensor]:
-        """As `log_probs`, of one chunk, in forwards of at most the student's tokens_per_batch."""
-        rows = max(1, student.tokens_per_batch // max(map(len, contexts)))
-        for first in range(0, len(contexts), rows):
-            batch = contexts[first : first + rows]
-            lengths = torch.tensor([len(ids) for ids in batch])
-            input_ids = pad_sequence(batch, batch_first=True, padding_value=student.encoder.tokenizer.pad_token_id)
-            attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-            device = student.encoder.device
-            (hidden_BTH,) = hidden_states(
-                student.model, input_ids=input_ids.to(device), attention_mask=attention_mask.to(device)
-            )
-            student.tokens_scored += int(lengths.sum())
-            last = (lengths - 1).to(device)
-            hidden_NH = hidden_BTH[torch.arange(len(batch), device=device), last]
-            yield torch.log_softmax(project(student.model, hidden_NH), dim=-1)
+            yield student.next_log_probs(contexts[first : first + CHUNK])
 
     def contexts(self, student: Student) -> list[tuple[int, ...]]:
         """What is read before each chosen token: BOS and the tokens of its window so far.

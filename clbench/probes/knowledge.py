@@ -82,10 +82,28 @@ class Knowledge(Probe):
             )
         specs = [builder.dataset(task) for row in self.examined for task in row.tasks]
         self._datasets = tuple(spec for spec in specs if spec is not None)
+        tasks_built = [task for row in self.examined for task in row.tasks]
+        self._read = [(task, spec) for task, spec in zip(tasks_built, specs, strict=True) if spec is not None]
 
     def datasets(self) -> Sequence[DatasetSpec]:
         """The hub dataset of every lm-eval task; none for rows given in memory."""
         return self._datasets
+
+    def rows(self) -> Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]:
+        """Every split that is scored or gives few-shot examples, whole, as items are chosen by index; configurations of one folder follow another."""
+        found: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
+        parts = set()
+        for task, spec in self._read:
+            config = task.config
+            used = {config.test_split or config.validation_split}
+            if config.num_fewshot:
+                used.add(config.fewshot_split or config.training_split or config.validation_split)
+            for split in sorted(used - {None}):
+                if (spec.name, spec.config, split) not in parts:
+                    parts.add((spec.name, spec.config, split))
+                    rows = found.setdefault((spec.name, split), {})
+                    rows |= {len(rows) + index: dict(row) for index, row in enumerate(task.dataset[split])}
+        return found
 
     def documents(self) -> Mapping[str, Sequence[str]]:
         """Each chosen document's text without few-shot examples, with its choices."""

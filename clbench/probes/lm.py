@@ -17,11 +17,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import Task
 from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from clbench.data import clip_left
-from clbench.loss import causal_lm
 from clbench.probes.rolling import Ids, reader, rolling_nll
 from clbench.student import Student
 from clbench.types import UserMistake
@@ -38,8 +36,7 @@ class StudentLM(TemplateLM):
     def __init__(self, student: Student, *, max_length: int | None = None) -> None:
         super().__init__()
         self.encoder = student.encoder
-        positions = causal_lm(student.model).config.max_position_embeddings
-        self.max_length = positions if max_length is None else min(max_length, positions)
+        self.max_length = student.positions if max_length is None else min(max_length, student.positions)
         self.student = reader(student, max_length=self.max_length)
 
     @property
@@ -105,24 +102,11 @@ class StudentLM(TemplateLM):
             written |= zip(batch, self._continue([rows[index] for index in batch], stops, max_new_tokens), strict=True)
         return (written[index] for index in range(len(rows)))
 
-    @torch.inference_mode()
     def _continue(self, rows: Sequence[Ids], stops: Sequence[str], max_new_tokens: int) -> list[str]:
-        """Greedy continuations of one batch, padded on the left."""
-        tokenizer, device = self.encoder.tokenizer, self.encoder.device
-        ids = [torch.tensor(row) for row in rows]
-        input_ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id, padding_side="left")
-        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
-        written = causal_lm(self.student.model).generate(
-            input_ids=input_ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            stopping_criteria=StoppingCriteriaList([Until(tokenizer, stops, start=input_ids.shape[1])]),
-        )[:, input_ids.shape[1] :]
-        self.student.tokens_scored += sum(map(len, rows)) + written.numel()
+        """Greedy continuations of one batch."""
+        tokenizer = self.encoder.tokenizer
+        stopping = StoppingCriteriaList([Until(tokenizer, stops, start=max(map(len, rows)))])
+        written = self.student.write(rows, max_new_tokens=max_new_tokens, stopping=stopping)
         return [cut(text, stops) for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 

@@ -65,6 +65,7 @@ class _Node:
     members: tuple[_Node, ...] = ()
 
     def tasks(self) -> Iterator[TaskConfig]:
+        """Every task below, in order."""
         if self.config is not None:
             yield self.config
         for member in self.members:

@@ -9,39 +9,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from clbench.data import DatasetSpec
 from clbench.probes.matrix import item_score
 from clbench.probes.rolling import rolling_nll
-from clbench.protocols import Probe
+from clbench.probes.text import TextProbe
 from clbench.stream import Stream
 from clbench.student import Student
 from clbench.types import Score
 
 
-class Perplexity(Probe):
-    """Likelihood of `texts` (documents) in windows of `window` tokens.
+class Perplexity(TextProbe):
+    """Likelihood of `texts` (documents) in windows of `window` tokens."""
 
-    `task` names the text in the ledger, `dataset` where it comes from (None: it is made here).
-    """
-
-    def __init__(
-        self, *, name: str, task: str, texts: Sequence[str], window: int, dataset: DatasetSpec | None = None
-    ) -> None:
-        self.name = name
-        self.task = task
-        self.texts = tuple(texts)
+    def __init__(self, *, window: int, **text: Any) -> None:
+        super().__init__(**text)
         self.window = window
-        self.dataset = dataset
-
-    def datasets(self) -> Sequence[DatasetSpec]:
-        """The dataset of the texts."""
-        return () if self.dataset is None else (self.dataset,)
-
-    def documents(self) -> Mapping[str, Sequence[str]]:
-        """The texts."""
-        return {self.task: self.texts}
 
     def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:
         """Mean nats per token (its items: each document's total nats), token and word perplexity, bits per byte."""
@@ -73,36 +57,16 @@ class Perplexity(Probe):
             seconds = 0.0
 
 
-class MeanTextLoss(Probe):
+class MeanTextLoss(TextProbe):
     """Mean cross-entropy of each of the first `max_texts` texts, cut to its first `max_tokens` tokens; then the mean over texts.
 
     After the forgetting column of PEFT's method comparison, which weighs tokens equally; here texts weigh equally, so a text is an item. Fewer texts
     than `max_texts` are all read, and the score's n says how many there were. BOS is read before the first token and does not count.
     """
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        task: str,
-        texts: Sequence[str],
-        max_texts: int = 100,
-        max_tokens: int = 768,
-        dataset: DatasetSpec | None = None,
-    ) -> None:
-        self.name = name
-        self.task = task
-        self.texts = tuple(texts[:max_texts])
+    def __init__(self, *, texts: Sequence[str], max_texts: int = 100, max_tokens: int = 768, **text: Any) -> None:
+        super().__init__(texts=texts[:max_texts], **text)
         self.max_tokens = max_tokens
-        self.dataset = dataset
-
-    def datasets(self) -> Sequence[DatasetSpec]:
-        """The dataset of the texts."""
-        return () if self.dataset is None else (self.dataset,)
-
-    def documents(self) -> Mapping[str, Sequence[str]]:
-        """The texts, whole."""
-        return {self.task: self.texts}
 
     def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:
         """`mean_text_nll` in nats per token, its items one a text."""

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 from clbench.data import Encoder
@@ -18,8 +19,10 @@ PROJECTED = 1024
 
 def reader(student: Student, *, max_length: int) -> Student:
     """The same model, reading up to `max_length` tokens: what a probe reads may not depend on train.max_length."""
-    encoder = Encoder(student.encoder.tokenizer, max_length=max_length, device=student.encoder.device)
-    return Student(student.model, encoder, tokens_per_batch=student.tokens_per_batch)
+    reading = copy.copy(student)
+    reading.encoder = Encoder(student.encoder.tokenizer, max_length=max_length, device=student.encoder.device)
+    reading.tokens_scored = 0
+    return reading
 
 
 def windows(ids: Ids, *, bos: int, length: int) -> Iterator[tuple[Ids, Ids]]:

@@ -1,0 +1,124 @@
+"""The experiments of real models: they compose, build their whole streams, and run to the end offline with a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra.utils import instantiate
+from test_tasks import write, write_cases
+
+from clbench.bundle import main
+from clbench.cli import CONF_DIR, compose
+from clbench.data import Encoder
+from clbench.experiment import run
+from clbench.parts import make_tasks
+from clbench.stream import build_stream
+
+REAL = [
+    "seq16_llama3",
+    "seq16_llama31",
+    "seq16_qwen2_1b5",
+    "seq16_qwen2_7b",
+    "seq16_gemma2_2b",
+    "curlora3_mistral7b",
+    "trace8_llama2",
+]
+TINY = [
+    *(
+        "model=tiny_bpe",
+        "model.steps=2",
+        "model.batch_size=2",
+        "model.vocabulary_size=300",
+        "engine=local",
+        "train.steps=1",
+        "train.epochs=null",
+    ),
+    *(
+        "model.architecture.num_hidden_layers=1",
+        "model.architecture.hidden_size=32",
+        "model.architecture.intermediate_size=32",
+    ),
+    *(
+        "model.architecture.max_position_embeddings=2048",
+        "train.max_length=1024",
+        "train.batch_size=2",
+        "tracking.progress=false",
+    ),
+    *(
+        "probe=mini_local",
+        "probe.tasks=[piqa]",
+        "probe.probes.knowledge.items=null",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory) -> Path:
+    """Invented rows of every task and probe that the experiments read."""
+    folder = write_cases(tmp_path_factory.mktemp("rows"))
+    pairs = [{"goal": f"To open box {i}", "sol1": "lift the lid", "sol2": "eat the box", "label": 0} for i in range(3)]
+    write(folder / "piqa" / "validation.jsonl", pairs)
+    write(folder / "piqa" / "train.jsonl", pairs)
+    page = " , ".join(f"the box number {i} was opened by the tall keeper" for i in range(20))
+    write(folder / "wikitext2_raw_documents" / "test.jsonl", [{"page": f" = Box {i} = \n \n {page}"} for i in range(3)])
+    return folder
+
+
+def arguments(experiment: str, offline: Path, tmp_path: Path) -> list[str]:
+    places = [f"data_dir={offline}", f"cache_dir={offline / 'cache'}", f"results_dir={tmp_path}"]
+    return [f"+experiment={experiment}", *TINY, *places]
+
+
+def test_every_experiment_of_a_real_model_is_here():
+    named = {path.stem for path in (CONF_DIR / "experiment").glob("*.yaml")}
+    assert named - {"seq16_local"} == set(REAL)
+
+
+@pytest.mark.parametrize("experiment", REAL)
+def test_an_experiment_names_its_command_and_its_hardware(experiment):
+    header = (CONF_DIR / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8").partition("defaults:")[0]
+    assert f"python -m clbench +experiment={experiment}" in header
+    assert "Hardware:" in header and "hours" in header and "Unmeasured" in header
+
+
+@pytest.mark.parametrize("experiment", REAL)
+def test_an_experiment_builds_its_whole_stream(experiment, offline, tmp_path):
+    config = compose(arguments(experiment, offline, tmp_path))
+    encoder = Encoder(
+        instantiate(config.model).load_tokenizer(Path(config.cache_dir)), max_length=config.train.max_length
+    )
+    tasks = make_tasks(config)
+    stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
+    assert [stage.name for stage in stream.stages] == list(config.stream.tasks)
+    for stage in stream.stages:
+        assert len(stage.train) == 3 and all(encoder.example(example).ids for example in stage.train)
+
+
+@pytest.mark.parametrize("experiment", ["seq16_llama3", "curlora3_mistral7b", "trace8_llama2"])
+def test_an_experiment_runs_to_its_end_offline(experiment, offline, tmp_path):
+    path = run(compose([*arguments(experiment, offline, tmp_path), "stream.limit=3"]))
+    assert (path / "status").read_text() == "complete\n"
+    rows = [json.loads(line) for line in (path / "scores.jsonl").read_text().splitlines()]
+    assert {row["probe"] for row in rows} == {"knowledge", "perplexity", "text_loss", "divergence", "stream"}
+    assert {row["stage"] for row in rows} == {0, 1, 2, 3}
+
+
+def test_a_bundle_of_an_experiment_gives_the_same_run(offline, tmp_path):
+    """Rows of tasks and probes, and tokens, are copied; the run on the copy has the same data, items and scores."""
+    out = tmp_path / "bundle"
+    asked = [*arguments("seq16_llama3", offline, tmp_path / "first"), "stream.limit=2"]
+    assert main([*asked, f"out={out}"]) == 0
+    copied = [item for item in asked if not item.startswith(("data_dir=", "results_dir="))] + [
+        f"data_dir={out}",
+        f"results_dir={tmp_path / 'second'}",
+    ]
+    first, second = (run(compose(each)) for each in (asked, copied))
+    assert first.name == second.name
+    manifests = [json.loads((path / "manifest.json").read_text()) for path in (first, second)]
+    for key in ("stream_hash", "probe_data", "probe_items", "overlaps"):
+        assert manifests[0][key] == manifests[1][key]
+    scores = [
+        [{**json.loads(line), "seconds": 0} for line in (path / "scores.jsonl").read_text().splitlines()]
+        for path in (first, second)
+    ]
+    assert scores[0] == scores[1]
