@@ -12,45 +12,21 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from clbench.config_engine import NO_IDENTITY_ENGINE, EngineConfig, check_engine, one_of
 from clbench.types import UserMistake
 
 RESUME = ("auto", "never", "must")
 SCHEDULES = ("linear", "cosine", "constant")
 ORDER = r"default|reversed|latin:\d+|random:\d+"
 CADENCE = r"all|quarters|ends|every:[1-9]\d*"
-DTYPES = ("float32", "bfloat16")
-ENGINES = ("local", "deepspeed")
-
-# DeepSpeed's keys that decide a number or what a slice is, or that offload, which is not there yet: stated by clbench alone.
-OWNED_BY_US = (
-    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
-    *("prescale_gradients", "gradient_predivide_factor", "communication_data_type", "data_types", "sparse_gradients"),
-    *("fp16", "bf16", "bfloat16", "amp", "torch_autocast", "optimizer", "scheduler", "gradient_accumulation_dtype"),
-    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "sequence_parallel_size", "tensor_parallel"),
-    *("managed_gradient_accumulation", "activation_checkpointing", "data_efficiency", "compression_training"),
-)
-OWNED_BY_US_IN_ZERO = (
-    *(
-        "stage",
-        "round_robin_gradients",
-        "memory_efficient_linear",
-        "offload_param",
-        "offload_optimizer",
-        "cpu_offload",
-        "zenflow",
-    ),
-    *("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "zero_quantized_weights"),
-    *("zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_hpz_partition_size", "mics_shard_size"),
-)
 
 # What a run's scores do not depend on, or what names a place on one machine: no part of a run's identity.
 NO_IDENTITY = ("results_dir", "cache_dir", "data_dir", "resume", "tracking")
-NO_IDENTITY_ENGINE = ("name", "processes", "zero_stage", "threads", "deepspeed")
+NO_IDENTITY_TRAIN = ("checkpoint_steps",)
 
 
 @dataclass
@@ -70,19 +46,7 @@ class TrainConfig:
     beta2: float = 0.999
     clip: float = 1.0
     carry_optimizer: bool = False
-
-
-@dataclass
-class EngineConfig:
-    """Where and in which precision to train. `deepspeed` holds further keys of DeepSpeed's own configuration."""
-
-    name: str = "local"
-    processes: int = 1
-    zero_stage: int = 0
-    dtype: str = "float32"
-    device: str = "auto"
-    threads: int | None = None
-    deepspeed: dict[str, Any] = field(default_factory=dict)
+    checkpoint_steps: int | None = None
 
 
 @dataclass
@@ -170,6 +134,8 @@ def config_hash(config: Config, *, without_seed: bool = False) -> str:
         del plain[key]
     for key in NO_IDENTITY_ENGINE:
         del plain["engine"][key]
+    for key in NO_IDENTITY_TRAIN:
+        del plain["train"][key]
     if without_seed:
         del plain["seed"]
         plain["method"].pop("seed", None)
@@ -198,18 +164,13 @@ def check(config: Config) -> None:
             f"order={config.order!r} is unknown; choose one of default, reversed, latin:K (rotated by K places), random:SEED"
         )
     check_engine(config.engine)
-    if train.carry_optimizer:
-        raise UserMistake(
-            "train.carry_optimizer=true is not there yet: every stage begins with a fresh optimizer; leave it at false"
-        )
     for name, cadence in config.probe.cadence.items():
         if name not in config.probe.probes or not re.fullmatch(CADENCE, str(cadence)):
             raise UserMistake(
                 f"probe.cadence.{name}={cadence!r}: name a probe ({', '.join(config.probe.probes)}) and give all, quarters, ends or every:K"
             )
-    _one_of("resume", config.resume, RESUME)
-    _one_of("train.schedule", train.schedule, SCHEDULES)
-    _one_of("engine.dtype", config.engine.dtype, DTYPES)
+    one_of("resume", config.resume, RESUME)
+    one_of("train.schedule", train.schedule, SCHEDULES)
     if (train.steps is None) == (train.epochs is None):
         raise UserMistake(
             f"train.steps={train.steps} and train.epochs={train.epochs}: give exactly one, the other is null (conf/train)"
@@ -224,8 +185,7 @@ def check(config: Config) -> None:
         ("train.warmup", train.warmup, 0),
         ("train.weight_decay", train.weight_decay, 0),
         ("train.clip", train.clip, 0),
-        ("engine.processes", config.engine.processes, 1),
-        ("engine.threads", config.engine.threads, 1),
+        ("train.checkpoint_steps", train.checkpoint_steps, 1),
         ("stream.limit", stream.limit, 1),
         ("stream.train_rows", stream.train_rows, 1),
         ("stream.test_rows", stream.test_rows, 1),
@@ -244,25 +204,6 @@ def check(config: Config) -> None:
         writable(key, value)
 
 
-def check_engine(engine: EngineConfig) -> None:
-    """Raises UserMistake where the engine cannot do what is asked of it."""
-    _one_of("engine.name", engine.name, ENGINES)
-    if engine.name == "local" and (engine.processes, engine.zero_stage, engine.deepspeed) != (1, 0, {}):
-        raise UserMistake(
-            f"engine=local with engine.processes={engine.processes}, engine.zero_stage={engine.zero_stage}, engine.deepspeed={engine.deepspeed}: "
-            "it is one process and shards nothing; choose engine=deepspeed"
-        )
-    if engine.zero_stage not in range(4):
-        raise UserMistake(f"engine.zero_stage={engine.zero_stage} is unknown; choose one of 0, 1, 2, 3")
-    zero = engine.deepspeed.get("zero_optimization", {})
-    owned = [key for key in engine.deepspeed if key in OWNED_BY_US]
-    owned += [f"zero_optimization.{key}" for key in zero if key in OWNED_BY_US_IN_ZERO]
-    if owned:
-        raise UserMistake(
-            f"engine.deepspeed.{owned[0]} is set by clbench, so that every engine gives the same numbers; use the keys of train and engine instead"
-        )
-
-
 def is_due(cadence: str, stage: int, last: int) -> bool:
     """Whether a probe of this cadence measures after `stage` of `last`: always the untouched model and the last stage.
 
@@ -275,11 +216,6 @@ def is_due(cadence: str, stage: int, last: int) -> bool:
     if kind == "quarters":
         return stage in {round(last * quarter / 4) for quarter in (1, 2, 3)}
     return kind == "every" and stage % int(number) == 0
-
-
-def _one_of(key: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise UserMistake(f"{key}={value!r} is unknown; choose one of {', '.join(allowed)}")
 
 
 def writable(key: str, value: str) -> None:

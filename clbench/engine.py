@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from clbench.adapters import trainable
+from clbench.optim import moments_of, set_moments
 from clbench.protocols import Engine, Shard
 
 
@@ -48,19 +50,30 @@ class ParameterShard(Shard):
 
 
 class LocalEngine(Engine):
-    """One process. `clip` bounds the global gradient norm; 0 switches clipping off. Without an optimizer nothing trains."""
+    """One process. `clip` bounds the global gradient norm; 0 switches clipping off. Without an optimizer nothing trains.
+
+    `moments` is the state that the optimizer starts from.
+    """
 
     rank = 0
     world_size = 1
 
     def __init__(
-        self, model: Module, *, optimizer: Optimizer | None, schedule: LRScheduler | None, clip: float
+        self,
+        model: Module,
+        *,
+        optimizer: Optimizer | None,
+        schedule: LRScheduler | None,
+        clip: float,
+        moments: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.schedule = schedule
         self.clip = clip
         self._parameters = trainable(model)
+        if moments:
+            set_moments(optimizer, self._parameters, moments)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulates the gradient of `loss`."""
@@ -95,6 +108,14 @@ class LocalEngine(Engine):
     def total(self, value: Tensor | float) -> Tensor | float:
         """`value` itself: there is one rank."""
         return value
+
+    def moments(self) -> dict[str, Tensor]:
+        """The optimizer's state; none where nothing trains."""
+        return moments_of(self.optimizer, self._parameters) if self.optimizer else {}
+
+    def gathered(self) -> AbstractContextManager:
+        """They always are."""
+        return nullcontext()
 
     def close(self) -> None:
         """Nothing is held beyond the optimizer."""

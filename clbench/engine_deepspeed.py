@@ -3,7 +3,7 @@
 Every rank computes its part of the global batch's loss and the parts add up. DeepSpeed averages gradients over ranks, so a loss is first
 multiplied by their number (exact for powers of two). Micro-batches add up on each rank, and ranks are added once per step.
 
-Who owns what is `engine_zero`'s to know; methods see none of it.
+Who owns what is `engine_zero`'s to know; methods see only `engine_shards`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import gc
 import importlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -27,7 +27,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from clbench.adapters import trainable
 from clbench.cur import CurLinear
-from clbench.engine_zero import STORAGES, Matrix, Slice, assembled, release
+from clbench.engine_shards import Matrix, Slice
+from clbench.engine_zero import STORAGES, assembled, release
+from clbench.optim import AVERAGES
 from clbench.protocols import Engine, Shard
 from clbench.world import World
 
@@ -91,7 +93,10 @@ def settings(*, zero_stage: int, clip: float, bucket: int, extra: Mapping[str, A
 
 
 class DeepSpeedEngine(Engine):
-    """Many processes. `clip` bounds the global gradient norm, 0 switches it off; `extra` are further keys of DeepSpeed's configuration."""
+    """Many processes. `clip` bounds the global gradient norm, 0 switches it off; `extra` are further keys of DeepSpeed's configuration.
+
+    `moments` is the state that the optimizer starts from.
+    """
 
     def __init__(
         self,
@@ -102,6 +107,7 @@ class DeepSpeedEngine(Engine):
         clip: float,
         zero_stage: int,
         extra: Mapping[str, Any],
+        moments: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model = model
         self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
@@ -120,6 +126,10 @@ class DeepSpeedEngine(Engine):
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self._storage = STORAGES[zero_stage](self._engine)
         self._reduction: AbstractContextManager | None = None
+        for name, parameter in self._parameters.items():
+            if moments and f"step/{name}" in moments:
+                whole = {key: moments[f"{key}/{name}"] for key in ("step", *AVERAGES)}
+                self._storage.set_moments(parameter, whole)
         if zero_stage == 3:
             for layer in model.modules():
                 if isinstance(layer, CurLinear):
@@ -178,6 +188,25 @@ class DeepSpeedEngine(Engine):
         total = torch.as_tensor(value, dtype=torch.float32, device=self._engine.device).clone()
         comm.all_reduce(total)
         return total
+
+    def moments(self) -> dict[str, Tensor]:
+        """The optimizer's state, one tensor at a time."""
+        own = {name: self._storage.moments(parameter) for name, parameter in self._parameters.items()}
+        # A rank that owns nothing of a tensor does not know its step count.
+        steps = torch.tensor([float(own[name].get("step", 0.0)) for name in own], device=self._engine.device)
+        comm.all_reduce(steps, op=comm.ReduceOp.MAX)
+        found: dict[str, Tensor] = {}
+        for (name, parameter), step in zip(self._parameters.items(), steps.cpu(), strict=True):
+            for key in AVERAGES if step > 0 else ():
+                whole = assembled(own[name].get(key), self._storage.span(parameter), parameter)
+                found |= {f"step/{name}": step.clone(), f"{key}/{name}": whole.cpu()}
+        return found
+
+    def gathered(self) -> AbstractContextManager:
+        """A collective for every weight at stage 3."""
+        if self._zero_stage < 3:
+            return nullcontext()
+        return deepspeed.zero.GatheredParameters(list(self.model.parameters()))
 
     def close(self) -> None:
         """Gathers the weights, releases DeepSpeed's engine and takes back all that it attached to the model."""

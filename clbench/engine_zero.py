@@ -1,14 +1,15 @@
-"""Where DeepSpeed's ZeRO stages keep trainable tensors and their gradients, and the shards that methods see of them.
+"""Where DeepSpeed's ZeRO stages keep trainable tensors, their gradients and the optimizer's moments.
 
 At stage 0 every rank holds everything and answers for an equal slice of each tensor; at stages 1 and 2 it owns a run of all trainable
 tensors laid end to end; at stage 3 a slice of each tensor, the frozen ones included. Trainable tensors are float32, so a master copy and its
-working copy hold the same numbers, and every write goes to both. Not here: when gradients are complete, and steps (`engine_deepspeed`).
+working copy hold the same numbers, and every write goes to both. Not here: what methods see of it (`engine_shards`), when gradients are
+complete, and steps (`engine_deepspeed`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import Parameter
 
-from clbench.protocols import Shard
+from clbench.optim import AVERAGES
 
 Span = tuple[int, int]
 """First and last + 1 of the entries of a flattened tensor."""
@@ -44,6 +45,40 @@ class Storage(ABC):
     @abstractmethod
     def grad(self, parameter: Parameter) -> Tensor:
         """This rank's slice of the gradient, once it is complete."""
+
+    @abstractmethod
+    def stepped(self, parameter: Parameter) -> tuple[Tensor, int]:
+        """The tensor that the optimizer itself steps with and keeps state of, and where in it this rank's slice begins."""
+
+    @property
+    def states(self) -> Mapping[Tensor, dict[str, Tensor]]:
+        """The state of torch's own optimizer, by the tensors that it steps with."""
+        return self.optimizer.optimizer.state
+
+    def moments(self, parameter: Parameter) -> dict[str, Tensor]:
+        """This rank's slices of the moments, and the step count; empty where it owns none or no step was taken."""
+        first, last = self.span(parameter)
+        if first == last:
+            return {}
+        tensor, start = self.stepped(parameter)
+        state = self.states.get(tensor, {})
+        return {
+            key: value if key == "step" else value.view(-1)[start : start + last - first]
+            for key, value in state.items()
+        }
+
+    def set_moments(self, parameter: Parameter, whole: Mapping[str, Tensor]) -> None:
+        """Takes this rank's slices of the moments, and the step count, which all of a group share."""
+        first, last = self.span(parameter)
+        if first == last:
+            return
+        tensor, start = self.stepped(parameter)
+        state = self.states[tensor]
+        if not state:
+            state["step"] = whole["step"].to(tensor.device, copy=True)
+            state |= {key: torch.zeros_like(tensor) for key in AVERAGES}
+        for key in AVERAGES:
+            state[key].view(-1)[start : start + last - first].copy_(whole[key].flatten()[first:last])
 
     @abstractmethod
     def clear(self) -> None:
@@ -92,6 +127,19 @@ class Replicated(Storage):
         """All of it, as every rank steps with all of it."""
         parameter.grad.copy_(whole)
 
+    def stepped(self, parameter: Parameter) -> tuple[Tensor, int]:
+        """The parameter itself."""
+        return parameter, self.span(parameter)[0]
+
+    @property
+    def states(self) -> Mapping[Tensor, dict[str, Tensor]]:
+        """There is no optimizer around torch's."""
+        return self.optimizer.state
+
+    def set_moments(self, parameter: Parameter, whole: Mapping[str, Tensor]) -> None:
+        """All of them."""
+        self.states[parameter] = {key: value.to(parameter.device, copy=True) for key, value in whole.items()}
+
     def clear(self) -> None:
         """In DeepSpeed's way."""
         self.engine.zero_grad()
@@ -126,6 +174,11 @@ class Flat(Storage):
     def grad(self, parameter: Parameter) -> Tensor:
         """A view of the reduced gradient."""
         return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
+
+    def stepped(self, parameter: Parameter) -> tuple[Tensor, int]:
+        """The run of tensors of its group that this rank owns."""
+        group = parameter._hp_mapping.param_group_index
+        return self.optimizer.single_partition_of_fp32_groups[group], parameter._hp_mapping.hp_fragment_address.start
 
     def clear(self) -> None:
         """In place: slices hold on to the dictionary, so a new one would leave them with the old gradients."""
@@ -168,6 +221,11 @@ class Sharded(Storage):
         self.value(parameter).copy_(whole.flatten()[first:last])
         self.publish([parameter], values=True, grads=False)
 
+    def stepped(self, parameter: Parameter) -> tuple[Tensor, int]:
+        """The slices of its group, end to end."""
+        group, start, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        return self.optimizer.fp32_partitioned_groups_flat[group], start
+
     def clear(self) -> None:
         """As DeepSpeed does after a step: the next reduction then replaces instead of adding."""
         self.optimizer.zero_grad()
@@ -204,81 +262,3 @@ def release(parameter: Parameter) -> None:
     """Back to slices, should the tensor be whole at the moment; what is gathered next is then up to date."""
     if parameter.ds_status.name == "AVAILABLE":
         parameter.partition()
-
-
-class Slice(Shard):
-    """This rank's flat part of one trainable tensor; `report` hears of each assignment."""
-
-    def __init__(self, name: str, parameter: Parameter, storage: Storage, report: Callable[[str], None]) -> None:
-        self.name = name
-        self._parameter = parameter
-        self._storage = storage
-        self._report = report
-
-    @property
-    def value(self) -> Tensor:
-        """Flat [owned]."""
-        return self._storage.value(self._parameter)
-
-    @value.setter
-    def value(self, value: Tensor) -> None:
-        self._report("values")
-        if value is not (own := self.value):
-            own.copy_(value)
-
-    @property
-    def grad(self) -> Tensor:
-        """Flat [owned]."""
-        return self._storage.grad(self._parameter)
-
-    @grad.setter
-    def grad(self, grad: Tensor) -> None:
-        self._report("grads")
-        if grad is not (own := self.grad):
-            own.copy_(grad)
-
-    def part(self, whole: Tensor) -> Tensor:
-        """The entries of `whole` that lie where this slice lies."""
-        first, last = self._storage.span(self._parameter)
-        return whole.reshape(-1)[first:last]
-
-
-class Matrix(Shard):
-    """One trainable tensor whole, fetched when first read; what is assigned must be the same on every rank."""
-
-    def __init__(self, name: str, parameter: Parameter, storage: Storage) -> None:
-        self.name = name
-        self._parameter = parameter
-        self._storage = storage
-        self._fetched: dict[str, Tensor] = {}
-
-    def _whole(self, read: Callable[[Parameter], Tensor]) -> Tensor:
-        if read.__name__ not in self._fetched:
-            first, last = span = self._storage.span(self._parameter)
-            part = read(self._parameter) if last > first else None
-            self._fetched[read.__name__] = assembled(part, span, self._parameter)
-        return self._fetched[read.__name__]
-
-    @property
-    def value(self) -> Tensor:
-        """The tensor's own shape."""
-        return self._whole(self._storage.value)
-
-    @value.setter
-    def value(self, value: Tensor) -> None:
-        self._fetched["value"] = value
-        self._storage.set_whole_value(self._parameter, value)
-
-    @property
-    def grad(self) -> Tensor:
-        """The tensor's own shape."""
-        return self._whole(self._storage.grad)
-
-    @grad.setter
-    def grad(self, grad: Tensor) -> None:
-        self._fetched["grad"] = grad
-        self._storage.set_whole_grad(self._parameter, grad)
-
-    def part(self, whole: Tensor) -> Tensor:
-        """All of it."""
-        return whole

@@ -7,31 +7,25 @@ the probes -> the student; then the ledger. A kill at any point costs at most th
 from __future__ import annotations
 
 import logging
-import os
 import resource
 import signal
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import transformers
-from hydra.utils import instantiate
+from torch import Tensor
 from torch.nn import Module
 
 from clbench import optim
-from clbench.adapters import describe, folded, load_trainable_state, seeded, trainable, trainable_state
+from clbench.adapters import describe, folded, load_trainable_state, trainable, trainable_state
+from clbench.build import Run, prepare, set_up_torch
 from clbench.config import Config, TrackingConfig, is_due, run_directory, run_name
-from clbench.data import Encoder
 from clbench.engine import LocalEngine
-from clbench.ledger import COMPLETE, Ledger
-from clbench.manifest import data_contract, manifest
-from clbench.parts import make_method, make_probes, make_tasks
-from clbench.protocols import Engine, Method, Probe
-from clbench.stream import Stream, build_stream
+from clbench.ledger import COMPLETE, Checkpoint
+from clbench.protocols import Engine
 from clbench.student import Student
 from clbench.tracking import Tracker
 from clbench.train import Plan, Trained, plan_stage, train_stage
@@ -39,25 +33,6 @@ from clbench.types import Cost, Score, Source, Stage
 from clbench.world import World
 
 log = logging.getLogger("clbench")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(kw_only=True)
-class Run:
-    """Everything a run is made of, complete after `prepare`. `overlapping`: ids of training examples that a test or probe holds, too.
-
-    Only the first rank of the world examines and writes: elsewhere there are no probes and no ledger.
-    """
-
-    config: Config
-    method: Method
-    model: Module
-    stream: Stream
-    probes: tuple[Probe, ...]
-    encoder: Encoder
-    ledger: Ledger | None
-    overlapping: frozenset[str] = frozenset()
-    world: World = field(default_factory=World)
 
 
 def run(config: Config, *, command: str = "", world: World | None = None) -> Path:
@@ -79,63 +54,6 @@ def run(config: Config, *, command: str = "", world: World | None = None) -> Pat
     return path
 
 
-def set_up_torch(config: Config) -> None:
-    """Threads, and warnings of libraries that say nothing a user can act on."""
-    if config.engine.threads is not None:
-        torch.set_num_threads(config.engine.threads)
-    if not torch.cuda.is_available():
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # transformers asks deepspeed, which warns when it has to find out for itself
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def prepare(config: Config, *, command: str, world: World) -> Run:
-    """Builds what the configuration names and opens the ledger. The first rank goes first and fills the cache for the others."""
-    if not world.is_first:
-        world.wait()
-    prepared = build(config, command=command, world=world)
-    if world.is_first:
-        world.wait()
-    return prepared
-
-
-def build(config: Config, *, command: str, world: World) -> Run:
-    """As `prepare`, for one rank."""
-    source = instantiate(config.model)
-    model, tokenizer = source.load(Path(config.cache_dir))
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.engine.device == "auto" else config.engine.device
-    )
-    model.to(device=device, dtype=DTYPES[config.engine.dtype])
-    token_dirs = [Path(folder) / "tokens" for folder in (config.data_dir, config.cache_dir) if folder is not None]
-    encoder = Encoder(tokenizer, max_length=config.train.max_length, device=device, token_dirs=token_dirs)
-    tasks = make_tasks(config)
-    stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
-    probes, ledger, overlapping = (), None, frozenset()
-    if world.is_first:
-        probes = make_probes(config)
-        contract, overlapping = data_contract(config, stream, probes, encoder)
-        named = {"model_label": source.label, "fingerprint": source.fingerprint(), "command": command}
-        ledger = Ledger(
-            run_directory(config), manifest=manifest(config, stream, **named) | contract, resume=config.resume
-        )
-    method = make_method(config)
-    return Run(
-        config=config,
-        method=method,
-        model=method.wrap(model),
-        stream=stream,
-        probes=probes,
-        encoder=encoder,
-        ledger=ledger,
-        overlapping=overlapping,
-        world=world,
-    )
-
-
 def run_stages(run: Run) -> None:
     """Every stage that the ledger does not hold yet, the untouched model first."""
     first = run.world.share(run.ledger.finished + 1 if run.ledger else 0)
@@ -143,16 +61,22 @@ def run_stages(run: Run) -> None:
     for probe in run.probes:
         probe.begin(Student(run.model, run.encoder))
     if first > 0:
-        weights, state = run.world.share(run.ledger.load() if run.ledger else ({}, {}))
-        load_trainable_state(run.model, weights)
-        run.method.load_state_dict(state)
-        if run.ledger:
-            log.info("%s: continuing after stage %d", run.ledger.path.name, first - 1)
+        go_on(run)
     with open_tracker(run, first=max(first - 1, 0)) as tracker:
         if first == 0:
             run_stage(run, None, tracker)
         for stage in run.stream.stages[max(first - 1, 0) :]:
             run_stage(run, stage, tracker)
+
+
+def go_on(run: Run) -> None:
+    """Takes back the last finished stage, and whatever of the next was kept."""
+    finished, run.within = run.world.share((run.ledger.load(), run.ledger.load_within()) if run.ledger else None)
+    load_trainable_state(run.model, finished.weights)
+    run.method.load_state_dict(finished.state)
+    run.moments = finished.moments
+    step = f", step {run.within.step} of the next" if run.within else ""
+    log.info("%s: continuing after stage %d%s", run_name(run.config), finished.stage, step)
 
 
 def open_tracker(run: Run, *, first: int) -> Tracker:
@@ -168,7 +92,7 @@ def open_tracker(run: Run, *, first: int) -> Tracker:
 
 def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
     """Trains `stage` (None: the untouched model); then the first rank examines, records, and last of all marks it finished."""
-    started = time.perf_counter()
+    started = time.perf_counter() - (run.within.seconds if run.within else 0.0)
     index, name = (stage.index, stage.name) if stage else (0, "base")
     trained = Trained(steps=0, tokens_trained=0, tokens_replayed=0, loss=float("nan"))
     replay: list[Score] = []
@@ -203,7 +127,8 @@ def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
         joules=float("nan"),
     )
     run.ledger.append_cost(replace(cost, seconds_other=time.perf_counter() - after_probes))
-    run.ledger.save(index, weights=trainable_state(run.model), state=run.method.state_dict())
+    whole = {"weights": trainable_state(run.model), "state": run.method.state_dict(), "moments": run.moments}
+    run.ledger.save(Checkpoint(stage=index, **whole))
     tracker.stage(index, name, scores, loss=trained.loss, seconds=time.perf_counter() - started)
     run.world.wait()
 
@@ -212,24 +137,50 @@ def train(run: Run, stage: Stage, tracker: Tracker) -> tuple[Sequence[Source], T
     """The method's turn: everything between two examinations. Gives what was trained on, too."""
     config, method = run.config, run.method
     method.begin_stage(stage, run.model)
-    sources = method.training_set(stage)
+    # A memory grows when its stage ends; what was trained on is what it held before.
+    sources = [replace(source, examples=tuple(source.examples)) for source in method.training_set(stage)]
     plan = plan_stage(sources, config.train)
-    engine = open_engine(run.model, config, plan)
-    with seeded(config.seed, "dropout", stage.index):
-        trained = train_stage(
-            stage,
-            plan,
-            method=method,
-            engine=engine,
-            encoder=run.encoder,
-            config=config.train,
-            seed=config.seed,
-            report=lambda step, steps, loss: tracker.step(stage, step, steps, loss),
-        )
+    before = re_enter(run) if run.within else Checkpoint(stage=stage.index, weights={}, state={}, moments=run.moments)
+    started = time.perf_counter() - before.seconds
+    engine = open_engine(run.model, config, plan, moments=before.moments, done=before.step)
+    trained = train_stage(
+        stage,
+        plan,
+        method=method,
+        engine=engine,
+        encoder=run.encoder,
+        config=config.train,
+        seed=config.seed,
+        report=lambda step, steps, loss: tracker.step(stage, step, steps, loss),
+        first=before.step,
+        save=lambda step: save_within(run, stage, engine, step=step, seconds=time.perf_counter() - started),
+    )
     method.end_stage(stage, engine)
+    run.moments = engine.moments() if config.train.carry_optimizer else {}
     engine.close()
     method.consolidate(run.model)
     return sources, trained
+
+
+def re_enter(run: Run) -> Checkpoint:
+    """Puts back what a stage that has just begun was in the middle of."""
+    before, run.within = run.within, None
+    assert before is not None
+    load_trainable_state(run.model, before.weights)
+    device = run.encoder.device
+    here = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in before.state.items()}
+    run.method.load_state_dict(here)
+    return before
+
+
+def save_within(run: Run, stage: Stage, engine: Engine, *, step: int, seconds: float) -> None:
+    """Keeps a stage as it is after `step` steps; every rank gives its part, the first one writes."""
+    with engine.gathered() if run.method.merges else nullcontext():
+        state = run.method.state_dict()
+    weights = engine.whole({shard.name: shard.value for shard in engine.shards()})
+    whole = {"weights": weights, "state": state, "moments": engine.moments()}
+    if run.ledger:
+        run.ledger.save(Checkpoint(stage=stage.index, step=step, seconds=seconds, **whole))
 
 
 def replay_scores(run: Run, stage: Stage, memory: Sequence[Source]) -> list[Score]:
@@ -253,14 +204,17 @@ def replay_scores(run: Run, stage: Stage, memory: Sequence[Source]) -> list[Scor
     ]
 
 
-def open_engine(model: Module, config: Config, plan: Plan) -> Engine:
-    """The stage's engine: a fresh optimizer and schedule over the tensors that train now."""
+def open_engine(
+    model: Module, config: Config, plan: Plan, *, moments: Mapping[str, Tensor] | None = None, done: int = 0
+) -> Engine:
+    """The stage's engine over the tensors that train now, after `done` of its steps. `moments` is what the optimizer starts from."""
     if not trainable(model):
         return LocalEngine(model, optimizer=None, schedule=None, clip=0.0)
-    optimizer = optim.optimizer(trainable(model).values(), config.train)
-    schedule = optim.schedule(optimizer, config.train, steps=plan.total)
+    moments = optim.fitting(moments or {}, trainable(model))
+    optimizer = optim.optimizer(trainable(model), config.train, moments)
+    schedule = optim.schedule(optimizer, config.train, steps=plan.total, done=done)
     if config.engine.name == "local":
-        return LocalEngine(model, optimizer=optimizer, schedule=schedule, clip=config.train.clip)
+        return LocalEngine(model, optimizer=optimizer, schedule=schedule, clip=config.train.clip, moments=moments)
     from clbench.engine_deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine(
@@ -270,6 +224,7 @@ def open_engine(model: Module, config: Config, plan: Plan) -> Engine:
         clip=config.train.clip,
         zero_stage=config.engine.zero_stage,
         extra=config.engine.deepspeed,
+        moments=moments,
     )
 
 

@@ -81,6 +81,14 @@ class Engine(ABC):
         """Sum of `value` over ranks."""
 
     @abstractmethod
+    def moments(self) -> dict[str, Tensor]:
+        """The optimizer's state as `optim` describes it, whole and on the CPU, on every rank."""
+
+    @abstractmethod
+    def gathered(self) -> AbstractContextManager:
+        """While it lasts all weights are whole on every rank, to be read."""
+
+    @abstractmethod
     def close(self) -> None:
         """Releases the optimizer; afterwards the model's weights are whole and writable."""
 
@@ -130,7 +138,7 @@ class Method(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Takes back what `state_dict` gave; all of it, as a run that continues within a stage calls it a second time after `begin_stage`."""
 
 
 class Task(ABC):

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = (
     {"types", "metrics"},
-    {"protocols", "config", "contract"},
+    {"protocols", "config_engine", "config", "contract"},
     {
         "world",
         "data",
@@ -19,14 +19,16 @@ ROWS = (
         "cur",
         "pairs",
         "memory",
+        "optim",
         "parts",
         "ledger",
         "tracking",
         "runs",
     },
-    {"engine", "engine_zero", "engine_deepspeed"},
-    {"student", "stream", "optim", "statistics"},
+    {"engine", "engine_zero", "engine_shards", "engine_deepspeed"},
+    {"student", "stream", "statistics"},
     {"probes", "train", "canaries", "manifest"},
+    {"build"},
     {"experiment", "estimate"},
     {"launch", "worker", "cli", "leaderboard", "published", "report", "doctor", "tuning", "bundle", "__main__"},
 )
