@@ -84,9 +84,9 @@ def build(config: Config, *, command: str, world: World) -> Run:
     encoder = Encoder(tokenizer, max_length=config.train.max_length, device=device, token_dirs=token_dirs)
     tasks = make_tasks(config)
     stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
-    probes, ledger, overlapping = (), None, frozenset()
+    probes = make_probes(config)
+    ledger, overlapping = None, frozenset()
     if world.is_first:
-        probes = make_probes(config)
         contract, overlapping = data_contract(config, stream, probes, encoder)
         named = {"model_label": source.label, "fingerprint": source.fingerprint(), "command": command}
         ledger = Ledger(

@@ -34,9 +34,11 @@ from clbench.protocols import Engine, Shard
 from clbench.world import World
 
 PATIENCE = timedelta(days=1)
-"""How long a rank waits for another: rank 0 examines alone. A rank that died is the launcher's to notice, not a timeout's."""
+"""How long a rank waits for another, which may be pretraining or loading. A rank that died is the launcher's to notice, not a timeout's."""
 LINEAR = torch.nn.functional.linear
 """Torch's own; stage 3 puts one in its place, for the whole process, that keeps no gathered weights for the backward pass."""
+HOOKED = "_output_capturing_hooks_installed"
+"""Set by transformers when it first gives out hidden states, beside hooks that stay; without it there would be more of them each stage."""
 MESSAGE = 50_000_000
 """Most elements of one message between ranks, and of the buffer for it, unless one tensor has more."""
 
@@ -250,7 +252,7 @@ def detach(model: Module, known: Mapping[Any, set[str]]) -> None:
     What stays would speak for an engine that is gone: hooks of its, slices of its buffers.
     """
     for part in (*model.modules(), *model.parameters()):
-        for name in vars(part).keys() - known[part]:
+        for name in vars(part).keys() - known[part] - {HOOKED}:
             del vars(part)[name]
     for module in model.modules():
         vars(module)["_parameters"] = dict(module._parameters.items())

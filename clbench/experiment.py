@@ -27,6 +27,7 @@ from clbench.engine import LocalEngine
 from clbench.ledger import COMPLETE, Checkpoint
 from clbench.protocols import Engine
 from clbench.student import Student
+from clbench.student_ranks import RankStudent
 from clbench.tracking import Tracker
 from clbench.train import Plan, Trained, plan_stage, train_stage
 from clbench.types import Cost, Score, Source, Stage
@@ -59,7 +60,7 @@ def run_stages(run: Run) -> None:
     first = run.world.share(run.ledger.finished + 1 if run.ledger else 0)
     run.model.eval()
     for probe in run.probes:
-        probe.begin(Student(run.model, run.encoder))
+        probe.begin(student_of(run))
     if first > 0:
         go_on(run)
     with open_tracker(run, first=max(first - 1, 0)) as tracker:
@@ -91,7 +92,7 @@ def open_tracker(run: Run, *, first: int) -> Tracker:
 
 
 def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
-    """Trains `stage` (None: the untouched model); then the first rank examines, records, and last of all marks it finished."""
+    """Trains and examines `stage` (None: the untouched model); the first rank records, and last of all marks it finished."""
     started = time.perf_counter() - (run.within.seconds if run.within else 0.0)
     index, name = (stage.index, stage.name) if stage else (0, "base")
     trained = Trained(steps=0, tokens_trained=0, tokens_replayed=0, loss=float("nan"))
@@ -99,12 +100,13 @@ def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
     if stage:
         sources, trained = train(run, stage, tracker)
         replay = replay_scores(run, stage, sources[1:])
+    after_training = time.perf_counter()
+    student = student_of(run)
+    scores = [*replay, *examine(run, student, index)]
+    tokens_scored = sum(run.world.gather(student.tokens_scored))
+    after_probes = time.perf_counter()
     if run.ledger is None:
         return run.world.wait()
-    after_training = time.perf_counter()
-    student = Student(run.model, run.encoder)
-    scores = [*replay, *examine(run, student, index)]
-    after_probes = time.perf_counter()
     run.ledger.append(scores)
     counts = describe(run.model)
     tokens = trained.tokens_trained + trained.tokens_replayed
@@ -113,7 +115,7 @@ def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
         steps=trained.steps,
         tokens_trained=trained.tokens_trained,
         tokens_replayed=trained.tokens_replayed,
-        tokens_scored=student.tokens_scored,
+        tokens_scored=tokens_scored,
         seconds_train=after_training - started,
         seconds_probe=after_probes - after_training,
         seconds_other=0.0,
@@ -121,8 +123,7 @@ def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
         peak_memory_bytes=peak_memory(run.encoder.device),
         # Forward 2, activation gradients 2, gradients of trainable weights 2 operations per parameter and token (arXiv 2001.08361).
         flops=float(
-            tokens * (4 * counts["parameters"] + 2 * counts["trainable"])
-            + 2 * student.tokens_scored * counts["parameters"]
+            tokens * (4 * counts["parameters"] + 2 * counts["trainable"]) + 2 * tokens_scored * counts["parameters"]
         ),
         joules=float("nan"),
     )
@@ -226,6 +227,13 @@ def open_engine(
         extra=config.engine.deepspeed,
         moments=moments,
     )
+
+
+def student_of(run: Run) -> Student:
+    """The model under examination; many processes share its requests."""
+    if run.world.size == 1:
+        return Student(run.model, run.encoder)
+    return RankStudent(run.model, run.encoder, world=run.world)
 
 
 def examine(run: Run, student: Student, index: int) -> Iterator[Score]:

@@ -7,7 +7,8 @@ batch, and the vocabulary is projected at scored positions only. All scores are 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from clbench.data import Encoder, clip_left
 from clbench.loss import causal_lm, hidden_states, project
 
 Ids = tuple[int, ...]
+T, R = TypeVar("T"), TypeVar("R")
 
 
 class Student:
@@ -85,6 +87,10 @@ class Student:
                 )
                 results[index] = (float(picked.sum()), greedy[first : first + span] == list(target))
             first += span
+
+    def share(self, work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T], *, by: Sequence[Ids]) -> list[R]:
+        """The results of `work` for all items, in their order. One process does it all; where there are more, equal keys of `by` stay together."""
+        return list(work(items))
 
     @property
     def positions(self) -> int:

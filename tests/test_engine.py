@@ -1,6 +1,8 @@
 """The engine of one process: what the optimizer carries from stage to stage, and checkpoints within a stage."""
 
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,9 @@ from clbench.cli import compose
 from clbench.config import TrainConfig, config_hash
 from clbench.engine import LocalEngine
 from clbench.ledger import Checkpoint, Ledger
+from clbench.probes.rolling import rolling_nll
+from clbench.student import Student
+from clbench.student_ranks import RankStudent, dealt
 from tests import test_methods as methods
 from tests.test_run import elsewhere, run, scores
 
@@ -271,3 +276,70 @@ def test_what_was_kept_within_a_stage_goes_when_the_stage_is_finished(tmp_path):
     record.save(Checkpoint(stage=2, step=4, **empty))
     record._lock.close()
     assert Ledger(tmp_path, manifest=SAME, resume="auto").load_within() is None
+
+
+# --- requests shared among ranks ----------------------------------------------------------------------------------------
+
+
+class Threads:
+    """Two ranks of one process: each runs in a thread of its own, and `gather` is their meeting point."""
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(2, timeout=60)
+        self.given: list = [None, None]
+
+    def both(self, work) -> list:
+        with ThreadPoolExecutor(2) as pool:
+            return [future.result() for future in [pool.submit(work, Meeting(self, rank)) for rank in range(2)]]
+
+
+class Meeting:
+    size = 2
+
+    def __init__(self, threads: Threads, rank: int) -> None:
+        self.threads, self.rank = threads, rank
+
+    def gather(self, value):
+        self.threads.given[self.rank] = value
+        self.threads.barrier.wait()
+        given = list(self.threads.given)
+        self.threads.barrier.wait()
+        return given
+
+
+def asked(toy: methods.Lab, student: Student) -> dict[str, object]:
+    """Every verb of a student, on requests of uneven length, some of which share a context; and text in windows."""
+    examples = [example for stage in toy.run.stream.stages for example in stage.train]
+    contexts = [toy.run.encoder.prompt(example.prompt) for example in examples]
+    choices = [toy.run.encoder.answer(word) for word in ("w1", "w2 w3", "w4", "w5 w6 w7")]
+    return {
+        "likelihoods": student.log_likelihoods([(context, choice) for context in contexts for choice in choices]),
+        "answers": student.generate(contexts, max_new_tokens=4),
+        "distributions": student.next_log_probs(contexts),
+        "text": rolling_nll(student, [context[1:] for context in contexts], window=3),
+        "one": student.log_likelihoods([(contexts[0], choices[0])]),
+        "none": student.log_likelihoods([]),
+        "tokens": student.tokens_scored,
+    }
+
+
+def test_ranks_that_share_requests_get_the_answers_of_one():
+    toy = methods.lab("base")
+    alone = asked(toy, Student(toy.model, toy.run.encoder))
+    ranks = Threads().both(lambda world: asked(toy, RankStudent(toy.model, toy.run.encoder, world=world)))
+    for found in ranks:
+        assert found["answers"] == alone["answers"] and found["none"] == []
+        torch.testing.assert_close(found["distributions"], alone["distributions"], rtol=0, atol=1e-5)
+        assert found["text"] == pytest.approx(alone["text"], abs=1e-5)
+        for key in ("likelihoods", "one"):
+            values, greedy = zip(*found[key], strict=True)
+            assert values == pytest.approx([value for value, _ in alone[key]], abs=1e-5)
+            assert greedy == tuple(is_greedy for _, is_greedy in alone[key])
+    tokens = [found["tokens"] for found in ranks]
+    assert min(tokens) > 0.3 * sum(tokens) and sum(tokens) == pytest.approx(alone["tokens"], rel=0.1)
+
+
+def test_requests_of_one_context_stay_together():
+    parts = dealt([(1, 2), (3,), (1, 2), (4, 5, 6), (3,)], size=2)
+    assert parts == [[1, 3, 4], [0, 2]]
+    assert dealt([], size=2) == [[], []] and dealt([(1,)], size=3) == [[0], [], []]

@@ -26,7 +26,7 @@ ROWS = (
         "runs",
     },
     {"engine", "engine_zero", "engine_shards", "engine_deepspeed"},
-    {"student", "stream", "statistics"},
+    {"student", "student_ranks", "stream", "statistics"},
     {"probes", "train", "canaries", "manifest"},
     {"build"},
     {"experiment", "estimate"},
