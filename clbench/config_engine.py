@@ -13,8 +13,10 @@ from clbench.types import UserMistake
 
 DTYPES = ("float32", "bfloat16")
 ENGINES = ("local", "deepspeed")
+OFFLOADS = {"none": 0, "optimizer": 1, "all": 3}
+"""What can be kept in the host's memory, and the least ZeRO stage that can: the optimizer's state, master weights and gradients; weights too."""
 
-# DeepSpeed's keys that decide a number or what a slice is, or that offload, which is not there yet: stated by clbench alone.
+# DeepSpeed's keys that decide a number, what a slice is or where it lies: stated by clbench alone.
 OWNED_BY_US = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("prescale_gradients", "gradient_predivide_factor", "communication_data_type", "data_types", "sparse_gradients"),
@@ -37,12 +39,15 @@ OWNED_BY_US_IN_ZERO = (
 )
 
 # What the engine does without changing a score.
-NO_IDENTITY_ENGINE = ("name", "processes", "zero_stage", "threads", "deepspeed")
+NO_IDENTITY_ENGINE = (
+    *("name", "processes", "zero_stage", "threads", "deepspeed"),
+    *("offload", "activation_checkpointing"),
+)
 
 
 @dataclass
 class EngineConfig:
-    """Where and in which precision to train. `deepspeed` holds further keys of DeepSpeed's own configuration."""
+    """Where and in which precision to train. `deepspeed` holds further keys of DeepSpeed's own configuration; `offload` is one of OFFLOADS."""
 
     name: str = "local"
     processes: int = 1
@@ -50,6 +55,8 @@ class EngineConfig:
     dtype: str = "float32"
     device: str = "auto"
     threads: int | None = None
+    offload: str = "none"
+    activation_checkpointing: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
 
@@ -67,6 +74,12 @@ def check_engine(engine: EngineConfig) -> None:
         )
     if engine.zero_stage not in range(4):
         raise UserMistake(f"engine.zero_stage={engine.zero_stage} is unknown; choose one of 0, 1, 2, 3")
+    one_of("engine.offload", engine.offload, OFFLOADS)
+    if engine.offload != "none" and (engine.name == "local" or engine.zero_stage < OFFLOADS[engine.offload]):
+        raise UserMistake(
+            f"engine.offload={engine.offload} with engine={engine.name}, engine.zero_stage={engine.zero_stage}: "
+            "optimizer needs engine=deepspeed and engine.zero_stage 1 to 3, all needs 3"
+        )
     zero = engine.deepspeed.get("zero_optimization", {})
     owned = [key for key in engine.deepspeed if key in OWNED_BY_US]
     owned += [f"zero_optimization.{key}" for key in zero if key in OWNED_BY_US_IN_ZERO]

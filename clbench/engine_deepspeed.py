@@ -60,8 +60,9 @@ def leave() -> None:
     comm.destroy_process_group()
 
 
-def settings(*, zero_stage: int, clip: float, bucket: int, extra: Mapping[str, Any]) -> dict[str, Any]:
+def settings(*, zero_stage: int, clip: float, bucket: int, offload: str, extra: Mapping[str, Any]) -> dict[str, Any]:
     """DeepSpeed's configuration: whatever touches a number is stated here, `extra` may add the rest. `bucket`: elements per message."""
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     zero = {
         "overlap_comm": False,
         "contiguous_gradients": True,
@@ -74,6 +75,8 @@ def settings(*, zero_stage: int, clip: float, bucket: int, extra: Mapping[str, A
         "memory_efficient_linear": True,
         "stage3_param_persistence_threshold": 0,
         "stage3_max_reuse_distance": 0,
+        **({} if offload == "none" else {"offload_optimizer": host}),
+        **({"offload_param": host} if offload == "all" else {}),
     }
     return {
         "steps_per_print": None,
@@ -97,7 +100,7 @@ def settings(*, zero_stage: int, clip: float, bucket: int, extra: Mapping[str, A
 class DeepSpeedEngine(Engine):
     """Many processes. `clip` bounds the global gradient norm, 0 switches it off; `extra` are further keys of DeepSpeed's configuration.
 
-    `moments` is the state that the optimizer starts from.
+    `moments` is the state that the optimizer starts from; `offload` says what lies in the host's memory (`config_engine`).
     """
 
     def __init__(
@@ -109,6 +112,7 @@ class DeepSpeedEngine(Engine):
         clip: float,
         zero_stage: int,
         extra: Mapping[str, Any],
+        offload: str = "none",
         moments: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model = model
@@ -122,7 +126,7 @@ class DeepSpeedEngine(Engine):
         self._known = attributes(model)
         sizes = [tensor.numel() for tensor in self._parameters.values()]
         bucket = max(*sizes, min(sum(sizes), MESSAGE))
-        config = settings(zero_stage=zero_stage, clip=clip, bucket=bucket, extra=extra)
+        config = settings(zero_stage=zero_stage, clip=clip, bucket=bucket, offload=offload, extra=extra)
         # Below stage 3 DeepSpeed needs to know of nothing but what trains.
         module = model if zero_stage == 3 else ParameterList(self._parameters.values())
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
@@ -149,6 +153,7 @@ class DeepSpeedEngine(Engine):
     def step(self) -> None:
         """Clips, steps, clears."""
         self._reduce()
+        self._storage.before_step(self._parameters.values())
         self._engine.step()
         self._schedule.step()
         self._storage.clear()

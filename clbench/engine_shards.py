@@ -25,30 +25,34 @@ class Slice(Shard):
 
     @property
     def value(self) -> Tensor:
-        """Flat [owned]."""
-        return self._storage.value(self._parameter)
+        """Flat [owned]; a copy where it lies in the host's memory and the model does not."""
+        return self._storage.value(self._parameter).to(self._storage.engine.device)
 
     @value.setter
     def value(self, value: Tensor) -> None:
         self._report("values")
-        if value is not (own := self.value):
-            own.copy_(value)
+        write(value, self._storage.value(self._parameter))
 
     @property
     def grad(self) -> Tensor:
-        """Flat [owned]."""
-        return self._storage.grad(self._parameter)
+        """Flat [owned]; a copy where it lies in the host's memory and the model does not."""
+        return self._storage.grad(self._parameter).to(self._storage.engine.device)
 
     @grad.setter
     def grad(self, grad: Tensor) -> None:
         self._report("grads")
-        if grad is not (own := self.grad):
-            own.copy_(grad)
+        write(grad, self._storage.grad(self._parameter))
 
     def part(self, whole: Tensor) -> Tensor:
         """The entries of `whole` that lie where this slice lies."""
         first, last = self._storage.span(self._parameter)
         return whole.reshape(-1)[first:last]
+
+
+def write(value: Tensor, place: Tensor) -> None:
+    """Copies `value` to `place`, unless an edit in place has brought it there."""
+    if value.data_ptr() != place.data_ptr():
+        place.copy_(value)
 
 
 class Matrix(Shard):

@@ -39,16 +39,32 @@ class Storage(ABC):
         """The entries of `parameter` that this rank owns; empty where it owns none."""
 
     @abstractmethod
-    def value(self, parameter: Parameter) -> Tensor:
-        """This rank's slice of the values."""
-
-    @abstractmethod
     def grad(self, parameter: Parameter) -> Tensor:
         """This rank's slice of the gradient, once it is complete."""
 
     @abstractmethod
     def stepped(self, parameter: Parameter) -> tuple[Tensor, int]:
         """The tensor that the optimizer itself steps with and keeps state of, and where in it this rank's slice begins."""
+
+    def value(self, parameter: Parameter) -> Tensor:
+        """This rank's slice of the values that the optimizer steps with; a view, which may lie in the host's memory."""
+        first, last = self.span(parameter)
+        tensor, start = self.stepped(parameter)
+        return tensor.data.view(-1)[start : start + last - first]
+
+    def before_step(self, parameters: Iterable[Parameter]) -> None:
+        """Tells an optimizer in the host's memory the gradients' norms, which it took for clipping when they came, before they were edited."""
+        for parameter in parameters if self.is_offloaded else ():
+            first, last = self.span(parameter)
+            if last > first:
+                self.optimizer.norm_for_param_grads[self.optimizer.get_param_id(parameter)] = self.grad(
+                    parameter
+                ).norm()
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether gradients and what the optimizer steps with lie in the host's memory."""
+        return self.engine.zero_offload_optimizer() is not None
 
     @property
     def states(self) -> Mapping[Tensor, dict[str, Tensor]]:
@@ -113,11 +129,6 @@ class Replicated(Storage):
         """Equal parts, the last one shorter."""
         return equal_part(parameter.numel())
 
-    def value(self, parameter: Parameter) -> Tensor:
-        """A view."""
-        first, last = self.span(parameter)
-        return parameter.data.view(-1)[first:last]
-
     def grad(self, parameter: Parameter) -> Tensor:
         """A view."""
         first, last = self.span(parameter)
@@ -167,10 +178,6 @@ class Flat(Storage):
         place = parameter._hp_mapping.lp_fragment_address
         return place.start, place.start + place.numel
 
-    def value(self, parameter: Parameter) -> Tensor:
-        """A view of the master copy."""
-        return parameter._hp_mapping.hp_fragment.data
-
     def grad(self, parameter: Parameter) -> Tensor:
         """A view of the reduced gradient."""
         return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
@@ -205,14 +212,12 @@ class Sharded(Storage):
         """Equal parts; DeepSpeed pads the last one, which ends here where the tensor does."""
         return equal_part(parameter.ds_numel)
 
-    def value(self, parameter: Parameter) -> Tensor:
-        """A view of the master copy without its padding."""
-        first, last = self.span(parameter)
-        return self.optimizer.get_local_fp32_param(parameter).detach().view(-1)[: last - first]
-
     def grad(self, parameter: Parameter) -> Tensor:
         """A view of the reduced gradient without its padding."""
         first, last = self.span(parameter)
+        if self.is_offloaded:
+            tensor, start = self.stepped(parameter)
+            return tensor.grad[start : start + last - first]
         return self.optimizer.get_local_fp32_grad_for_param(parameter).detach().view(-1)[: last - first]
 
     def set_whole_value(self, parameter: Parameter, whole: Tensor) -> None:

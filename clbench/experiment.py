@@ -25,6 +25,7 @@ from clbench.build import Run, prepare, set_up_torch
 from clbench.config import Config, TrackingConfig, is_due, run_directory, run_name
 from clbench.engine import LocalEngine
 from clbench.ledger import COMPLETE, Checkpoint
+from clbench.loss import causal_lm
 from clbench.protocols import Engine
 from clbench.student import Student
 from clbench.student_ranks import RankStudent
@@ -209,6 +210,8 @@ def open_engine(
     model: Module, config: Config, plan: Plan, *, moments: Mapping[str, Tensor] | None = None, done: int = 0
 ) -> Engine:
     """The stage's engine over the tensors that train now, after `done` of its steps. `moments` is what the optimizer starts from."""
+    if config.engine.activation_checkpointing:
+        causal_lm(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not trainable(model):
         return LocalEngine(model, optimizer=None, schedule=None, clip=0.0)
     moments = optim.fitting(moments or {}, trainable(model))
@@ -224,6 +227,7 @@ def open_engine(
         schedule=schedule,
         clip=config.train.clip,
         zero_stage=config.engine.zero_stage,
+        offload=config.engine.offload,
         extra=config.engine.deepspeed,
         moments=moments,
     )

@@ -73,8 +73,21 @@ def stage(case: str, folder: Path, *overrides: str, world: World, killed: bool) 
     }
 
 
+def lab(case: str, *overrides: str, dtype: torch.dtype) -> methods.Lab:
+    method, *rest = {**ranks.CASES, "seq_full": ("method=seq_full",)}[case]
+    return methods.lab(method.removeprefix("method="), *ranks.ARITHMETIC, *rest, *overrides, dtype=dtype)
+
+
+def trained(case: str, *overrides: str, dtype: torch.dtype = torch.float32) -> dict[str, object]:
+    """What remains of two stages of `case`, its base model in `dtype`."""
+    toy = lab(case, *overrides, dtype=dtype)
+    for number in (1, 2):
+        toy.train(number)
+    return {"weights": methods.everything(toy.model), "logits": {"model": toy.logits()}}
+
+
 def main(path: Path, *wanted: str) -> None:
-    """Runs each `job:zero_stage[:case:folder]` of `wanted`; rank 0 writes the outcomes."""
+    """Runs each `job:zero_stage[:case:more]` of `wanted`; rank 0 writes the outcomes."""
     from clbench import engine_deepspeed
 
     torch.set_num_threads(1)
@@ -85,12 +98,16 @@ def main(path: Path, *wanted: str) -> None:
         engine = ("engine=deepspeed", f"engine.processes={world.size}", f"engine.zero_stage={zero_stage}")
         if job == "carried":
             found = carried(*engine)
+        elif job == "facts":
+            found = ranks.facts(*engine, *rest)
+        elif job in ("float32", "bfloat16"):
+            found = trained(rest[0], *engine, *rest[1:], dtype=getattr(torch, job))
         else:
             case, folder = rest
             found = stage(case, Path(folder), *engine, world=world, killed=job == "kill")
         if "weights" in found:
             assert methods.same(world.share(found["weights"]), found["weights"]), f"ranks differ: {item}"
-        outcomes[":".join([job, zero_stage, *rest[:1]])] = found
+        outcomes[item if job not in ("kill", "go on") else f"{job}:{zero_stage}:{rest[0]}"] = found
         if world.is_first:
             torch.save(outcomes, path)
     world.wait()

@@ -16,9 +16,11 @@ from clbench.cli import compose
 from clbench.config import TrainConfig, config_hash
 from clbench.engine import LocalEngine
 from clbench.ledger import Checkpoint, Ledger
+from clbench.loss import causal_lm
 from clbench.probes.rolling import rolling_nll
 from clbench.student import Student
 from clbench.student_ranks import RankStudent, dealt
+from clbench.types import UserMistake
 from tests import test_methods as methods
 from tests.test_run import elsewhere, run, scores
 
@@ -343,3 +345,47 @@ def test_requests_of_one_context_stay_together():
     parts = dealt([(1, 2), (3,), (1, 2), (4, 5, 6), (3,)], size=2)
     assert parts == [[1, 3, 4], [0, 2]]
     assert dealt([], size=2) == [[], []] and dealt([(1,)], size=3) == [[0], [], []]
+
+
+# --- layers computed again ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["seq", "seq_full", "ilora", "curlora", "secura"])
+def test_computing_layers_again_in_the_backward_pass_changes_no_byte(name):
+    trained = []
+    calls = []
+    for again in ("false", "true"):
+        more = ("method.consistency=1",) if name == "ilora" else ()
+        toy = methods.lab(name, f"engine.activation_checkpointing={again}", *dropout(name), *more)
+        layer = causal_lm(toy.model).get_decoder().layers[0].self_attn
+        counted = []
+        layer.register_forward_hook(lambda *_, counted=counted: counted.append(1))
+        for number in (1, 2):
+            toy.train(number)
+        trained.append(methods.everything(toy.model))
+        calls.append(len(counted))
+    assert methods.same(*trained)
+    # A forward of the slow adapter keeps nothing for a backward pass, so it is not made twice.
+    assert calls[1] > 1.3 * calls[0]
+    assert not any("checkpoint" in key for key in trained[0])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["engine.offload=disk"],
+        ["engine=local", "engine.offload=optimizer"],
+        ["engine=deepspeed", "engine.zero_stage=0", "engine.offload=optimizer"],
+        ["engine=deepspeed", "engine.zero_stage=2", "engine.offload=all"],
+    ],
+)
+def test_an_offload_that_no_engine_has_is_refused(overrides, wrong):
+    if wrong[0].startswith("engine.offload"):
+        wrong = ["engine=deepspeed", *wrong]
+    with pytest.raises(UserMistake, match="engine.offload"):
+        compose([*overrides, *wrong])
+
+
+def test_where_things_lie_is_no_part_of_a_runs_identity(overrides):
+    more = ["engine=deepspeed", "engine.offload=optimizer", "engine.activation_checkpointing=true"]
+    assert config_hash(compose([*overrides, *more])) == config_hash(compose(overrides))
