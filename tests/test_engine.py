@@ -287,7 +287,7 @@ class Threads:
     """Two ranks of one process: each runs in a thread of its own, and `gather` is their meeting point."""
 
     def __init__(self) -> None:
-        self.barrier = threading.Barrier(2, timeout=60)
+        self.barrier = threading.Barrier(2, timeout=20)
         self.given: list = [None, None]
 
     def both(self, work) -> list:
@@ -339,6 +339,20 @@ def test_ranks_that_share_requests_get_the_answers_of_one():
             assert greedy == tuple(is_greedy for _, is_greedy in alone[key])
     tokens = [found["tokens"] for found in ranks]
     assert min(tokens) > 0.3 * sum(tokens) and sum(tokens) == pytest.approx(alone["tokens"], rel=0.1)
+
+
+def test_what_a_shared_piece_of_work_asks_of_its_student_is_its_own():
+    toy = methods.lab("base")
+    contexts = [toy.run.encoder.prompt(example.prompt) for example in toy.stage(1).train[:3]]
+    answer = toy.run.encoder.answer("w1")
+
+    def one_by_one(student: Student) -> list[float]:
+        work = lambda mine: [student.log_likelihoods([(context, answer)])[0][0] for context in mine]  # noqa: E731
+        return student.share(work, contexts, by=contexts)
+
+    alone = one_by_one(Student(toy.model, toy.run.encoder))
+    for found in Threads().both(lambda world: one_by_one(RankStudent(toy.model, toy.run.encoder, world=world))):
+        assert found == pytest.approx(alone, abs=1e-5)
 
 
 def test_requests_of_one_context_stay_together():
