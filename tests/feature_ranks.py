@@ -19,6 +19,14 @@ from tests import test_methods as methods  # noqa: E402
 SAME = {"data": {}, "probe_data": {}, "model_fingerprint": ""}
 KEEP = ("train.checkpoint_steps=2", "train.carry_optimizer=true")
 KILLED_AFTER = 2
+ARITHMETIC = (
+    "train.lr=1e-3",
+    "train.clip=0.05",
+    "train.weight_decay=0.1",
+    "train.micro_batch_size=1",
+    "train.warmup=0.4",
+)
+"""Clipping that bites, weight decay, several micro-batches a rank, a rate that changes: each is a way for engines to differ."""
 
 
 class Killed(BaseException):
@@ -27,7 +35,7 @@ class Killed(BaseException):
 
 def carried(*overrides: str) -> dict[str, object]:
     """Three stages that share an optimizer; in the second one a layer is frozen, so that step counts differ in the third."""
-    toy = ranks.lab("seq", "train.carry_optimizer=true", *overrides)
+    toy = lab("seq", "train.carry_optimizer=true", *overrides)
     layer = [parameter for name, parameter in toy.model.named_parameters() if "lora" in name and ".0." in name]
     for number in (1, 2, 3):
         for parameter in layer:
@@ -40,7 +48,7 @@ def carried(*overrides: str) -> dict[str, object]:
 
 def stage(case: str, folder: Path, *overrides: str, world: World, killed: bool) -> dict[str, object]:
     """Stage 1 of `case`, up to its checkpoint at step 2 or from wherever `folder` says it is."""
-    toy = ranks.lab(case, *KEEP, *overrides)
+    toy = lab(case, *KEEP, *overrides)
     toy.run.world = world
     toy.run.ledger = Ledger(folder, manifest=SAME, resume="auto") if world.is_first else None
     save = experiment.save_within
@@ -73,9 +81,9 @@ def stage(case: str, folder: Path, *overrides: str, world: World, killed: bool) 
     }
 
 
-def lab(case: str, *overrides: str, dtype: torch.dtype) -> methods.Lab:
+def lab(case: str, *overrides: str, dtype: torch.dtype = torch.float32) -> methods.Lab:
     method, *rest = {**ranks.CASES, "seq_full": ("method=seq_full",)}[case]
-    return methods.lab(method.removeprefix("method="), *ranks.ARITHMETIC, *rest, *overrides, dtype=dtype)
+    return methods.lab(method.removeprefix("method="), *ARITHMETIC, *rest, *overrides, dtype=dtype)
 
 
 def trained(case: str, *overrides: str, dtype: torch.dtype = torch.float32) -> dict[str, object]:

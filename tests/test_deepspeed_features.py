@@ -1,6 +1,8 @@
 """What many processes can do besides giving the numbers of one: two ranks, CPU, gloo."""
 
 import json
+import os
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -13,7 +15,7 @@ from clbench import launch
 from clbench.cli import compose
 from clbench.world import World
 from tests import feature_ranks
-from tests.test_deepspeed import ANSWERS, STAGES, TOLERANCE, distance, scaled, two_ranks
+from tests.test_deepspeed import ANSWERS, STAGES, TOLERANCE, distance, scaled
 from tests.test_run import elsewhere, run, scores
 
 RESUMED = ("ilora", "secura")
@@ -58,6 +60,23 @@ def outcomes(folder) -> dict[str, dict]:
     wanted += [f"bfloat16:{place}" for place in HALF]
     two_ranks([sys.executable, feature_ranks.__file__, str(folder / "outcomes.pt"), *wanted])
     return torch.load(folder / "outcomes.pt", weights_only=False)
+
+
+def two_ranks(command: list[str]) -> None:
+    port = str(launch.free_port())
+    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            command,
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=600)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)[-4000:]
 
 
 @cache
