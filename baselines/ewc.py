@@ -62,11 +62,12 @@ def penalty_value(theta: Tensor, importance: Tensor, centre: Tensor, strength: f
 def squared_gradients(engine: Engine, losses: Sequence[Callable[[], Tensor]]) -> dict[str, Tensor]:
     """Mean over `losses` of the squared gradient of each, by trainable tensor: the diagonal empirical Fisher information (nats^2).
 
-    One backward per loss, so that squares are taken before any averaging; every rank passes all losses.
+    One backward per loss, so that squares are taken before any averaging. Every rank passes all losses, and gradients add up over ranks, so
+    each gives its share; what comes back are this rank's slices.
     """
     squares = {shard.name: torch.zeros_like(shard.value) for shard in engine.shards()}
     for loss in losses:
-        engine.backward(loss())
+        engine.backward(loss() / engine.world_size)
         for shard in engine.shards():
             squares[shard.name] += shard.grad.square() / len(losses)
         engine.clear()
@@ -105,10 +106,11 @@ class Ewc(Method):
         """Adds the penalty's gradient; returns its value in nats."""
         if not self.importance or self.strength == 0:
             return 0.0
-        value = 0.0
+        value: Tensor | float = 0.0
         constant = 0.5 * self.strength * self.excess
         for shard in engine.shards():
-            quadratic = (shard.value, self.importance[shard.name], self.centre[shard.name], self.strength)
+            importance, centre = shard.part(self.importance[shard.name]), shard.part(self.centre[shard.name])
+            quadratic = (shard.value, importance, centre, self.strength)
             shard.grad += penalty_gradient(*quadratic)
             value = value + penalty_value(*quadratic)
         return engine.total(value) + constant
@@ -116,17 +118,21 @@ class Ewc(Method):
     def end_stage(self, stage: Stage, engine: Engine) -> None:
         """Adds this task's Fisher, taken at its final weights, to the quadratic."""
         fisher = self.fisher(stage, engine)
+        importance: dict[str, Tensor] = {}
+        centre: dict[str, Tensor] = {}
         excess = torch.zeros(())
         for shard in engine.shards():
             name, anchor = shard.name, shard.value.clone()
             if name not in self.importance:
-                self.importance[name], self.centre[name] = fisher[name], anchor
+                importance[name], centre[name] = fisher[name], anchor
             elif self.decay is not None:
-                self.importance[name], self.centre[name] = self.decay * self.importance[name] + fisher[name], anchor
+                importance[name], centre[name] = self.decay * shard.part(self.importance[name]) + fisher[name], anchor
             else:
-                merged = combine(self.importance[name], self.centre[name], fisher[name], anchor)
-                self.importance[name], self.centre[name] = merged[:2]
-                excess = excess.to(merged[2].device) + merged[2]
+                past = shard.part(self.importance[name]), shard.part(self.centre[name])
+                importance[name], centre[name], more = combine(*past, fisher[name], anchor)
+                excess = excess.to(more.device) + more
+        # Kept whole: another number of processes, or another ZeRO stage, cuts other slices.
+        self.importance, self.centre = engine.whole(importance), engine.whole(centre)
         self.excess += float(engine.total(excess))
 
     def fisher(self, stage: Stage, engine: Engine) -> dict[str, Tensor]:
@@ -142,10 +148,9 @@ class Ewc(Method):
 
         engine.model.eval()
         squares = squared_gradients(engine, [partial(nll, stage.train[index]) for index in picked])
-        total = engine.total(torch.stack([square.sum() for square in squares.values()]).sum())
-        size = engine.total(
-            torch.tensor(float(sum(square.numel() for square in squares.values())), device=total.device)
-        )
+        # A rank may own no slice at all.
+        total = engine.total(torch.stack([square.sum() for square in squares.values()]).sum() if squares else 0.0)
+        size = engine.total(float(sum(square.numel() for square in squares.values())))
         self.raw_means.append(float(total / size))
         return {name: square / self.raw_means[-1] for name, square in squares.items()}
 

@@ -157,13 +157,14 @@ class Secura(Method):
         return layer.core.history if self.merge == "m2" else layer.weight
 
     def state_dict(self) -> dict[str, Any]:
-        """What merges changed, and the hash of C and R, which `wrap` makes again from the untouched weights."""
+        """What merges changed, when the next is due, and the hash of C and R, which `wrap` makes again from the untouched weights."""
         layers = self.layers if self.merge != "none" else {}
         kept = {f"kept/{name}": self.kept(layer).to("cpu", copy=True) for name, layer in layers.items()}
-        return {"selection": cur.selection_hash(self.layers), **kept}
+        return {"selection": cur.selection_hash(self.layers), "steps": self.steps, **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes it back."""
         cur.check_selection(self.layers, state["selection"])
+        self.steps = state["steps"]
         for name, layer in self.layers.items() if self.merge != "none" else ():
             self.kept(layer).copy_(state[f"kept/{name}"])

@@ -63,9 +63,9 @@ class SeqMerge(Method):
         return {"stages": self.stages, **self.retired}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes them back and merges them again."""
-        self.stages = state["stages"]
-        if self.stages:
+        """Takes them back and merges those again that were not merged yet."""
+        merged, self.stages = self.stages, state["stages"]
+        if self.stages > merged:
             live = {name: factor for pair in self.pairs for name, factor in pair.live().items()}
             self.retired = {name: state[name].to(factor) for name, factor in live.items()}
             merge_stacks(self.pairs, self.retired)

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from clbench.config import Config, check, from_plain, writable
-from clbench.types import UserMistake
+from clbench.types import RankFailed, UserMistake
 
 _HERE = Path(__file__).resolve().parent
 CONF_DIR = next(path for path in (_HERE.parent / "conf", _HERE / "conf") if (path / "config.yaml").is_file())
@@ -52,24 +52,47 @@ def _job(composed: DictConfig) -> None:
         return _run(composed)
     except USERS_MISTAKES as error:
         _refuse(error)
+    except RankFailed as error:
+        print(f"clbench: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def _run(composed: DictConfig) -> None:
     config = resolve(composed)
     check(config)
-    from clbench.tracking import set_up_logging
-
-    set_up_logging()
+    path = _experiment(config, command=shlex.join(["python", "-m", "clbench", *HydraConfig.get().overrides.task]))
+    if path is None:
+        return
     from clbench import leaderboard
-    from clbench.experiment import run
 
     results_dir = Path(config.results_dir)
-    path = run(config, command=shlex.join(["python", "-m", "clbench", *HydraConfig.get().overrides.task]))
     leaderboard.refresh(results_dir)
     if HydraConfig.get().mode == RunMode.RUN:
         show_leaderboard(results_dir)
     else:
         print(f"{path.name} is complete")
+
+
+def _experiment(config: Config, *, command: str) -> Path | None:
+    """Runs it in this process, in ranks started here, or as one rank of many; its directory, None where another rank writes."""
+    from clbench.worker import is_first, take_part
+
+    joined = config.engine.name == "deepspeed" and "RANK" in os.environ
+    if joined and not is_first():
+        take_part(config, command=command)
+        return None
+    from clbench.tracking import set_up_logging
+
+    set_up_logging()
+    if joined:
+        return take_part(config, command=command)
+    if config.engine.name == "deepspeed":
+        from clbench.launch import launch
+
+        return launch(config, command=command)
+    from clbench.experiment import run
+
+    return run(config, command=command)
 
 
 class Hooks(Callback):

@@ -12,23 +12,21 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from clbench.config_engine import NO_IDENTITY_ENGINE, EngineConfig, check_engine, one_of
 from clbench.types import UserMistake
 
 RESUME = ("auto", "never", "must")
 SCHEDULES = ("linear", "cosine", "constant")
 ORDER = r"default|reversed|latin:\d+|random:\d+"
 CADENCE = r"all|quarters|ends|every:[1-9]\d*"
-DTYPES = ("float32", "bfloat16")
 
 # What a run's scores do not depend on, or what names a place on one machine: no part of a run's identity.
 NO_IDENTITY = ("results_dir", "cache_dir", "data_dir", "resume", "tracking")
-NO_IDENTITY_TRAIN = ("micro_batch_tokens",)
-NO_IDENTITY_ENGINE = ("name", "processes", "zero_stage", "threads")
+NO_IDENTITY_TRAIN = ("micro_batch_tokens", "checkpoint_steps")
 
 
 @dataclass
@@ -49,18 +47,7 @@ class TrainConfig:
     beta2: float = 0.999
     clip: float = 1.0
     carry_optimizer: bool = False
-
-
-@dataclass
-class EngineConfig:
-    """Where and in which precision to train."""
-
-    name: str = "local"
-    processes: int = 1
-    zero_stage: int = 0
-    dtype: str = "float32"
-    device: str = "auto"
-    threads: int | None = None
+    checkpoint_steps: int | None = None
 
 
 @dataclass
@@ -165,6 +152,11 @@ def run_name(config: Config) -> str:
     return f"{config.experiment}-{config.method['name']}-s{config.seed}-{config_hash(config)[:8]}"
 
 
+def run_directory(config: Config) -> Path:
+    """Where the run of this configuration is recorded."""
+    return Path(config.results_dir) / "runs" / run_name(config)
+
+
 def check(config: Config) -> None:
     """Raises UserMistake, in one line, for the first value that cannot be meant."""
     train, stream = config.train, config.stream
@@ -172,24 +164,14 @@ def check(config: Config) -> None:
         raise UserMistake(
             f"order={config.order!r} is unknown; choose one of default, reversed, latin:K (rotated by K places), random:SEED"
         )
-    if (config.engine.name, config.engine.processes) != ("local", 1):
-        raise UserMistake(
-            f"engine.name={config.engine.name!r} with engine.processes={config.engine.processes}: only engine=local with one process is there"
-        )
-    if config.engine.zero_stage != 0:
-        raise UserMistake(f"engine.zero_stage={config.engine.zero_stage}: engine=local shards nothing; leave it at 0")
-    if train.carry_optimizer:
-        raise UserMistake(
-            "train.carry_optimizer=true is not there yet: every stage begins with a fresh optimizer; leave it at false"
-        )
+    check_engine(config.engine)
     for name, cadence in config.probe.cadence.items():
         if name not in config.probe.probes or not re.fullmatch(CADENCE, str(cadence)):
             raise UserMistake(
                 f"probe.cadence.{name}={cadence!r}: name a probe ({', '.join(config.probe.probes)}) and give all, quarters, ends or every:K"
             )
-    _one_of("resume", config.resume, RESUME)
-    _one_of("train.schedule", train.schedule, SCHEDULES)
-    _one_of("engine.dtype", config.engine.dtype, DTYPES)
+    one_of("resume", config.resume, RESUME)
+    one_of("train.schedule", train.schedule, SCHEDULES)
     if (train.steps is None) == (train.epochs is None):
         raise UserMistake(
             f"train.steps={train.steps} and train.epochs={train.epochs}: give exactly one, the other is null (conf/train)"
@@ -205,8 +187,7 @@ def check(config: Config) -> None:
         ("train.warmup", train.warmup, 0),
         ("train.weight_decay", train.weight_decay, 0),
         ("train.clip", train.clip, 0),
-        ("engine.processes", config.engine.processes, 1),
-        ("engine.threads", config.engine.threads, 1),
+        ("train.checkpoint_steps", train.checkpoint_steps, 1),
         ("stream.limit", stream.limit, 1),
         ("stream.train_rows", stream.train_rows, 1),
         ("stream.test_rows", stream.test_rows, 1),
@@ -237,11 +218,6 @@ def is_due(cadence: str, stage: int, last: int) -> bool:
     if kind == "quarters":
         return stage in {round(last * quarter / 4) for quarter in (1, 2, 3)}
     return kind == "every" and stage % int(number) == 0
-
-
-def _one_of(key: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise UserMistake(f"{key}={value!r} is unknown; choose one of {', '.join(allowed)}")
 
 
 def writable(key: str, value: str) -> None:

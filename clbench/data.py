@@ -222,7 +222,8 @@ class Encoder:
         `tokens` bounds rows times padded length of a batch of more than one row.
 
         An answer token's weight is its source's normalised weight over the answer tokens of that source in the whole step, over all
-        ranks, so the split changes no gradient. Rows of similar length go together.
+        ranks, so the split changes no gradient. Rows of similar length go together. Every rank gets as many batches, as sharded weights
+        need equal numbers of forwards: where rows run out, one row of weight 0 stands in.
         """
         drawn = [(self.example(example), source, weight) for example, source, weight in global_batch]
         sources = max(source for _, source, _ in drawn) + 1
@@ -233,13 +234,16 @@ class Encoder:
             weights[source] = weight
         total = sum(weights)
         parts = [cut_rows(drawn[first::world_size], rows=rows, tokens=tokens) for first in range(world_size)]
-        return [
+        batches = [
             self._batch(
                 [(encoded, source, weights[source] / total / answers[source]) for encoded, source, _ in part],
                 source_tokens=tuple(attended),
             )
             for part in parts[rank]
         ]
+        missing = max(map(len, parts)) - len(batches)
+        encoded, source, _ = drawn[0]
+        return batches + [self._batch([(encoded, source, 0.0)], source_tokens=tuple(attended))] * missing
 
     def _batch(self, rows: list[tuple[Encoded, int, float]], *, source_tokens: tuple[int, ...]) -> Batch:
         length = max(len(encoded.ids) for encoded, _, _ in rows)

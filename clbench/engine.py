@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from clbench.adapters import trainable
+from clbench.optim import moments_of, set_moments
 from clbench.protocols import Engine, Shard
 
 
@@ -42,21 +44,36 @@ class ParameterShard(Shard):
         if grad is not self._parameter.grad:
             self.grad.copy_(grad)
 
+    def part(self, whole: Tensor) -> Tensor:
+        """All of it."""
+        return whole
+
 
 class LocalEngine(Engine):
-    """One process. `clip` bounds the global gradient norm; 0 switches clipping off. Without an optimizer nothing trains."""
+    """One process. `clip` bounds the global gradient norm; 0 switches clipping off. Without an optimizer nothing trains.
+
+    `moments` is the state that the optimizer starts from.
+    """
 
     rank = 0
     world_size = 1
 
     def __init__(
-        self, model: Module, *, optimizer: Optimizer | None, schedule: LRScheduler | None, clip: float
+        self,
+        model: Module,
+        *,
+        optimizer: Optimizer | None,
+        schedule: LRScheduler | None,
+        clip: float,
+        moments: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.schedule = schedule
         self.clip = clip
         self._parameters = trainable(model)
+        if moments:
+            set_moments(optimizer, self._parameters, moments)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulates the gradient of `loss`."""
@@ -84,9 +101,21 @@ class LocalEngine(Engine):
         """The named trainable tensors, whole."""
         return (ParameterShard(name, self._parameters[name]) for name in names)
 
-    def total(self, value: Tensor) -> Tensor:
+    def whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parts themselves: they are whole."""
+        return dict(parts)
+
+    def total(self, value: Tensor | float) -> Tensor | float:
         """`value` itself: there is one rank."""
         return value
+
+    def moments(self) -> dict[str, Tensor]:
+        """The optimizer's state; none where nothing trains."""
+        return moments_of(self.optimizer, self._parameters) if self.optimizer else {}
+
+    def gathered(self) -> AbstractContextManager:
+        """They always are."""
+        return nullcontext()
 
     def close(self) -> None:
         """Nothing is held beyond the optimizer."""

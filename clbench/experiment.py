@@ -7,147 +7,94 @@ the probes -> the student; then the ledger. A kill at any point costs at most th
 from __future__ import annotations
 
 import logging
-import os
 import resource
 import signal
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import transformers
-from hydra.utils import instantiate
+from torch import Tensor
 from torch.nn import Module
 
 from clbench import optim
-from clbench.adapters import describe, folded, load_trainable_state, seeded, trainable, trainable_state
-from clbench.config import Config, is_due, run_name
-from clbench.data import Encoder
+from clbench.adapters import describe, folded, load_trainable_state, trainable, trainable_state
+from clbench.build import Run, prepare, set_up_torch
+from clbench.config import Config, TrackingConfig, is_due, run_directory, run_name
 from clbench.engine import LocalEngine
-from clbench.ledger import COMPLETE, Ledger
-from clbench.manifest import data_contract, manifest
-from clbench.parts import make_method, make_probes, make_tasks
-from clbench.protocols import Engine, Method, Probe
-from clbench.stream import Stream, build_stream
+from clbench.ledger import COMPLETE, Checkpoint
+from clbench.loss import causal_lm
+from clbench.protocols import Engine
 from clbench.student import Student
+from clbench.student_ranks import RankStudent
 from clbench.tracking import Tracker
 from clbench.train import Plan, Trained, plan_stage, train_stage
 from clbench.types import Cost, Score, Source, Stage
+from clbench.world import World
 
 log = logging.getLogger("clbench")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@dataclass(kw_only=True)
-class Run:
-    """Everything a run is made of, complete after `prepare`. `overlapping`: ids of training examples that a test or probe holds, too."""
-
-    config: Config
-    method: Method
-    model: Module
-    stream: Stream
-    probes: tuple[Probe, ...]
-    encoder: Encoder
-    ledger: Ledger
-    overlapping: frozenset[str] = frozenset()
-
-
-def run(config: Config, *, command: str = "") -> Path:
+def run(config: Config, *, command: str = "", world: World | None = None) -> Path:
     """Runs (or continues) one experiment to its end; gives its directory. A run that is complete is left alone.
 
-    `command` is what the user typed, for the record.
+    `command` is what the user typed, for the record. `world`: the processes that run it together, each of which calls this.
     """
     set_up_torch(config)
-    prepared = prepare(config, command=command)
-    ledger = prepared.ledger
-    if ledger.status() == COMPLETE:
-        log.info("%s is complete already", ledger.path)
-        return ledger.path
+    prepared = prepare(config, command=command, world=world or World())
+    ledger, path = prepared.ledger, run_directory(config)
+    if prepared.world.share(ledger is not None and ledger.status() == COMPLETE):
+        if ledger is not None:
+            log.info("%s is complete already", path)
+        return path
     # A polite kill counts as an interruption, like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with ledger:
+    with ledger or nullcontext():
         run_stages(prepared)
-    return ledger.path
-
-
-def set_up_torch(config: Config) -> None:
-    """Threads, and warnings of libraries that say nothing a user can act on."""
-    if config.engine.threads is not None:
-        torch.set_num_threads(config.engine.threads)
-    if not torch.cuda.is_available():
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # transformers asks deepspeed, which warns when it has to find out for itself
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def prepare(config: Config, *, command: str) -> Run:
-    """Builds what the configuration names and opens the ledger."""
-    source = instantiate(config.model)
-    model, tokenizer = source.load(Path(config.cache_dir))
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.engine.device == "auto" else config.engine.device
-    )
-    model.to(device=device, dtype=DTYPES[config.engine.dtype])
-    token_dirs = [Path(folder) / "tokens" for folder in (config.data_dir, config.cache_dir) if folder is not None]
-    encoder = Encoder(tokenizer, max_length=config.train.max_length, device=device, token_dirs=token_dirs)
-    tasks = make_tasks(config)
-    stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
-    probes = make_probes(config)
-    contract, overlapping = data_contract(config, stream, probes, encoder)
-    method = make_method(config)
-    path = Path(config.results_dir) / "runs" / run_name(config)
-    ledger = Ledger(
-        path,
-        manifest=manifest(config, stream, model_label=source.label, fingerprint=source.fingerprint(), command=command)
-        | contract,
-        resume=config.resume,
-    )
-    return Run(
-        config=config,
-        method=method,
-        model=method.wrap(model),
-        stream=stream,
-        probes=probes,
-        encoder=encoder,
-        ledger=ledger,
-        overlapping=overlapping,
-    )
+    return path
 
 
 def run_stages(run: Run) -> None:
     """Every stage that the ledger does not hold yet, the untouched model first."""
-    first = run.ledger.finished + 1
+    first = run.world.share(run.ledger.finished + 1 if run.ledger else 0)
     run.model.eval()
     for probe in run.probes:
-        probe.begin(Student(run.model, run.encoder))
+        probe.begin(student_of(run))
     if first > 0:
-        weights, state = run.ledger.load()
-        load_trainable_state(run.model, weights)
-        run.method.load_state_dict(state)
-        log.info("%s: continuing after stage %d", run.ledger.path.name, first - 1)
-    manifest = {"config": asdict(run.config), "results_dir": run.config.results_dir}
-    with Tracker(
-        run.config.tracking,
-        run=run.ledger.path.name,
-        stages=run.stream.stages,
-        manifest=manifest,
-        first=max(first - 1, 0),
-    ) as tracker:
+        go_on(run)
+    with open_tracker(run, first=max(first - 1, 0)) as tracker:
         if first == 0:
             run_stage(run, None, tracker)
         for stage in run.stream.stages[max(first - 1, 0) :]:
             run_stage(run, stage, tracker)
 
 
+def go_on(run: Run) -> None:
+    """Takes back the last finished stage, and whatever of the next was kept."""
+    finished, run.within = run.world.share((run.ledger.load(), run.ledger.load_within()) if run.ledger else None)
+    load_trainable_state(run.model, finished.weights)
+    run.method.load_state_dict(finished.state)
+    run.moments = finished.moments
+    step = f", step {run.within.step} of the next" if run.within else ""
+    log.info("%s: continuing after stage %d%s", run_name(run.config), finished.stage, step)
+
+
+def open_tracker(run: Run, *, first: int) -> Tracker:
+    """What a person sees, on the first rank; the others follow the run in silence."""
+    return Tracker(
+        run.config.tracking if run.world.is_first else TrackingConfig(progress=False),
+        run=run_name(run.config),
+        stages=run.stream.stages,
+        manifest={"config": asdict(run.config), "results_dir": run.config.results_dir},
+        first=first,
+    )
+
+
 def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
-    """Trains `stage` (None: the untouched model), examines, records, and last of all marks it finished."""
-    started = time.perf_counter()
+    """Trains and examines `stage` (None: the untouched model); the first rank records, and last of all marks it finished."""
+    started = time.perf_counter() - (run.within.seconds if run.within else 0.0)
     index, name = (stage.index, stage.name) if stage else (0, "base")
     trained = Trained(steps=0, tokens_trained=0, tokens_replayed=0, loss=float("nan"))
     replay: list[Score] = []
@@ -155,9 +102,12 @@ def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
         sources, trained = train(run, stage, tracker)
         replay = replay_scores(run, stage, sources[1:])
     after_training = time.perf_counter()
-    student = Student(run.model, run.encoder)
+    student = student_of(run)
     scores = [*replay, *examine(run, student, index)]
+    tokens_scored = sum(run.world.gather(student.tokens_scored))
     after_probes = time.perf_counter()
+    if run.ledger is None:
+        return run.world.wait()
     run.ledger.append(scores)
     counts = describe(run.model)
     tokens = trained.tokens_trained + trained.tokens_replayed
@@ -166,7 +116,7 @@ def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
         steps=trained.steps,
         tokens_trained=trained.tokens_trained,
         tokens_replayed=trained.tokens_replayed,
-        tokens_scored=student.tokens_scored,
+        tokens_scored=tokens_scored,
         seconds_train=after_training - started,
         seconds_probe=after_probes - after_training,
         seconds_other=0.0,
@@ -174,38 +124,65 @@ def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
         peak_memory_bytes=peak_memory(run.encoder.device),
         # Forward 2, activation gradients 2, gradients of trainable weights 2 operations per parameter and token (arXiv 2001.08361).
         flops=float(
-            tokens * (4 * counts["parameters"] + 2 * counts["trainable"])
-            + 2 * student.tokens_scored * counts["parameters"]
+            tokens * (4 * counts["parameters"] + 2 * counts["trainable"]) + 2 * tokens_scored * counts["parameters"]
         ),
         joules=float("nan"),
     )
     run.ledger.append_cost(replace(cost, seconds_other=time.perf_counter() - after_probes))
-    run.ledger.save(index, weights=trainable_state(run.model), state=run.method.state_dict())
+    whole = {"weights": trainable_state(run.model), "state": run.method.state_dict(), "moments": run.moments}
+    run.ledger.save(Checkpoint(stage=index, **whole))
     tracker.stage(index, name, scores, loss=trained.loss, seconds=time.perf_counter() - started)
+    run.world.wait()
 
 
 def train(run: Run, stage: Stage, tracker: Tracker) -> tuple[Sequence[Source], Trained]:
     """The method's turn: everything between two examinations. Gives what was trained on, too."""
     config, method = run.config, run.method
     method.begin_stage(stage, run.model)
-    sources = method.training_set(stage)
+    # A memory grows when its stage ends; what was trained on is what it held before.
+    sources = [replace(source, examples=tuple(source.examples)) for source in method.training_set(stage)]
     plan = plan_stage(sources, config.train)
-    engine = open_engine(run.model, config, plan)
-    with seeded(config.seed, "dropout", stage.index):
-        trained = train_stage(
-            stage,
-            plan,
-            method=method,
-            engine=engine,
-            encoder=run.encoder,
-            config=config.train,
-            seed=config.seed,
-            report=lambda step, steps, loss: tracker.step(stage, step, steps, loss),
-        )
+    before = re_enter(run) if run.within else Checkpoint(stage=stage.index, weights={}, state={}, moments=run.moments)
+    started = time.perf_counter() - before.seconds
+    engine = open_engine(run.model, config, plan, moments=before.moments, done=before.step)
+    trained = train_stage(
+        stage,
+        plan,
+        method=method,
+        engine=engine,
+        encoder=run.encoder,
+        config=config.train,
+        seed=config.seed,
+        report=lambda step, steps, loss: tracker.step(stage, step, steps, loss),
+        first=before.step,
+        save=lambda step: save_within(run, stage, engine, step=step, seconds=time.perf_counter() - started),
+    )
     method.end_stage(stage, engine)
+    run.moments = engine.moments() if config.train.carry_optimizer else {}
     engine.close()
     method.consolidate(run.model)
     return sources, trained
+
+
+def re_enter(run: Run) -> Checkpoint:
+    """Puts back what a stage that has just begun was in the middle of."""
+    before, run.within = run.within, None
+    assert before is not None
+    load_trainable_state(run.model, before.weights)
+    device = run.encoder.device
+    here = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in before.state.items()}
+    run.method.load_state_dict(here)
+    return before
+
+
+def save_within(run: Run, stage: Stage, engine: Engine, *, step: int, seconds: float) -> None:
+    """Keeps a stage as it is after `step` steps; every rank gives its part, the first one writes."""
+    with engine.gathered() if run.method.merges else nullcontext():
+        state = run.method.state_dict()
+    weights = engine.whole({shard.name: shard.value for shard in engine.shards()})
+    whole = {"weights": weights, "state": state, "moments": engine.moments()}
+    if run.ledger:
+        run.ledger.save(Checkpoint(stage=stage.index, step=step, seconds=seconds, **whole))
 
 
 def replay_scores(run: Run, stage: Stage, memory: Sequence[Source]) -> list[Score]:
@@ -229,13 +206,38 @@ def replay_scores(run: Run, stage: Stage, memory: Sequence[Source]) -> list[Scor
     ]
 
 
-def open_engine(model: Module, config: Config, plan: Plan) -> Engine:
-    """The stage's engine: a fresh optimizer and schedule over the tensors that train now."""
+def open_engine(
+    model: Module, config: Config, plan: Plan, *, moments: Mapping[str, Tensor] | None = None, done: int = 0
+) -> Engine:
+    """The stage's engine over the tensors that train now, after `done` of its steps. `moments` is what the optimizer starts from."""
+    if config.engine.activation_checkpointing:
+        causal_lm(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not trainable(model):
         return LocalEngine(model, optimizer=None, schedule=None, clip=0.0)
-    optimizer = optim.optimizer(trainable(model).values(), config.train)
-    schedule = optim.schedule(optimizer, config.train, steps=plan.total)
-    return LocalEngine(model, optimizer=optimizer, schedule=schedule, clip=config.train.clip)
+    moments = optim.fitting(moments or {}, trainable(model))
+    optimizer = optim.optimizer(trainable(model), config.train, moments)
+    schedule = optim.schedule(optimizer, config.train, steps=plan.total, done=done)
+    if config.engine.name == "local":
+        return LocalEngine(model, optimizer=optimizer, schedule=schedule, clip=config.train.clip, moments=moments)
+    from clbench.engine_deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(
+        model,
+        optimizer=optimizer,
+        schedule=schedule,
+        clip=config.train.clip,
+        zero_stage=config.engine.zero_stage,
+        offload=config.engine.offload,
+        extra=config.engine.deepspeed,
+        moments=moments,
+    )
+
+
+def student_of(run: Run) -> Student:
+    """The model under examination; many processes share its requests."""
+    if run.world.size == 1:
+        return Student(run.model, run.encoder)
+    return RankStudent(run.model, run.encoder, world=run.world)
 
 
 def examine(run: Run, student: Student, index: int) -> Iterator[Score]:

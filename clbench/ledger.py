@@ -1,7 +1,8 @@
 """The record of one run: a directory that survives a kill at any moment.
 
 Scores and costs are appended and fsynced line by line; the checkpoint replaces its predecessor by a rename, last of all. A stage counts as
-finished when the checkpoint says so; on resume whatever lies beyond it is dropped and measured again.
+finished when the checkpoint says so; on resume whatever lies beyond it is dropped and measured again. A second checkpoint, within the stage
+that follows, is there only until that one is finished.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,6 +25,23 @@ from safetensors.torch import save_file
 from clbench.types import Cost, Score, UserMistake
 
 RUNNING, COMPLETE, FAILED, INTERRUPTED = "running", "complete", "failed", "interrupted"
+STAGE, WITHIN = "stage.safetensors", "within.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Where a run continues: after stage `stage`, or, with `step` not 0, within it after that many optimizer steps.
+
+    `weights`: the trainable tensors by name. `state`: the method's, tensors and JSON values. `moments`: the optimizer's (`optim`).
+    `seconds`: of training within the stage so far.
+    """
+
+    stage: int
+    weights: dict[str, torch.Tensor]
+    state: dict[str, Any]
+    moments: dict[str, torch.Tensor]
+    step: int = 0
+    seconds: float = 0.0
 
 
 class Ledger:
@@ -79,30 +97,23 @@ class Ledger:
         """Adds one stage's cost."""
         self._lines("cost.jsonl", [asdict(cost)])
 
-    def save(self, stage: int, *, weights: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-        """Replaces the checkpoint: stage `stage` is finished. `state` is the method's: tensors and JSON values."""
-        tensors = {f"weights/{name}": tensor.contiguous() for name, tensor in weights.items()}
-        tensors |= {
-            f"state/{name}": value.detach().cpu().contiguous()
-            for name, value in state.items()
-            if isinstance(value, torch.Tensor)
-        }
-        plain = {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)}
-        path = self.path / "checkpoint" / "stage.safetensors"
-        save_file(tensors, path.with_suffix(".tmp"), metadata={"stage": str(stage), "state": json.dumps(plain)})
-        _fsync(path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
-        self.finished = stage
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Replaces the checkpoint of its kind. After a stage: the stage is finished, and what was kept within it goes."""
+        within = self.path / "checkpoint" / WITHIN
+        if checkpoint.step:
+            return _write(within, checkpoint)
+        _write(self.path / "checkpoint" / STAGE, checkpoint)
+        self.finished = checkpoint.stage
+        within.unlink(missing_ok=True)
 
-    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """The weights and the method's state of the last finished stage."""
-        weights, state = {}, {}
-        with safe_open(self.path / "checkpoint" / "stage.safetensors", framework="pt") as file:
-            state |= json.loads(file.metadata()["state"])
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                part, _, name = key.partition("/")
-                (weights if part == "weights" else state)[name] = file.get_tensor(key)
-        return weights, state
+    def load(self) -> Checkpoint:
+        """After the last finished stage."""
+        return _read(self.path / "checkpoint" / STAGE)
+
+    def load_within(self) -> Checkpoint | None:
+        """Within the stage that follows, if it was reached."""
+        path = self.path / "checkpoint" / WITHIN
+        return _read(path) if path.is_file() else None
 
     def scores(self) -> list[Score]:
         """All recorded scores, without their items."""
@@ -127,11 +138,7 @@ class Ledger:
         self._lock.close()
 
     def _finished(self) -> int:
-        path = self.path / "checkpoint" / "stage.safetensors"
-        if not path.is_file():
-            return -1
-        with safe_open(path, framework="pt") as file:
-            return int(file.metadata()["stage"])
+        return _stage(self.path / "checkpoint" / STAGE)
 
     def _drop_after(self, stage: int) -> None:
         for name in ("scores.jsonl", "cost.jsonl"):
@@ -140,6 +147,9 @@ class Ledger:
         for path in (self.path / "items").iterdir():
             if path.suffix == ".tmp" or int(path.stem.removeprefix("stage-")) > stage:
                 path.unlink()
+        within = self.path / "checkpoint" / WITHIN
+        if _stage(within) != stage + 1:
+            within.unlink(missing_ok=True)
 
     def _same_data(self, manifest: dict[str, Any]) -> None:
         before = json.loads((self.path / "manifest.json").read_text())
@@ -157,6 +167,51 @@ class Ledger:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+
+
+def mark_interrupted(path: Path) -> None:
+    """Records at `path` that a run's processes ended before it was complete; for the parent that outlived them."""
+    status = path / "status"
+    if status.is_file() and status.read_text().strip() != COMPLETE:
+        _replace(status, f"{INTERRUPTED}\n".encode())
+
+
+def _write(path: Path, checkpoint: Checkpoint) -> None:
+    """Tensors under `weights/`, `state/` and `moments/`, all else as metadata; the rename makes it count."""
+    plain = {name: value for name, value in checkpoint.state.items() if not isinstance(value, torch.Tensor)}
+    parts = {"weights": checkpoint.weights, "state": checkpoint.state, "moments": checkpoint.moments}
+    tensors = {
+        f"{part}/{name}": value.detach().cpu().contiguous()
+        for part, values in parts.items()
+        for name, value in values.items()
+        if isinstance(value, torch.Tensor)
+    }
+    facts = {key: str(getattr(checkpoint, key)) for key in ("stage", "step", "seconds")}
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata={**facts, "state": json.dumps(plain)})
+    _fsync(temporary)
+    temporary.replace(path)
+
+
+def _read(path: Path) -> Checkpoint:
+    parts: dict[str, dict[str, Any]] = {"weights": {}, "state": {}, "moments": {}}
+    with safe_open(path, framework="pt") as file:
+        facts = file.metadata()
+        parts["state"] |= json.loads(facts["state"])
+        for key in file.keys():  # noqa: SIM118 (not a dict)
+            part, _, name = key.partition("/")
+            parts[part][name] = file.get_tensor(key)
+    return Checkpoint(
+        stage=int(facts["stage"]), step=int(facts.get("step", 0)), seconds=float(facts.get("seconds", 0)), **parts
+    )
+
+
+def _stage(path: Path) -> int:
+    """The stage of the checkpoint at `path`, -1 where there is none."""
+    if not path.is_file():
+        return -1
+    with safe_open(path, framework="pt") as file:
+        return int(file.metadata()["stage"])
 
 
 def _null_nan(row: dict[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,10 @@ class Shard(ABC):
     value: Tensor
     grad: Tensor
 
+    @abstractmethod
+    def part(self, whole: Tensor) -> Tensor:
+        """The entries of `whole`, of the tensor's own shape, that lie where this slice lies; of the slice's shape."""
+
 
 class Engine(ABC):
     """Runs backward and optimizer steps for one stage, on one process or many."""
@@ -58,15 +62,31 @@ class Engine(ABC):
 
     @abstractmethod
     def shards(self) -> Iterator[Shard]:
-        """The slices of the trainable tensors that this rank owns; `grad` is complete once the last micro-batch is in."""
+        """The slices of the trainable tensors that this rank owns; `grad` is complete once the last micro-batch is in.
+
+        Which slices these are depends on the engine, so a method keeps state whole: `Shard.part` cuts it, `whole` joins it. Iterate to the
+        end, on every rank: that is when what was assigned reaches the others.
+        """
 
     @abstractmethod
     def matrices(self, names: Iterable[str]) -> Iterator[Shard]:
         """The named trainable tensors whole, one at a time, in the order of `names`; writes reach every rank."""
 
     @abstractmethod
-    def total(self, value: Tensor) -> Tensor:
+    def whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The trainable tensors' values of some kind whole, on every rank, from each rank's slices by name (none where it owns none)."""
+
+    @abstractmethod
+    def total(self, value: Tensor | float) -> Tensor | float:
         """Sum of `value` over ranks."""
+
+    @abstractmethod
+    def moments(self) -> dict[str, Tensor]:
+        """The optimizer's state as `optim` describes it, whole and on the CPU, on every rank."""
+
+    @abstractmethod
+    def gathered(self) -> AbstractContextManager:
+        """While it lasts all weights are whole on every rank, to be read."""
 
     @abstractmethod
     def close(self) -> None:
@@ -118,7 +138,7 @@ class Method(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Takes back what `state_dict` gave; all of it, as a run that continues within a stage calls it a second time after `begin_stage`."""
 
 
 class Task(ABC):

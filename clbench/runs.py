@@ -21,7 +21,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from clbench.config import NO_IDENTITY, NO_IDENTITY_ENGINE
+from clbench.config import NO_IDENTITY, NO_IDENTITY_ENGINE, NO_IDENTITY_TRAIN
 from clbench.metrics import Floats
 from clbench.types import Cost, Score, UserMistake
 
@@ -97,7 +97,8 @@ class Run:
         placement = {f"engine.{key}" for key in NO_IDENTITY_ENGINE}
         if leaves.get("engine.dtype", "float32") != "float32":
             placement -= {"engine.name", "engine.zero_stage"}
-        dropped = {"seed", "method.seed", *placement}
+        dropped = {"seed", "method.seed", *placement, *(f"train.{key}" for key in NO_IDENTITY_TRAIN)}
+        dropped |= {key for key in leaves if key.startswith("engine.deepspeed.")}
         places = {leaves.get(key) for key in ("results_dir", "cache_dir", "data_dir")} - {None, ""}
         return {
             key: "<path>" if isinstance(value, str) and value in places else value

@@ -9,6 +9,7 @@ Shape suffixes: B rows, T tokens of a row, S tokens it sees, H hidden, N scored 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from clbench.loss import LOGITS, causal_lm, project
 from clbench.packing import Ids, Packed, Read, beginnings
 from clbench.reading import Reader, branches
 
+T, R = TypeVar("T"), TypeVar("R")
 WRITTEN = 16
 """How many times more tokens a batch holds when answers are written."""
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
@@ -64,6 +66,10 @@ class Student:
             clipped = clip_left(context, self.encoder.max_length + 1 - len(continuation))
             reads.append(Read((*clipped, *continuation[:-1]), len(clipped) - 1))
         return reads
+
+    def share(self, work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T], *, by: Sequence[Ids]) -> list[R]:
+        """The results of `work` for all items, in their order. One process does it all; where there are more, equal keys of `by` stay together."""
+        return list(work(items))
 
     @property
     def positions(self) -> int:

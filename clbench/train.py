@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clbench.adapters import seeded
 from clbench.config import TrainConfig
 from clbench.data import Encoder, draw
 from clbench.protocols import Engine, Method
@@ -85,8 +86,13 @@ def train_stage(
     config: TrainConfig,
     seed: int,
     report: Callable[[int, int, float], None],
+    first: int = 0,
+    save: Callable[[int], None] = lambda step: None,
 ) -> Trained:
-    """Runs the stage's steps; `report(step, steps, loss)` is called every few. Raises FloatingPointError for a loss that is not finite."""
+    """Runs the stage's steps from `first` on; `report(step, steps, loss)` is called every few, `save(step)` every `checkpoint_steps`.
+
+    Dropout draws from a generator named by the step, so nothing of it needs to be kept. Raises FloatingPointError for a loss that is not finite.
+    """
     engine.model.train()
     losses: list[Tensor] = []
     tokens = {True: 0, False: 0}
@@ -95,7 +101,10 @@ def train_stage(
         rows = global_batch(plan, step, config=config, seed=seed, stage=stage.index)
         for example, source, _ in rows:
             tokens[source == 0] += len(encoder.example(example).ids)
-        losses.append(train_step(rows, method=method, engine=engine, encoder=encoder, config=config))
+        if step < first:
+            continue
+        with seeded(seed, f"dropout/{step}/{engine.rank}", stage.index):
+            losses.append(train_step(rows, method=method, engine=engine, encoder=encoder, config=config))
         if (step + 1) % LOG_EVERY == 0 or step + 1 == plan.total:
             mean = float(torch.stack(losses).mean())
             losses.clear()
@@ -104,6 +113,8 @@ def train_stage(
                     f"loss is {mean} within steps {step + 2 - LOG_EVERY}..{step + 1} of stage {stage.index} ({stage.name})"
                 )
             report(step + 1, plan.total, mean)
+        if config.checkpoint_steps and (step + 1) % config.checkpoint_steps == 0:
+            save(step + 1)
     engine.model.eval()
     return Trained(steps=plan.total, tokens_trained=tokens[True], tokens_replayed=tokens[False], loss=mean)
 

@@ -23,6 +23,10 @@ class UserMistake(ValueError):
     """What the user asked for cannot be done: one line with what was given, what is allowed, where to change it."""
 
 
+class RankFailed(RuntimeError):
+    """A process of a run of many ended before its time; the message is its own error, or the signal that killed it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Example:
     """One question of a task and its answer, as text.

@@ -48,7 +48,7 @@ def test_help_answers_in_two_seconds_and_lists_the_groups():
         ("seed=-1", ("seed=-1",)),
         ("engine.processes=2", ("engine.processes=2", "engine=local")),
         ("engine.zero_stage=2", ("engine.zero_stage=2",)),
-        ("train.carry_optimizer=true", ("train.carry_optimizer", "fresh optimizer")),
+        ("train.checkpoint_steps=0", ("train.checkpoint_steps=0", "least allowed is 1")),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_two(mistake, words, tmp_path):

@@ -8,8 +8,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = (
     {"types", "metrics"},
-    {"protocols", "config", "contract"},
+    {"protocols", "config_engine", "config", "contract"},
     {
+        "world",
         "packing",
         "data",
         "loss",
@@ -21,16 +22,18 @@ ROWS = (
         "cur",
         "pairs",
         "memory",
+        "optim",
         "parts",
         "ledger",
         "tracking",
         "runs",
     },
-    {"engine"},
-    {"student", "cells", "stream", "optim", "statistics"},
+    {"engine", "engine_zero", "engine_shards", "engine_deepspeed"},
+    {"student", "student_ranks", "cells", "stream", "statistics"},
     {"probes", "train", "canaries", "manifest"},
+    {"build"},
     {"experiment", "estimate"},
-    {"cli", "leaderboard", "published", "report", "doctor", "tuning", "bundle", "__main__"},
+    {"launch", "worker", "cli", "leaderboard", "published", "report", "doctor", "tuning", "bundle", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(ROWS) for name in names}
 VOCABULARY = {"types", "protocols", "data", "loss", "adapters", "cur", "pairs", "memory", "metrics"}

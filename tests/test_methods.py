@@ -22,7 +22,7 @@ from clbench.adapters import folded, load_trainable_state, trainable, trainable_
 from clbench.config import Config, TrackingConfig, from_plain
 from clbench.data import Encoder, draw
 from clbench.engine import LocalEngine
-from clbench.ledger import Ledger
+from clbench.ledger import Checkpoint, Ledger
 from clbench.loss import answer_loss
 from clbench.memory import Memory
 from clbench.model import fresh_llama, word_tokenizer
@@ -506,13 +506,13 @@ def test_stopping_between_stages_changes_nothing(name, tmp_path):
     whole = lab(name)
     whole.train(1)
     ledger = Ledger(tmp_path, manifest={}, resume="auto")
-    ledger.save(1, weights=trainable_state(whole.model), state=whole.method.state_dict())
+    ledger.save(Checkpoint(stage=1, weights=trainable_state(whole.model), state=whole.method.state_dict(), moments={}))
     outputs = whole.logits()
     whole.train(2)
     again = lab(name)
-    weights, state = ledger.load()
-    load_trainable_state(again.model, weights)
-    again.method.load_state_dict(state)
+    kept = ledger.load()
+    load_trainable_state(again.model, kept.weights)
+    again.method.load_state_dict(kept.state)
     assert torch.equal(again.logits(), outputs)
     again.train(2)
     assert same(everything(again.model), everything(whole.model))

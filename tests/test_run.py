@@ -103,9 +103,9 @@ def test_a_killed_run_continues_to_the_same_bytes(overrides, tmp_path, monkeypat
         if rows[0].stage == 2 and moment == "after the scores":
             raise Killed
 
-    def killed_save(self, stage, **rest):
-        save(self, stage, **rest)
-        if stage == 2 and moment == "after the checkpoint":
+    def killed_save(self, checkpoint):
+        save(self, checkpoint)
+        if checkpoint.stage == 2 and moment == "after the checkpoint":
             raise Killed
 
     killed = elsewhere(overrides, tmp_path, "killed")

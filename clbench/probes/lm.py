@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -71,7 +72,8 @@ class StudentLM(TemplateLM):
             groups[self._settings(request.args[1])].append(index)
         for (stops, max_new_tokens), members in groups.items():
             prompts = [self.encoder.prompt(requests[index].args[0]) for index in members]
-            for index, answer in zip(members, self._generate(prompts, stops, max_new_tokens), strict=True):
+            write = partial(self._generate, stops=stops, max_new_tokens=max_new_tokens)
+            for index, answer in zip(members, self.student.share(write, prompts, by=prompts), strict=True):
                 answers[index] = answer
         return answers
 

@@ -1,0 +1,106 @@
+"""Builds what a run is made of from its configuration: model, tasks, probes, method, ledger.
+
+Not here: what happens to them (`experiment`).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from hydra.utils import instantiate
+from torch import Tensor
+from torch.nn import Module
+
+from clbench.config import Config, run_directory
+from clbench.data import Encoder
+from clbench.ledger import Checkpoint, Ledger
+from clbench.manifest import data_contract, manifest
+from clbench.parts import make_method, make_probes, make_tasks
+from clbench.protocols import Method, Probe
+from clbench.stream import Stream, build_stream
+from clbench.world import World
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything a run is made of, complete after `prepare`. `overlapping`: ids of training examples that a test or probe holds, too.
+
+    Only the first rank of the world writes: elsewhere there is no ledger. `moments`: the optimizer's state as the last stage left it, where it is
+    carried (`optim`). `within`: where the next stage goes on, if it was begun before.
+    """
+
+    config: Config
+    method: Method
+    model: Module
+    stream: Stream
+    probes: tuple[Probe, ...]
+    encoder: Encoder
+    ledger: Ledger | None
+    overlapping: frozenset[str] = frozenset()
+    world: World = field(default_factory=World)
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    within: Checkpoint | None = None
+
+
+def set_up_torch(config: Config) -> None:
+    """Threads, and warnings of libraries that say nothing a user can act on."""
+    if config.engine.threads is not None:
+        torch.set_num_threads(config.engine.threads)
+    if not torch.cuda.is_available():
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # transformers asks deepspeed, which warns when it has to find out for itself
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def prepare(config: Config, *, command: str, world: World) -> Run:
+    """Builds what the configuration names and opens the ledger. The first rank goes first and fills the cache for the others."""
+    if not world.is_first:
+        world.wait()
+    prepared = build(config, command=command, world=world)
+    if world.is_first:
+        world.wait()
+    return prepared
+
+
+def build(config: Config, *, command: str, world: World) -> Run:
+    """As `prepare`, for one rank."""
+    source = instantiate(config.model)
+    model, tokenizer = source.load(Path(config.cache_dir))
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if config.engine.device == "auto" else config.engine.device
+    )
+    model.to(device=device, dtype=DTYPES[config.engine.dtype])
+    token_dirs = [Path(folder) / "tokens" for folder in (config.data_dir, config.cache_dir) if folder is not None]
+    encoder = Encoder(tokenizer, max_length=config.train.max_length, device=device, token_dirs=token_dirs)
+    tasks = make_tasks(config)
+    stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
+    probes = make_probes(config)
+    ledger, overlapping = None, frozenset()
+    if world.is_first:
+        contract, overlapping = data_contract(config, stream, probes, encoder)
+        named = {"model_label": source.label, "fingerprint": source.fingerprint(), "command": command}
+        ledger = Ledger(
+            run_directory(config), manifest=manifest(config, stream, **named) | contract, resume=config.resume
+        )
+    method = make_method(config)
+    return Run(
+        config=config,
+        method=method,
+        model=method.wrap(model),
+        stream=stream,
+        probes=probes,
+        encoder=encoder,
+        ledger=ledger,
+        overlapping=overlapping,
+        world=world,
+    )

@@ -1,0 +1,77 @@
+"""One rank of an experiment: started by `launch`, or by torchrun, DeepSpeed's launcher or SLURM, which set RANK and its like.
+
+`python -m clbench.worker ORDER ERROR` reads the frozen configuration from the JSON file ORDER and writes what goes wrong to the JSON file ERROR.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import TracebackType
+
+from clbench.config import Config, from_plain
+from clbench.types import UserMistake
+
+PR_SET_PDEATHSIG = 1
+
+
+def take_part(config: Config, *, command: str) -> Path:
+    """Runs the experiment as the rank that the environment names; gives the run's directory."""
+    size = int(os.environ["WORLD_SIZE"])
+    if size != config.engine.processes:
+        raise UserMistake(
+            f"engine.processes={config.engine.processes}, but {size} processes were started; give both the same number"
+        )
+    from clbench import experiment
+
+    experiment.set_up_torch(config)
+    from clbench import engine_deepspeed
+
+    world = engine_deepspeed.join()
+    path = experiment.run(config, command=command, world=world)
+    world.wait()
+    engine_deepspeed.leave()
+    return path
+
+
+def is_first() -> bool:
+    """Whether this process writes and speaks: the first rank, or no rank at all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def die_with_parent() -> None:
+    """Has the kernel kill this process when its parent ends, by whatever end."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(os.environ["CLBENCH_PARENT"]):
+        raise SystemExit("the parent is gone already")
+
+
+def main() -> None:
+    """Entry point of a rank."""
+    order, error = map(Path, sys.argv[1:])
+    die_with_parent()
+
+    def report(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+        is_mistake = issubclass(kind, UserMistake)
+        text = str(value) if is_mistake else "".join(traceback.format_exception(kind, value, trace))
+        error.write_text(json.dumps({"time": time.time(), "is_mistake": is_mistake, "text": text}))
+
+    sys.excepthook = report
+    plain = json.loads(order.read_text())
+    if is_first():
+        from clbench.tracking import set_up_logging
+
+        set_up_logging()
+    take_part(from_plain(plain["config"]), command=plain["command"])
+
+
+if __name__ == "__main__":
+    main()
