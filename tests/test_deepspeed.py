@@ -3,7 +3,7 @@
 Each trap of DeepSpeed that was ever met has a test here that fails when one steps into it. What two processes find differs from what one
 finds by the order in which float32 adds, about 1e-8 in a gradient: rows of a batch, and at stage 3, whose hooks make autograd take another order, the
 gradients that meet in one activation. Adam divides by the gradient's own size, so an entry whose gradient is all but 0 turns that into a
-share of the learning rate: 4e-6 at a rate of 1e-3, 4e-7 at the 1e-4 that is used here.
+share of the learning rate: at most 4e-6 was seen at a rate of 1e-3. Hence smaller rates here.
 """
 
 import json
@@ -334,7 +334,7 @@ def test_sixteen_engines_take_no_more_memory_than_two(stage, tmp_path):
 
 # --- whole runs --------------------------------------------------------------------------------------------------------------
 
-SHORT = ("stream.limit=2", "train.lr=1e-4", "train.micro_batch_size=1", "train.weight_decay=0.1")
+SHORT = ("stream.limit=2", "train.steps=6", "train.lr=3e-4", "train.micro_batch_size=1", "train.weight_decay=0.1")
 
 
 @pytest.fixture(scope="module")
@@ -374,15 +374,23 @@ def check_equal_runs(found: Path, expected: Path) -> None:
     (weights, state), (expected_weights, expected_state) = checkpoint(found), checkpoint(expected)
     assert weights and distance(weights, expected_weights) < TOLERANCE
     assert distance(scaled(state), scaled(expected_state)) < TOLERANCE
+    largest = 0.0
     for left, right in zip(scores(found), scores(expected), strict=True):
-        value, other = left.pop("value"), right.pop("value")
-        exact = left["metric"] in EXACT
-        assert value == (other if exact else pytest.approx(other, rel=TOLERANCE, abs=TOLERANCE)), left
-        assert left.pop("stderr") == pytest.approx(right.pop("stderr"), rel=1e-4, nan_ok=True)
+        (value, other), (error, other_error) = ([row.pop(key) for row in (left, right)] for key in ("value", "stderr"))
         assert left == right
+        assert value == (other if left["metric"] in COUNTED else pytest.approx(other, rel=TOLERANCE, abs=TOLERANCE)), (
+            left
+        )
+        assert (error is None) == (other_error is None) and (error or 0) == pytest.approx(
+            other_error or 0, abs=TOLERANCE
+        )
+        largest = max(largest, abs(value - other) / max(1.0, abs(other)))
+        assert (left["stage"], left["metric"]) != (2, "kl_token") or value > 50 * TOLERANCE, "nothing was learned"
+    print(f"weights within {distance(weights, expected_weights):.1e}, scores within {largest:.1e}")
 
 
-EXACT = ("accuracy", "exact_match", "acc", "valid")
+COUNTED = ("accuracy", "exact_match", "acc", "format_validity", "chance", "majority", "test_or_probe_overlap")
+"""Metrics that are counts of right answers or of examples: equal to the last bit."""
 
 
 @pytest.mark.parametrize("stage", STAGES)
