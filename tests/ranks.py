@@ -186,9 +186,9 @@ def facts(*overrides: str) -> dict[str, object]:
     batches = toy.run.encoder.micro_batches(rows, rows=1, rank=engine.rank, world_size=engine.world_size)
     answers: dict[str, object] = {}
 
-    def backward() -> None:
+    def backward(share: float = 1.0) -> None:
         for batch in batches:
-            engine.backward(answer_loss(toy.model, batch))
+            engine.backward(share * answer_loss(toy.model, batch))
 
     def loss() -> float:
         with torch.no_grad():
@@ -202,6 +202,10 @@ def facts(*overrides: str) -> dict[str, object]:
     backward()
     answers["gradient"] = gradient(engine)
     answers["gradient by matrices"] = {shard.name: shard.grad.clone() for shard in engine.matrices(names(toy))}
+    engine.clear()
+    backward(0.5)
+    answers["half the gradient"] = gradient(engine)
+    backward(0.25)
     engine.clear()
     backward()
     answers["gradient again"] = gradient(engine)

@@ -259,6 +259,7 @@ def test_gradients_are_clipped_only_as_configured(pair, clip, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_gradients_that_were_cleared_do_not_come_back(pair, stage):
     found = pair.ask("facts", *two(stage))
+    assert distance({name: 2 * half for name, half in found["half the gradient"].items()}, found["gradient"]) == 0
     assert distance(found["gradient again"], found["gradient"]) == 0
     assert distance(found["value after step"], local("facts")["value after step"]) < TOLERANCE
 
