@@ -187,7 +187,7 @@ def test_gradients_are_corrected_once_a_step_and_when_they_are_complete(pair, st
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_fisher_is_taken_per_example_whatever_the_number_of_ranks(pair, stage, record_property):
+def test_the_fisher_is_taken_per_example_whatever_the_number_of_ranks(pair, stage):
     found, expected = pair.ask("outcome", "ewc", *two(stage))["state"], local("outcome", "ewc")["state"]
     assert found["raw_means"] == pytest.approx(expected["raw_means"], rel=TOLERANCE)
     importances = [key for key in found if key.startswith("importance/")]
