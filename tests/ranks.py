@@ -294,7 +294,7 @@ def from_all(value: object) -> list:
 
 def life(*overrides: str) -> dict[str, object]:
     """Resident memory of each rank, in bytes, after each of 16 engines."""
-    toy = lab("seq", *overrides)
+    toy = lab("seq", *overrides, "train.steps=1")
     resident = []
     for _ in range(16):
         toy.train(1)
