@@ -1,35 +1,52 @@
-"""What the ranks of tests/test_deepspeed.py run: the toy labs of tests/test_methods.py under the DeepSpeed engine, one file of results.
+"""What the ranks of tests/test_deepspeed.py do: they answer questions, one by one, under the DeepSpeed engine.
 
-The same functions run under the local engine in the test's own process, so that results are compared like with like.
+The same functions answer under the local engine in the test's own process, so that like is compared with like. A question is a line of JSON on
+standard input, `[number, function, *arguments]`, the same to every rank; the first one puts the answer into the file `<number>.pt`.
 """
 
+import json
 import os
+import shutil
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.update(HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu", TQDM_DISABLE="1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
+from torch import Tensor, distributed  # noqa: E402
 
+from clbench import cli, experiment  # noqa: E402
+from clbench.config import TrackingConfig, run_directory  # noqa: E402
+from clbench.engine import LocalEngine  # noqa: E402
+from clbench.ledger import Ledger  # noqa: E402
 from clbench.loss import answer_loss  # noqa: E402
-from clbench.protocols import Engine  # noqa: E402
+from clbench.protocols import Engine, Method  # noqa: E402
+from clbench.tracking import Tracker  # noqa: E402
+from clbench.types import Batch  # noqa: E402
+from clbench.world import World  # noqa: E402
 from tests import test_methods as methods  # noqa: E402
 
+STEPS = 3
 ARITHMETIC = (
-    "train.lr=1e-3",
-    "train.clip=0.05",
+    "train.lr=1e-4",
+    "train.clip=0",
     "train.weight_decay=0.1",
     "train.micro_batch_size=1",
     "train.warmup=0.4",
+    f"train.steps={STEPS}",
 )
-"""Clipping that bites, weight decay, several micro-batches a rank, a rate that changes: each is a way for engines to differ."""
+"""Weight decay, several micro-batches a rank, a rate that changes: each is a way for engines to differ."""
 CASES = {
     "seq": ("method=seq",),
-    "seq_unclipped": ("method=seq", "train.clip=0"),
+    "seq_clipped": ("method=seq", "train.clip=0.05"),
     "seq_odd_batch": ("method=seq", "train.batch_size=5"),
     "seq_one_row": ("method=seq", "train.batch_size=1"),
+    "seq_bfloat16": ("method=seq", "engine.dtype=bfloat16"),
     "er": ("method=er", "method.fraction=0.5"),
     "ewc": ("method=ewc", "method.strength=50", "method.fisher_examples=5"),
     "ilora": ("method=ilora", "method.fraction=0.5", "method.consistency=1"),
@@ -42,60 +59,174 @@ CASES = {
 }
 
 
+# --- two stages of a method on the toy stream ------------------------------------------------------------------------------
+
+
+@dataclass
+class Notes:
+    """What was seen of a method's training on this rank, by step: rows, their loss, the penalty's value. `gradient` is the first corrected one."""
+
+    rows: list[list[tuple[int, ...]]] = field(default_factory=lambda: [[]])
+    losses: list[float] = field(default_factory=lambda: [0.0])
+    penalties: list[float] = field(default_factory=list)
+    gradient: dict[str, Tensor] = field(default_factory=dict)
+
+
+def watched(method: Method) -> Notes:
+    notes, loss, correct = Notes(), method.loss, method.correct_gradients
+
+    def noted_loss(model: torch.nn.Module, batch: Batch) -> Tensor:
+        rows = zip(batch.input_ids, batch.attention_mask.bool(), batch.sources, batch.weights, strict=True)
+        notes.rows[-1] += [(int(source), *ids[mask].tolist()) for ids, mask, source, weight in rows if weight > 0]
+        found = loss(model, batch)
+        notes.losses[-1] += float(found.detach())
+        return found
+
+    def noted_correct(engine: Engine) -> Tensor | float:
+        notes.gradient = notes.gradient or gradient(engine)
+        notes.rows.append([])
+        notes.losses.append(0.0)
+        notes.penalties.append(float(penalty := correct(engine)))
+        return penalty
+
+    method.loss, method.correct_gradients = noted_loss, noted_correct
+    return notes
+
+
 def lab(case: str, *overrides: str) -> methods.Lab:
     method, *rest = CASES[case]
-    return methods.lab(method.removeprefix("method="), *ARITHMETIC, *rest, *overrides)
+    dtype = torch.bfloat16 if "engine.dtype=bfloat16" in rest else torch.float32
+    with patch.dict(methods.TINY, num_hidden_layers=1):
+        return methods.lab(method.removeprefix("method="), *ARITHMETIC, *rest, *overrides, dtype=dtype)
 
 
 def outcome(case: str, *overrides: str) -> dict[str, object]:
-    """What remains of two stages: weights, the method's state, outputs of every view, the examples that were drawn."""
+    """What remains of two stages: weights, the method's state, outputs of every view; and what was trained on."""
     toy = lab(case, *overrides)
-    drawn = []
-    for number in (1, 2):
-        toy.train(number)
-        plan = methods.plan_stage(toy.method.training_set(toy.stage(number + 1)), toy.run.config.train)
-        for step in range(plan.total):
-            rows = methods.global_batch(plan, step, config=toy.run.config.train, seed=0, stage=number + 1)
-            drawn += [row[0].id for row in rows]
+    notes = watched(toy.method)
+    reported = [train(toy, number) for number in (1, 2)]
+    weights = methods.everything(toy.model)
     logits = {}
-    for view, weights in toy.method.views(toy.model).items():
-        with weights, methods.folded(toy.model):
+    for view, held in toy.method.views(toy.model).items():
+        with held, methods.folded(toy.model):
             logits[view] = toy.logits()
-    state = toy.method.state_dict()
-    return {"weights": methods.everything(toy.model), "state": state, "logits": logits, "drawn": drawn}
+    assert all(methods.same(weights, others) for others in from_all(weights)), "ranks differ"
+    ranks_rows = from_all(notes.rows[:-1])
+    return {
+        "weights": weights,
+        "state": toy.method.state_dict(),
+        "logits": logits,
+        "reported": reported,
+        "losses": [sum(parts) for parts in zip(*from_all(notes.losses[:-1]), strict=True)],
+        "penalties": notes.penalties,
+        "gradient": notes.gradient,
+        "rows": [sorted(row for rows in step for row in rows) for step in zip(*ranks_rows, strict=True)],
+    }
+
+
+def train(toy: methods.Lab, number: int) -> float:
+    """Stage `number`; the loss that it reports."""
+    tracker = Tracker(
+        TrackingConfig(progress=False), run="toy", stages=toy.run.stream.stages, manifest={}, first=number
+    )
+    _, trained = experiment.train(toy.run, toy.stage(number), tracker)
+    toy.model.eval()
+    return trained.loss
+
+
+class InTurn(LocalEngine):
+    """One process that does the work of two ranks in turn: their rows, their micro-batches, gradients added in their order."""
+
+    def backward(self, loss: Tensor) -> None:
+        gradients = torch.autograd.grad(loss, list(self._parameters.values()))
+        self.pending = [*vars(self).get("pending", []), gradients]
+
+    def _reduce(self) -> None:
+        pending = vars(self).pop("pending", [])
+        half = len(pending) // 2
+        for number, parameter in enumerate(self._parameters.values() if pending else ()):
+            parts = [sum(gradients[number] for gradients in part) for part in (pending[:half], pending[half:]) if part]
+            parameter.grad = sum(parts)
+
+    def step(self) -> None:
+        self._reduce()
+        super().step()
+
+    def shards(self) -> Iterator:
+        self._reduce()
+        return super().shards()
+
+    def matrices(self, names: list[str]) -> Iterator:
+        self._reduce()
+        return super().matrices(names)
+
+
+def in_turn(case: str) -> dict[str, object]:
+    """`outcome` of one process that adds in the order of two."""
+
+    def both(self, rows_of_step, *, rows, rank=None, world_size=None):
+        if rank is None:
+            return split(self, rows_of_step, rows=rows)
+        return [batch for part in (0, 1) for batch in split(self, rows_of_step, rows=rows, rank=part, world_size=2)]
+
+    split = experiment.Encoder.micro_batches
+    with patch.object(experiment, "LocalEngine", InTurn), patch.object(experiment.Encoder, "micro_batches", both):
+        return outcome(case)
+
+
+# --- an engine from its opening to its closing ------------------------------------------------------------------------------
 
 
 def facts(*overrides: str) -> dict[str, object]:
-    """What an engine answers between its opening and its closing; equal for all engines."""
-    toy = lab("seq", *overrides)
+    """What an engine answers between its opening and its closing; equal for all engines. Nine entries a core, so parts are uneven."""
+    toy = methods.lab("curlora", *ARITHMETIC, "method.rank=3", *overrides)
     before = {part: set(vars(part)) for part in (*toy.model.modules(), *toy.model.parameters())}
     plan, engine = toy.open(1)
     rows = methods.global_batch(plan, 0, config=toy.run.config.train, seed=0, stage=1)
     batches = toy.run.encoder.micro_batches(rows, rows=1, rank=engine.rank, world_size=engine.world_size)
     answers: dict[str, object] = {}
 
-    def backward() -> None:
+    def backward(share: float = 1.0) -> None:
         for batch in batches:
-            engine.backward(answer_loss(toy.model, batch))
+            engine.backward(share * answer_loss(toy.model, batch))
 
     def loss() -> float:
         with torch.no_grad():
             return float(engine.total(sum(answer_loss(toy.model, batch) for batch in batches)))
 
+    for number, shard in enumerate(engine.matrices(names(toy))):
+        shard.value = torch.sin(number + torch.arange(9.0)).view(3, 3)
     start = whole_value(engine, toy)
+    answers["value by shards"] = value_by_shards(engine)
+    answers["value by matrices"] = start
     backward()
     answers["gradient"] = gradient(engine)
     answers["gradient by matrices"] = {shard.name: shard.grad.clone() for shard in engine.matrices(names(toy))}
     engine.clear()
+    backward(0.5)
+    answers["half the gradient"] = gradient(engine)
+    backward(0.25)
+    engine.clear()
     backward()
     answers["gradient again"] = gradient(engine)
-    answers["entries"] = float(engine.total(float(sum(shard.value.numel() for shard in engine.shards()))))
+    answers["owned"] = from_all({shard.name: shard.value.numel() for shard in engine.shards()})
     for shard in engine.shards():
         shard.grad += 2.0 * shard.part(start[shard.name])
     answers["gradient after shards"] = gradient(engine)
     for shard in engine.matrices(names(toy)):
         shard.grad += 3.0 * shard.value
     answers["gradient after matrices"] = gradient(engine)
+    engine.clear()
+    # A penalty as a hook: its term comes once a micro-batch, so each brings its share.
+    hooks = [
+        parameter.register_hook(lambda grad, parameter=parameter: grad + parameter.detach() / len(batches))
+        for parameter in toy.model.parameters()
+        if parameter.requires_grad
+    ]
+    backward()
+    answers["gradient with hooks"] = gradient(engine)
+    for hook in hooks:
+        hook.remove()
     engine.clear()
     for shard in engine.shards():
         shard.value = shard.value + 0.25
@@ -114,21 +245,34 @@ def facts(*overrides: str) -> dict[str, object]:
     return answers
 
 
-def life(*overrides: str) -> dict[str, object]:
-    """Resident memory of this process, in bytes, after each of 16 engines."""
-    toy = lab("seq", *overrides)
-    resident = []
-    for _ in range(16):
-        toy.train(1)
-        resident.append(psutil.Process().memory_info().rss)
-    return {"resident": resident}
+def descent(clip: float, *overrides: str) -> dict[str, object]:
+    """A gradient, and how far one step of plain descent at rate 1 goes on it."""
+    toy = methods.lab("seq", *TOY_STEP, f"train.clip={clip}", *overrides)
+    with patch.object(experiment.optim, "optimizer", lambda parameters, config: torch.optim.SGD(parameters, lr=1.0)):
+        plan, engine = toy.open(1)
+    rows = methods.global_batch(plan, 0, config=toy.run.config.train, seed=0, stage=1)
+    start = whole_value(engine, toy)
+    for batch in toy.run.encoder.micro_batches(rows, rows=1, rank=engine.rank, world_size=engine.world_size):
+        engine.backward(100 * answer_loss(toy.model, batch))
+    found = gradient(engine)
+    engine.step()
+    after = whole_value(engine, toy)
+    engine.close()
+    return {"gradient": found, "way": {name: start[name] - value for name, value in after.items()}}
 
 
-def gradient(engine: Engine) -> dict[str, torch.Tensor]:
+TOY_STEP = ("train.warmup=0", "train.schedule=constant", "train.micro_batch_size=1")
+
+
+def gradient(engine: Engine) -> dict[str, Tensor]:
     return engine.whole({shard.name: shard.grad.clone() for shard in engine.shards()})
 
 
-def whole_value(engine: Engine, toy: methods.Lab) -> dict[str, torch.Tensor]:
+def value_by_shards(engine: Engine) -> dict[str, Tensor]:
+    return engine.whole({shard.name: shard.value.clone() for shard in engine.shards()})
+
+
+def whole_value(engine: Engine, toy: methods.Lab) -> dict[str, Tensor]:
     return {shard.name: shard.value.clone() for shard in engine.matrices(names(toy))}
 
 
@@ -136,25 +280,74 @@ def names(toy: methods.Lab) -> list[str]:
     return [name for name, parameter in toy.model.named_parameters() if parameter.requires_grad]
 
 
-def main(path: Path, *wanted: str) -> None:
-    """Runs each `case:zero_stage` of `wanted`; rank 0 writes the outcomes, on all ranks they must be the same."""
+def from_all(value: object) -> list:
+    """Every rank's `value`."""
+    if not distributed.is_initialized():
+        return [value]
+    values = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+# --- lives ----------------------------------------------------------------------------------------------------------------------
+
+
+def life(*overrides: str) -> dict[str, object]:
+    """Resident memory of each rank, in bytes, after each of 16 engines."""
+    toy = lab("seq", *overrides, "train.steps=1")
+    resident = []
+    for _ in range(16):
+        toy.train(1)
+        resident.append(psutil.Process().memory_info().rss)
+    return {"resident": from_all(resident)}
+
+
+def run(*overrides: str) -> dict[str, object]:
+    """A whole run. Its directory, what a kill after stage 1 would have left (`after 1`), and each rank's resident memory after each stage."""
+    config = cli.compose(list(overrides))
+    path = run_directory(config)
+    left = Path(f"{config.results_dir}-after-1") / "runs" / path.name
+    save, stage_of, resident = Ledger.save, experiment.run_stage, []
+
+    def noted_save(self: Ledger, stage: int, **rest: object) -> None:
+        save(self, stage, **rest)
+        if stage == 1:
+            shutil.copytree(path, left)
+
+    def noted_stage(*arguments: object) -> None:
+        stage_of(*arguments)
+        resident.append(psutil.Process().memory_info().rss)
+
+    is_many = distributed.is_initialized()
+    world = World(rank=distributed.get_rank(), size=distributed.get_world_size()) if is_many else World()
+    with patch.object(Ledger, "save", noted_save), patch.object(experiment, "run_stage", noted_stage):
+        experiment.run(config, world=world)
+    return {"path": path, "after 1": left, "resident": from_all(resident)}
+
+
+def rejoin(port: str, *overrides: str) -> dict[str, object]:
+    """Two stages in a world that was left and joined anew."""
+    from clbench import engine_deepspeed
+
+    engine_deepspeed.leave()
+    os.environ["MASTER_PORT"] = port
+    engine_deepspeed.join()
+    return outcome("seq", *overrides)
+
+
+def main(folder: Path) -> None:
     from clbench import engine_deepspeed
 
     torch.set_num_threads(1)
     world = engine_deepspeed.join()
-    outcomes = {}
-    for item in wanted:
-        case, zero_stage = item.split(":")
-        engine = ("engine=deepspeed", f"engine.processes={world.size}", f"engine.zero_stage={zero_stage}")
-        found = {"facts": facts, "life": life}[case](*engine) if case in ("facts", "life") else outcome(case, *engine)
-        same = {"facts": "closed", "life": None}.get(case, "weights")
-        assert same is None or methods.same(world.share(found[same]), found[same]), f"ranks differ: {item}"
-        outcomes[item] = found
+    for line in sys.stdin:
+        number, function, *arguments = json.loads(line)
+        found = {f.__name__: f for f in (outcome, facts, descent, life, run, rejoin)}[function](*arguments)
         if world.is_first:
-            torch.save(outcomes, path)
-    world.wait()
+            torch.save(found, folder / "answer.tmp")
+            (folder / "answer.tmp").replace(folder / f"{number}.pt")
     engine_deepspeed.leave()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main(Path(sys.argv[1]))

@@ -1,61 +1,121 @@
-"""Many processes give the numbers of one: the DeepSpeed engine beside the local one, two ranks, CPU, gloo, float32."""
+"""Many processes give the numbers of one: the DeepSpeed engine beside the local one, two ranks, CPU, gloo, float32.
+
+Each trap of DeepSpeed that was ever met has a test here that fails when one steps into it. What two processes find differs from what one
+finds by the order in which float32 adds, about 1e-8 in a gradient: rows of a batch, and at stage 3, whose hooks make autograd take another order, the
+gradients that meet in one activation. Adam divides by the gradient's own size, so an entry whose gradient is all but 0 turns that into a
+share of the learning rate: at most 4e-6 was seen at a rate of 1e-3. Hence smaller rates here.
+"""
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from clbench import launch
 from clbench.cli import compose
 from clbench.types import RankFailed, UserMistake
 from tests import ranks
+from tests.conftest import QUIET, TINY_MODEL, TINY_STREAM
 from tests.test_run import elsewhere, run, scores
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = (0, 1, 2, 3)
+CORE = ("seq", "er", "ewc", "ilora", "clora", "curlora", "secura")
 TOLERANCE = 1e-6
 
 pytestmark = pytest.mark.slow
 
 
+def two(stage: int = 2) -> list[str]:
+    return ["engine=deepspeed", "engine.processes=2", f"engine.zero_stage={stage}"]
+
+
+class Pair:
+    """Two ranks that answer questions one by one, as most of their time goes into starting. A question that fails ends them; the next begins anew."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: list[subprocess.Popen] = []
+        self.asked = 0
+        self.answers: dict[str, dict] = {}
+
+    def ask(self, function: str, *arguments: str | float) -> dict:
+        """What `ranks.<function>(*arguments)` gives on the first of two ranks."""
+        question = json.dumps([function, *arguments])
+        if question not in self.answers:
+            self.answers[question] = self._answer(function, *arguments)
+        return self.answers[question]
+
+    def _answer(self, function: str, *arguments: str | float) -> dict:
+        if not self.processes:
+            self.processes = start_ranks(
+                [sys.executable, str(ROOT / "tests" / "ranks.py"), str(self.folder)], self.folder
+            )
+        self.asked += 1
+        answer = self.folder / f"{self.asked}.pt"
+        for process in self.processes:
+            process.stdin.write(json.dumps([self.asked, function, *arguments]) + "\n")
+            process.stdin.flush()
+        deadline = time.monotonic() + 300
+        while not answer.is_file():
+            if time.monotonic() > deadline or any(process.poll() is not None for process in self.processes):
+                self.end(kill=True)
+                errors = [path.read_text()[-3000:] for path in sorted(self.folder.glob("rank-*.log"))]
+                raise AssertionError(f"no answer to {function} {arguments}\n" + "\n".join(errors))
+            time.sleep(0.02)
+        return torch.load(answer, weights_only=False)
+
+    def end(self, *, kill: bool = False) -> None:
+        for process in self.processes:
+            process.kill() if kill else process.stdin.close()
+        codes = [process.wait(60) for process in self.processes]
+        assert kill or not any(codes), codes
+        self.processes = []
+
+
+def start_ranks(command: list[str], folder: Path) -> list[subprocess.Popen]:
+    """`command` as each of two ranks; what they say goes to `rank-<number>.log`, what DeepSpeed compiles to `compiled`."""
+    common = os.environ | {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(launch.free_port()),
+        "OMP_NUM_THREADS": "1",
+        "TORCH_EXTENSIONS_DIR": str(folder / "compiled"),
+    }
+    processes = []
+    for rank in range(2):
+        with (folder / f"rank-{rank}.log").open("w") as log:
+            environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(
+                subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True)
+            )
+    return processes
+
+
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> dict[str, dict]:
-    """Everything that two ranks found, in one pair of processes: most of their time goes into starting."""
-    path = tmp_path_factory.mktemp("ranks") / "outcomes.pt"
-    wanted = [f"{case}:{stage}" for stage in STAGES for case in ("facts", "life", *ranks.CASES)]
-    two_ranks([sys.executable, str(ROOT / "tests" / "ranks.py"), str(path), *wanted])
-    return torch.load(path, weights_only=False)
-
-
-def two_ranks(command: list[str]) -> None:
-    port = str(launch.free_port())
-    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            command,
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=600)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)[-4000:]
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    pair = Pair(tmp_path_factory.mktemp("ranks"))
+    yield pair
+    pair.end()
 
 
 @cache
-def local(case: str) -> dict:
-    return ranks.facts() if case == "facts" else ranks.outcome(case)
+def local(function: str, *arguments: str | float) -> dict:
+    """What one process answers."""
+    return getattr(ranks, function)(*arguments)
 
 
 def distance(left: dict, right: dict) -> float:
@@ -70,22 +130,6 @@ def near(left: object, right: object) -> bool:
     return left == (pytest.approx(right, rel=1e-5) if isinstance(right, float | list) else right)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("case", ranks.CASES)
-def test_two_processes_train_the_weights_of_one(outcomes, case, stage):
-    found, expected = outcomes[f"{case}:{stage}"], local(case)
-    assert distance(found["weights"], expected["weights"]) < TOLERANCE
-    assert distance(found["logits"], expected["logits"]) < 10 * TOLERANCE
-
-
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("case", ranks.CASES)
-def test_a_method_keeps_the_state_of_one_process_whole(outcomes, case, stage):
-    found, expected = outcomes[f"{case}:{stage}"], local(case)
-    assert found["drawn"] == expected["drawn"]
-    assert distance(scaled(found["state"]), scaled(expected["state"])) < TOLERANCE
-
-
 def scaled(state: dict) -> dict:
     """The Fisher information in units of its largest entry; centres weighted by it, as one of no importance is a quotient of roundings."""
     importance = {key.partition("/")[2]: state[key] for key in state if key.startswith("importance/")}
@@ -95,10 +139,89 @@ def scaled(state: dict) -> dict:
     return state | weighted | {f"importance/{name}": value for name, value in importance.items()}
 
 
+# --- two stages of the toy stream ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("case", [case for case in ranks.CASES if case != "seq_bfloat16"])
+def test_two_processes_train_the_weights_of_one(pair, case, stage):
+    found, expected = pair.ask("outcome", case, *two(stage)), local("outcome", case)
+    assert distance(found["weights"], expected["weights"]) < TOLERANCE
+    assert distance(found["logits"], expected["logits"]) < TOLERANCE
+    assert distance(scaled(found["state"]), scaled(expected["state"])) < TOLERANCE
+
+
+@pytest.mark.parametrize("stage", (0, 1, 2))
+@pytest.mark.parametrize("case", [*CORE, "seq_odd_batch", "seq_bfloat16"])
+def test_two_processes_are_bitwise_one_that_adds_in_their_order(pair, case, stage):
+    found, expected = pair.ask("outcome", case, *two(stage)), local("in_turn", case)
+    # The mean of the Fisher information, by which it is scaled, is a sum over slices.
+    assert distance(found["weights"], expected["weights"]) <= (1e-8 if case == "ewc" else 0)
+    assert distance(local("outcome", case)["weights"], expected["weights"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("case", ranks.CASES)
+def test_every_step_trains_on_the_same_rows_whatever_the_number_of_processes(pair, case, stage):
+    found, expected = pair.ask("outcome", case, *two(stage))["rows"], local("outcome", case)["rows"]
+    assert found == expected
+    replayed = [row for step in found for row in step if row[0] == 1]
+    assert bool(replayed) == (case in ("er", "ilora"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_penalty_is_a_gradient_and_its_value_is_in_the_loss_that_is_told(pair, stage):
+    found, expected = pair.ask("outcome", "ewc", *two(stage)), local("outcome", "ewc")
+    assert distance(found["weights"], expected["weights"]) < TOLERANCE
+    steps = torch.tensor(found["losses"]) + torch.tensor(found["penalties"])
+    assert sum(found["penalties"]) > 1e-5
+    assert found["reported"] == pytest.approx(steps.view(2, -1).mean(1).tolist(), abs=TOLERANCE)
+    assert found["reported"] == pytest.approx(expected["reported"], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_are_corrected_once_a_step_and_when_they_are_complete(pair, stage):
+    found, expected = pair.ask("outcome", "seq", *two(stage)), local("outcome", "seq")
+    assert len(found["penalties"]) == len(found["rows"]) == 2 * ranks.STEPS
+    assert distance(found["gradient"], expected["gradient"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_fisher_is_taken_per_example_whatever_the_number_of_ranks(pair, stage):
+    found, expected = pair.ask("outcome", "ewc", *two(stage))["state"], local("outcome", "ewc")["state"]
+    assert found["raw_means"] == pytest.approx(expected["raw_means"], rel=TOLERANCE)
+    importances = [key for key in found if key.startswith("importance/")]
+    largest = max(float(expected[key].max()) for key in importances)
+    difference = max(float((found[key] - expected[key]).abs().max()) for key in importances)
+    print(
+        f"ZeRO {stage}: Fisher differs by {difference:.1e}, largest entry {largest:.0f}, {difference / largest:.1e} of it"
+    )
+    assert difference / largest < TOLERANCE
+
+
+@pytest.mark.parametrize("stage", (0, 1, 2))
+def test_a_bfloat16_model_trains_alike_where_weights_are_whole(pair, stage):
+    """Stage 3 adds gradients of activations in another order, which bfloat16 shows; `test_low_precision_runs_...` keeps rows apart."""
+    found, expected = pair.ask("outcome", "seq_bfloat16", *two(stage)), local("outcome", "seq_bfloat16")
+    assert any(value.dtype == torch.bfloat16 for value in found["weights"].values())
+    assert distance(found["weights"], expected["weights"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_examined_after_a_stage_has_whole_weights(pair, stage):
+    found, expected = pair.ask("outcome", "seq", *two(stage)), local("outcome", "seq")
+    shapes = {name: value.shape for name, value in expected["weights"].items()}
+    assert {name: value.shape for name, value in found["weights"].items()} == shapes
+    assert distance(found["logits"], expected["logits"]) < TOLERANCE
+
+
+# --- an engine from its opening to its closing --------------------------------------------------------------------------------
+
 ANSWERS = (
+    "value by shards",
+    "value by matrices",
     "gradient",
     "gradient by matrices",
-    "gradient again",
     "gradient after shards",
     "gradient after matrices",
     "value after shards",
@@ -110,104 +233,240 @@ ANSWERS = (
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("answer", ANSWERS)
-def test_every_stage_answers_as_one_process_does(outcomes, answer, stage):
-    found, expected = outcomes[f"facts:{stage}"], local("facts")
+def test_every_stage_answers_as_one_process_does(pair, answer, stage):
+    found, expected = pair.ask("facts", *two(stage)), local("facts")
     assert max(float(value.abs().max()) for value in expected[answer].values()) > 1e-3
     assert distance(found[answer], expected[answer]) < TOLERANCE
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_what_is_written_to_weights_is_in_the_next_forward(outcomes, stage):
-    found, expected = outcomes[f"facts:{stage}"], local("facts")
+def test_values_are_read_whether_or_not_deepspeed_keeps_a_master_copy(pair, stage):
+    for answer in ("value by shards", "value by matrices"):
+        for number, value in enumerate(pair.ask("facts", *two(stage))[answer].values()):
+            assert torch.equal(value, torch.sin(number + torch.arange(9.0)).view(3, 3))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("clip", (0.0, 0.5))
+def test_gradients_are_clipped_only_as_configured(pair, clip, stage):
+    found = pair.ask("descent", clip, *two(stage))
+    gradient, way = (torch.cat([value.flatten() for value in found[key].values()]) for key in ("gradient", "way"))
+    assert float(gradient.norm()) > 10
+    expected = gradient if clip == 0 else gradient * clip / gradient.norm()
+    assert float((way - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_that_were_cleared_do_not_come_back(pair, stage):
+    found = pair.ask("facts", *two(stage))
+    assert distance({name: 2 * half for name, half in found["half the gradient"].items()}, found["gradient"]) == 0
+    assert distance(found["gradient again"], found["gradient"]) == 0
+    assert distance(found["value after step"], local("facts")["value after step"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_written_to_weights_is_in_the_next_forward(pair, stage):
+    found, expected = pair.ask("facts", *two(stage)), local("facts")
     for answer in ("loss after shards", "loss after matrices"):
         assert found[answer] == pytest.approx(expected[answer], abs=TOLERANCE)
-    assert abs(expected["loss after shards"] - expected["loss after matrices"]) > 1e-2
+    assert abs(expected["loss after shards"] - expected["loss after matrices"]) > 1e-3
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_entry_has_one_owner(outcomes, stage):
-    assert outcomes[f"facts:{stage}"]["entries"] == local("facts")["entries"]
+def test_every_entry_has_one_owner_though_parts_are_uneven(pair, stage):
+    first, second = pair.ask("facts", *two(stage))["owned"]
+    ((whole,),) = {tuple(set(local("facts")["owned"][0].values()))}
+    assert {name: first.get(name, 0) + second.get(name, 0) for name in first | second} == dict.fromkeys(
+        first | second, whole
+    )
+    if stage in (1, 2):
+        assert first.keys() != second.keys(), "a rank owns nothing of some tensors"
+    else:
+        assert set(first.values()) == {5} and set(second.values()) == {4}
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_only_stage_3_empties_parameters_outside_forwards(outcomes, stage):
+def test_a_term_of_a_hook_counts_once_a_micro_batch(pair, stage):
+    found = pair.ask("facts", *two(stage))
+    for name, value in found["value by shards"].items():
+        expected = found["gradient"][name] + value
+        torch.testing.assert_close(found["gradient with hooks"][name], expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_only_stage_3_empties_parameters_outside_forwards(pair, stage):
     whole = local("facts")["outside a forward"]
-    assert outcomes[f"facts:{stage}"]["outside a forward"] == (0 if stage == 3 else whole)
+    assert pair.ask("facts", *two(stage))["outside a forward"] == (0 if stage == 3 else whole)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_closed_engine_leaves_nothing_on_the_model(outcomes, stage):
-    assert outcomes[f"facts:{stage}"]["left behind"] == []
-    assert outcomes[f"facts:{stage}"]["linear"]
+def test_a_closed_engine_leaves_nothing_on_the_model(pair, stage):
+    assert pair.ask("facts", *two(stage))["left behind"] == []
+    assert pair.ask("facts", *two(stage))["linear"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_sixteen_engines_take_no_more_memory_than_two(outcomes, stage):
-    resident = outcomes[f"life:{stage}"]["resident"]
-    assert resident[-1] <= 1.05 * resident[1]
+def test_nothing_is_compiled(pair, stage):
+    pair.ask("outcome", "seq", *two(stage))
+    assert not (pair.folder / "compiled").exists()
 
 
-# --- whole runs -----------------------------------------------------------------------------------------------------------
+def test_no_engine_goes_through_accelerate():
+    """`Accelerator(cpu=True)` takes DeepSpeed's settings and trains without it."""
+    sources = [path for folder in ("clbench", "baselines", "tasks") for path in (ROOT / folder).glob("**/*.py")]
+    assert sources and not [
+        path for path in sources if re.search(r"^\s*(import|from) accelerate", path.read_text(), re.M)
+    ]
 
 
-def two(stage: int = 2) -> list[str]:
-    return ["engine=deepspeed", "engine.processes=2", f"engine.zero_stage={stage}"]
+def test_a_world_that_was_left_can_be_joined_anew(pair):
+    before = pair.ask("outcome", "seq", *two(2))
+    after = pair.ask("rejoin", str(launch.free_port()), *two(2))
+    assert distance(after["weights"], before["weights"]) == 0
 
 
-def test_a_run_of_two_processes_has_the_scores_of_one(overrides, tmp_path):
-    alone = run(elsewhere(overrides, tmp_path, "alone"), "method=ewc")
-    config = compose([*elsewhere(overrides, tmp_path, "two"), "method=ewc", *two()])
+@pytest.mark.parametrize("stage", STAGES)
+def test_sixteen_engines_take_no_more_memory_than_two(stage, tmp_path):
+    fresh = Pair(tmp_path)
+    for resident in fresh.ask("life", *two(stage))["resident"]:
+        assert resident[-1] <= 1.05 * resident[1]
+    fresh.end()
+
+
+# --- whole runs --------------------------------------------------------------------------------------------------------------
+
+SHORT = ("stream.limit=2", "train.steps=6", "train.micro_batch_size=1", "train.weight_decay=0.1")
+
+LOUDER = {"curlora": ("method.alpha=20",), "secura": ("train.lr=1e-2",)}
+"""For methods that learn next to nothing in six steps at 3e-4."""
+
+
+@pytest.fixture(scope="module")
+def runs(pair, cache_dir, tmp_path_factory):
+    """Runs of two stages with every probe, each made once: `runs(method)` in one process, `runs(method, stage)` in two."""
+    made = {}
+
+    def of(method: str, stage: int | None = None) -> dict:
+        if (method, stage) not in made:
+            overrides = tiny(method, cache_dir, tmp_path_factory.mktemp("runs") / "results")
+            made[method, stage] = ranks.run(*overrides) if stage is None else pair.ask("run", *overrides, *two(stage))
+        return made[method, stage]
+
+    return of
+
+
+def tiny(method: str, cache_dir: Path, results_dir: Path) -> list[str]:
+    places = [f"cache_dir={cache_dir}", f"results_dir={results_dir}"]
+    rate = "train.lr=3e-4"
+    return [*TINY_MODEL, *TINY_STREAM, *QUIET, *SHORT, *places, f"method={method}", rate, *LOUDER.get(method, ())]
+
+
+def checkpoint(path: Path) -> tuple[dict, dict]:
+    """Weights and the method's state at a run's end."""
+    with safe_open(path / "checkpoint" / "stage.safetensors", framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        plain = json.loads(file.metadata()["state"])
+    parts = {
+        part: {k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)}
+        for part in ("weights/", "state/")
+    }
+    return parts["weights/"], parts["state/"] | plain
+
+
+def check_equal_runs(found: Path, expected: Path) -> None:
+    """Equal but for the rounding of float32: weights, the method's state with its memory, every score."""
+    assert (found / "status").read_text() == (expected / "status").read_text() == "complete\n"
+    (weights, state), (expected_weights, expected_state) = checkpoint(found), checkpoint(expected)
+    assert weights and distance(weights, expected_weights) < TOLERANCE
+    assert distance(scaled(state), scaled(expected_state)) < TOLERANCE
+    largest = 0.0
+    for left, right in zip(scores(found), scores(expected), strict=True):
+        (value, other), (error, other_error) = ([row.pop(key) for row in (left, right)] for key in ("value", "stderr"))
+        assert left == right
+        assert value == (other if left["metric"] in COUNTED else pytest.approx(other, rel=TOLERANCE, abs=TOLERANCE)), (
+            left
+        )
+        assert (error is None) == (other_error is None) and (error or 0) == pytest.approx(
+            other_error or 0, abs=TOLERANCE
+        )
+        largest = max(largest, abs(value - other) / max(1.0, abs(other)))
+        assert (left["stage"], left["metric"]) != (2, "kl_token") or value > 50 * TOLERANCE, "nothing was learned"
+    print(f"weights within {distance(weights, expected_weights):.1e}, scores within {largest:.1e}")
+
+
+COUNTED = ("accuracy", "exact_match", "acc", "format_validity", "chance", "majority", "test_or_probe_overlap")
+"""Metrics that are counts of right answers or of examples: equal to the last bit."""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("method", CORE)
+def test_a_run_of_two_processes_has_the_weights_and_scores_of_one(runs, method, stage):
+    check_equal_runs(runs(method, stage)["path"], runs(method)["path"])
+
+
+@pytest.mark.parametrize("before, after", [(2, None), (None, 2), (2, 3)], ids=["2 to 1", "1 to 2", "ZeRO 2 to 3"])
+@pytest.mark.parametrize("method", ["ewc", "ilora"])
+def test_a_run_resumes_with_other_processes_and_another_stage(runs, pair, cache_dir, tmp_path, method, before, after):
+    left = runs(method, before)["after 1"]
+    shutil.copytree(left.parent, tmp_path / "results" / "runs")
+    overrides = [*tiny(method, cache_dir, tmp_path / "results"), "resume=must"]
+    found = ranks.run(*overrides) if after is None else pair.ask("run", *overrides, *two(after))
+    costs = [(folder / "cost.jsonl").read_text().splitlines() for folder in (left, found["path"])]
+    assert len(costs[0]) == 2 and costs[1][:2] == costs[0] and len(costs[1]) == 3, "stage 1 was not done again"
+    for whole in (runs(method), runs(method, 2)):
+        check_equal_runs(found["path"], whole["path"])
+
+
+def test_memory_does_not_grow_over_sixteen_stages(cache_dir, tmp_path):
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    fresh = Pair(folder)
+    short = [
+        "stream=seq16",
+        "stream.limit=16",
+        "stream.train_rows=24",
+        "stream.test_rows=6",
+        "train.steps=2",
+        "probe.limit=12",
+    ]
+    places = [f"cache_dir={cache_dir}", f"results_dir={tmp_path / 'results'}"]
+    found = fresh.ask("run", *TINY_MODEL, *short, *QUIET, *places, "method=seq", *two(2))
+    fresh.end()
+    for rank, resident in enumerate(found["resident"]):
+        assert len(resident) == 17
+        print(
+            f"rank {rank}: {resident[2] / 2**20:.0f} MiB after stage 2, {resident[16] / 2**20:.0f} MiB after stage 16"
+        )
+        assert resident[16] <= 1.05 * resident[2]
+
+
+def test_a_launched_run_has_the_scores_of_one_process(overrides, tmp_path):
+    alone = run(elsewhere(overrides, tmp_path, "alone"), "method=ilora", "train.lr=3e-4", *SHORT)
+    config = compose([*elsewhere(overrides, tmp_path, "two"), "method=ilora", "train.lr=3e-4", *SHORT, *two()])
     together = launch.launch(config, command="")
     assert together.name == alone.name
-    assert (together / "status").read_text() == "complete\n"
-    for left, right in zip(scores(together), scores(alone), strict=True):
-        assert left.pop("value") == pytest.approx(right.pop("value"), rel=1e-5, abs=1e-6)
-        left.pop("stderr"), right.pop("stderr")
-        assert left == right
-
-
-def test_a_run_resumes_with_other_processes_and_another_stage(overrides, tmp_path, monkeypatch):
-    from clbench.ledger import Ledger
-
-    whole = run(elsewhere(overrides, tmp_path, "whole"), "method=ewc")
-    parted = elsewhere(overrides, tmp_path, "parted")
-
-    class Killed(BaseException):
-        pass
-
-    def killed(self, rows):
-        rows = list(rows)
-        if rows[0].stage == 2:
-            raise Killed
-        append(self, rows)
-
-    append = Ledger.append
-    with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "append", killed)
-        with pytest.raises(Killed):
-            run(parted, "method=ewc")
-    path = launch.launch(compose([*parted, "method=ewc", *two(3), "resume=must"]), command="")
-    for left, right in zip(scores(path), scores(whole), strict=True):
-        assert left["value"] == pytest.approx(right["value"], rel=1e-5, abs=1e-6)
+    check_equal_runs(together, alone)
 
 
 def test_a_killed_rank_ends_the_run_and_resume_continues_it(overrides, tmp_path):
-    places = [*overrides, *two(), "train.steps=60"]
-    command = [sys.executable, "-m", "clbench", *places]
-    parent = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "clbench", *overrides, *two(), "train.steps=60"]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        parent = subprocess.Popen(command, cwd=ROOT, stderr=output)
     ledgers = tmp_path / "results" / "runs"
-    wait_for(lambda: any('"stage": 1,' in path.read_text() for path in ledgers.glob("*/scores.jsonl")), parent)
+    wait_for(lambda: any('"stage": 1,' in path.read_text() for path in ledgers.glob("*/cost.jsonl")), parent)
     children = psutil.Process(parent.pid).children(recursive=True)
     victim = next(child for child in children if child.environ().get("RANK") == "1")
     killed = time.monotonic()
     victim.kill()
-    error = parent.communicate(timeout=30)[1]
-    assert time.monotonic() - killed < 30
-    assert parent.returncode == 1
+    assert parent.wait(30) == 1
+    print(f"the run ended {time.monotonic() - killed:.1f} s after the kill")
+    error = log.read_text()
     assert error.count("rank 1 was killed by signal 9 (SIGKILL)") == 1 and "Traceback" not in error
-    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert not psutil.wait_procs(children, timeout=1)[1]
     (path,) = ledgers.glob("*/status")
     assert path.read_text() == "interrupted\n"
+    assert len((path.parent / "cost.jsonl").read_text().splitlines()) == 2, "killed within stage 2"
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300).returncode == 0
     assert path.read_text() == "complete\n"
 
@@ -261,7 +520,9 @@ def test_the_wrong_number_of_processes_is_refused(overrides):
 
 
 def test_joining_ranks_started_by_another_launcher(overrides, tmp_path):
-    two_ranks([sys.executable, "-m", "clbench", *overrides, *two(1)])
+    processes = start_ranks([sys.executable, "-m", "clbench", *overrides, *two(1)], tmp_path)
+    codes = [process.wait(240) for process in processes]
+    assert codes == [0, 0], (tmp_path / "rank-0.log").read_text()[-3000:]
     (path,) = (tmp_path / "results" / "runs").glob("*/status")
     assert path.read_text() == "complete\n"
     assert len(json.loads((path.parent / "manifest.json").read_text())["tasks"]) == 3
