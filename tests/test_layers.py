@@ -18,6 +18,7 @@ ROWS = (
         "adapters",
         "cur",
         "pairs",
+        "meta",
         "memory",
         "parts",
         "ledger",
@@ -27,8 +28,20 @@ ROWS = (
     {"engine", "engine_zero", "engine_deepspeed"},
     {"student", "stream", "optim", "statistics"},
     {"probes", "train", "canaries", "manifest"},
-    {"experiment", "estimate"},
-    {"launch", "worker", "cli", "leaderboard", "published", "report", "doctor", "tuning", "bundle", "__main__"},
+    {"experiment", "estimate", "dry_run", "footprint"},
+    {
+        "launch",
+        "worker",
+        "cli",
+        "leaderboard",
+        "published",
+        "report",
+        "doctor",
+        "forecast",
+        "tuning",
+        "bundle",
+        "__main__",
+    },
 )
 LEVEL = {name: level for level, names in enumerate(ROWS) for name in names}
 VOCABULARY = {"types", "protocols", "data", "loss", "adapters", "cur", "pairs", "memory", "metrics"}
