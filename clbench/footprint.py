@@ -68,7 +68,7 @@ def sharded(footprint: Footprint, *, zero_stage: int, processes: int) -> Memory:
     else:
         weights, optimizer = part(plain.weights), part(trained) + part(plain.optimizer)
         gradients, buffers = trained + part(trained), buffer + min(plain.weights, LIVE * footprint.entry)
-        reducing = part(trained)
+        reducing = buffer + part(trained)
     return Memory(
         weights=weights,
         gradients=gradients,
