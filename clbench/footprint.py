@@ -67,7 +67,7 @@ def sharded(footprint: Footprint, *, zero_stage: int, processes: int) -> Memory:
         gradients, buffers, reducing = trained, buffer, 2 * part(trained)
     else:
         weights, optimizer = part(plain.weights), part(trained) + part(plain.optimizer)
-        gradients, buffers = trained + part(trained), buffer + min(plain.weights, LIVE * footprint.entry)
+        gradients, buffers = trained + part(trained), 2 * buffer + min(plain.weights, LIVE * footprint.entry)
         reducing = buffer + part(trained)
     return Memory(
         weights=weights,
