@@ -136,6 +136,7 @@ def test_the_forecast_is_near_what_one_process_allocates(method, shape, tmp_path
     footprint, found = forecast(method, shape, tmp_path, processes=1), measured(method, shape, tmp_path)
     print(f"{method}, {shape}: forecast {footprint.training:,}, measured {found['peak']:,} bytes")
     assert footprint.training == local(footprint).total == pytest.approx(found["peak"], rel=TOLERANCE)
+    assert footprint.moments == 2 * footprint.trained
     # Activations matter here: what stays is less than half.
     assert found["peak"] > 2 * found["left"]
 
