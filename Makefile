@@ -12,7 +12,7 @@ SEEDS ?= 0
 JOBS ?= 2
 LAUNCH := hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
 
-.PHONY: help setup run tune reference test test-slow bench report leaderboard check format clean
+.PHONY: help setup run tune reference test test-slow test-gpu bench report leaderboard check format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -44,7 +44,10 @@ test: setup ## the tests that a change must pass
 	$(PY) -m pytest -m "not slow and not gpu"
 
 test-slow: setup ## tests that take minutes
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m "slow and not gpu"
+
+test-gpu: setup ## what needs a CUDA device; skipped, and says so, where there is none
+	$(PY) -m pytest -m gpu -s -rs
 
 bench: setup ## timings against peers, equality first
 	$(PY) -m tests.benchmarks.scoring

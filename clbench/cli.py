@@ -75,9 +75,9 @@ def _run(composed: DictConfig) -> None:
 
 def _experiment(config: Config, *, command: str) -> Path | None:
     """Runs it in this process, in ranks started here, or as one rank of many; its directory, None where another rank writes."""
-    from clbench.worker import is_first, take_part
+    from clbench.worker import is_first, is_rank, take_part
 
-    joined = config.engine.name == "deepspeed" and "RANK" in os.environ
+    joined = config.engine.name == "deepspeed" and is_rank()
     if joined and not is_first():
         take_part(config, command=command)
         return None

@@ -1,7 +1,7 @@
 """What is there, and what an experiment will cost: `python -m clbench.doctor methods`, `python -m clbench.doctor +experiment=NAME`.
 
 The table of methods is read from the sources: the Card at the end of each method's module docstring, and `conf/method/`. Nothing of a
-method is imported for it. Of an experiment it prints the licences of its datasets and its cost, without loading a model.
+method is imported for it. Of an experiment it prints the licences of its datasets and its cost (`clbench.forecast`), without loading a model.
 """
 
 from __future__ import annotations
@@ -11,22 +11,20 @@ import importlib.util
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from clbench.cli import CONF_DIR, USERS_MISTAKES, compose
-from clbench.config import Config
-from clbench.data import Encoder
-from clbench.estimate import GPUS, Tokens, bound_tokens, count_tokens, meta_model, operations
-from clbench.parts import make_method, make_probes, make_tasks
+from clbench.estimate import GPUS
+from clbench.forecast import Terms, forecast
+from clbench.parts import make_tasks
 from clbench.protocols import Task
-from clbench.stream import address, build_stream
+from clbench.stream import address
 from clbench.types import UserMistake
 
 PAGE = """# Datasets of the tasks
@@ -35,7 +33,7 @@ Written by `python -m clbench.doctor datasets > conf/task/README.md`; a test hol
 these rows. Terms are those that the dataset's card states; ask your own counsel. A revision "main" is a branch: no commit is pinned.
 
 """
-USAGE = "usage: python -m clbench.doctor methods | datasets | [+experiment=NAME] [key=value ...] [gpu=h100] [utilisation=0.4]"
+USAGE = "usage: python -m clbench.doctor methods | datasets | [+experiment=NAME] [key=value ...] [gpu=h100] [utilisation=0.4] [engine.processes=8]"
 CARD = ("paper", "trainable", "memory", "compute", "deviations")
 
 
@@ -119,61 +117,35 @@ def datasets_table(tasks: Mapping[str, Task]) -> Table:
     return table
 
 
-def cost_lines(config: Config, tasks: Mapping[str, Task], *, gpu: str, utilisation: float) -> Iterator[str]:
-    """Parameters, tokens, operations and hours, a line each."""
-    source = instantiate(config.model)
-    model = meta_model(source.configuration(Path(config.cache_dir)))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    wrapped = make_method(config).wrap(model)
-    trainable = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
-    yield f"model {source.label}: {parameters:,} parameters; method {config.method['name']} trains {trainable:,}"
-    tokens, reason = tokens_of(config, tasks, source, positions=model.config.max_position_embeddings)
-    kind = (
-        "exact, written answers at their longest, replay not included"
-        if tokens.exact
-        else f"every sequence counted as long as train.max_length, one per test row, probes not counted, because {reason}"
-    )
-    yield f"tokens: {sum(tokens.trained):,} trained, {sum(tokens.examined):,} read or written in {len(tokens.examined)} examinations; {kind}"
-    training, examination = operations(tokens, parameters=parameters, trainable=trainable)
-    seconds = (training + examination) / (GPUS[gpu] * utilisation * config.engine.processes)
-    yield f"operations: {training:.2e} training, {examination:.2e} examination"
-    yield (
-        f"time: {seconds / 3600:.1f} hours on {config.engine.processes} {gpu} at {utilisation:.0%} of its bfloat16 peak, "
-        f"{seconds / 3600 * config.engine.processes:.1f} device hours; an assumption about utilisation, not a measurement"
-    )
-
-
-def tokens_of(config: Config, tasks: Mapping[str, Task], source: Any, *, positions: int) -> tuple[Tokens, str]:
-    """Counted tokens; where rows or tokenizer cannot be had, tokens from the yamls' caps, and why."""
-    try:
-        encoder = Encoder(source.load_tokenizer(Path(config.cache_dir)), max_length=config.train.max_length)
-        stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
-        return count_tokens(config, stream, make_probes(config), encoder, positions=positions), ""
-    except UserMistake as mistake:
-        names = list(tasks)[: config.stream.limit]
-        caps = [(config.tasks[name].get("max_train"), config.tasks[name].get("max_test")) for name in names]
-        if any(cap is None for pair in caps for cap in pair):
-            raise
-        train = [min(cap, config.stream.train_rows or cap) for cap, _ in caps]
-        test = [min(cap, config.stream.test_rows or cap) for _, cap in caps]
-        return bound_tokens(config, train, test), str(mistake)
-
-
 def examine_experiment(arguments: Sequence[str]) -> None:
-    """Prints licences and cost of the experiment that `arguments` compose; gpu=NAME and utilisation=SHARE are ours."""
-    ours = dict(argument.split("=", 1) for argument in arguments if argument.startswith(("gpu=", "utilisation=")))
-    gpu, utilisation = ours.get("gpu", "h100"), float(ours.get("utilisation", "0.4"))
-    if gpu not in GPUS or not 0 < utilisation <= 1:
-        raise UserMistake(
-            f"gpu={gpu} utilisation={utilisation}: choose one of {', '.join(GPUS)} and a share above 0, at most 1"
-        )
+    """Prints licences and costs of the experiment that `arguments` compose; gpu=NAME and utilisation=SHARE are ours.
+
+    So is engine.processes=N: the table is for every ZeRO stage, whatever `engine` is.
+    """
+    pairs = (argument.partition("=") for argument in arguments)
+    ours = {key: value for key, _, value in pairs if key in ("gpu", "utilisation", "engine.processes")}
+    rest = [argument for argument in arguments if argument.partition("=")[0] not in ours]
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    config = compose([argument for argument in arguments if argument.partition("=")[0] not in ours])
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    config = compose(rest)
+    try:
+        terms = Terms(
+            gpu=ours.get("gpu", "h100"),
+            utilisation=float(ours.get("utilisation", "0.4")),
+            processes=int(ours.get("engine.processes", config.engine.processes)),
+        )
+    except ValueError as error:
+        raise UserMistake(f"{error}: utilisation takes a share, engine.processes a whole number") from error
+    if terms.gpu not in GPUS or not 0 < terms.utilisation <= 1 or terms.processes < 1:
+        raise UserMistake(
+            f"gpu={terms.gpu} utilisation={terms.utilisation} engine.processes={terms.processes}: choose one of {', '.join(GPUS)}, "
+            "a share above 0, at most 1, and at least 1 process"
+        )
     tasks = make_tasks(config)
     console = Console(highlight=False, soft_wrap=True)
     console.print(datasets_table(tasks))
-    for line in cost_lines(config, tasks, gpu=gpu, utilisation=utilisation):
-        console.print(line)
+    for part in forecast(config, tasks, rest, terms):
+        console.print(part)
 
 
 def main(arguments: Sequence[str]) -> int:

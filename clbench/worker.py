@@ -8,10 +8,12 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -38,6 +40,35 @@ def take_part(config: Config, *, command: str) -> Path:
     world.wait()
     engine_deepspeed.leave()
     return path
+
+
+def is_rank() -> bool:
+    """Whether another launcher started this process as one rank of several. What SLURM says of it is put into torch's words first."""
+    # A job of one task starts its own ranks, and so does a batch script, which is no step.
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        os.environ |= ranks_of_slurm(os.environ)
+    return "RANK" in os.environ
+
+
+def ranks_of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    """Torch's variables from those that srun sets. The first rank is on the step's first node; MASTER_ADDR and MASTER_PORT may be given."""
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_node(environment["SLURM_STEP_NODELIST"]),
+        # The same on every rank, and seldom that of another job.
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000),
+    }
+
+
+def first_node(nodes: str) -> str:
+    """The first name of a list as SLURM writes it.
+
+    >>> first_node("gpu[007-009,12],login")
+    'gpu007'
+    """
+    return re.sub(r"^([^,\[]*)(?:\[([^],-]*)[^]]*\]([^,]*))?.*", r"\1\2\3", nodes)
 
 
 def is_first() -> bool:

@@ -22,8 +22,9 @@ from torch import Tensor, distributed  # noqa: E402
 
 from clbench import cli, experiment  # noqa: E402
 from clbench.config import TrackingConfig, run_directory  # noqa: E402
+from clbench.data import Encoder  # noqa: E402
 from clbench.engine import LocalEngine  # noqa: E402
-from clbench.ledger import Ledger  # noqa: E402
+from clbench.ledger import Checkpoint, Ledger  # noqa: E402
 from clbench.loss import answer_loss  # noqa: E402
 from clbench.protocols import Engine, Method  # noqa: E402
 from clbench.tracking import Tracker  # noqa: E402
@@ -164,13 +165,14 @@ class InTurn(LocalEngine):
 def in_turn(case: str) -> dict[str, object]:
     """`outcome` of one process that adds in the order of two."""
 
-    def both(self, rows_of_step, *, rows, rank=None, world_size=None):
+    def both(self, rows_of_step, *, rows, tokens=None, rank=None, world_size=None):
         if rank is None:
             return split(self, rows_of_step, rows=rows)
-        return [batch for part in (0, 1) for batch in split(self, rows_of_step, rows=rows, rank=part, world_size=2)]
+        parts = (split(self, rows_of_step, rows=rows, tokens=tokens, rank=part, world_size=2) for part in (0, 1))
+        return [batch for part in parts for batch in part]
 
-    split = experiment.Encoder.micro_batches
-    with patch.object(experiment, "LocalEngine", InTurn), patch.object(experiment.Encoder, "micro_batches", both):
+    split = Encoder.micro_batches
+    with patch.object(experiment, "LocalEngine", InTurn), patch.object(Encoder, "micro_batches", both):
         return outcome(case)
 
 
@@ -248,7 +250,8 @@ def facts(*overrides: str) -> dict[str, object]:
 def descent(clip: float, *overrides: str) -> dict[str, object]:
     """A gradient, and how far one step of plain descent at rate 1 goes on it."""
     toy = methods.lab("seq", *TOY_STEP, f"train.clip={clip}", *overrides)
-    with patch.object(experiment.optim, "optimizer", lambda parameters, config: torch.optim.SGD(parameters, lr=1.0)):
+    descend = lambda parameters, config, moments: torch.optim.SGD(parameters.values(), lr=1.0)  # noqa: E731
+    with patch.object(experiment.optim, "optimizer", descend):
         plan, engine = toy.open(1)
     rows = methods.global_batch(plan, 0, config=toy.run.config.train, seed=0, stage=1)
     start = whole_value(engine, toy)
@@ -309,9 +312,9 @@ def run(*overrides: str) -> dict[str, object]:
     left = Path(f"{config.results_dir}-after-1") / "runs" / path.name
     save, stage_of, resident = Ledger.save, experiment.run_stage, []
 
-    def noted_save(self: Ledger, stage: int, **rest: object) -> None:
-        save(self, stage, **rest)
-        if stage == 1:
+    def noted_save(self: Ledger, checkpoint: Checkpoint) -> None:
+        save(self, checkpoint)
+        if checkpoint.stage == 1 and not checkpoint.step:
             shutil.copytree(path, left)
 
     def noted_stage(*arguments: object) -> None:

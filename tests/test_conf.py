@@ -4,13 +4,15 @@ import re
 from pathlib import Path
 
 import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from clbench.cli import CONF_DIR, compose
 
 CONF = Path(CONF_DIR)
-GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 
 
 def options(group: str) -> list[str]:
@@ -35,6 +37,28 @@ def test_an_option_composes(group, option, tmp_path):
 def test_an_experiment_composes(option, tmp_path):
     config = compose([f"+experiment={option}", f"results_dir={tmp_path}", f"data_dir={tmp_path}"])
     assert config.experiment and "/" not in config.experiment
+
+
+@pytest.mark.parametrize(
+    ("launcher", "plugin", "class_name"),
+    [
+        ("slurm", "hydra_plugins.hydra_submitit_launcher", "SlurmLauncher"),
+        ("ray_cluster", "hydra_plugins.hydra_ray_launcher", "RayLauncher"),
+    ],
+)
+def test_a_launcher_composes_where_its_extra_is_installed(launcher, plugin, class_name):
+    pytest.importorskip(plugin)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = hydra_compose("config", [f"hydra/launcher={launcher}"], return_hydra_config=True)
+    assert composed.hydra.launcher._target_.endswith(f".{class_name}")
+
+
+def test_every_launcher_of_conf_has_an_extra_that_it_names():
+    # tomllib is not in Python 3.10.
+    text = (CONF.parent / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+    for path in (CONF / "hydra" / "launcher").glob("*.yaml"):
+        (named,) = re.findall(r"clbench\[(\w+)\]", path.read_text())
+        assert re.search(rf"^{named} = ", text, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("option", options("stream"))

@@ -8,15 +8,17 @@ from hydra.utils import instantiate
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from clbench import doctor
+from clbench.adapters import describe
 from clbench.cli import CONF_DIR, compose
-from clbench.data import Encoder
 from clbench.doctor import CARD, card, datasets_page, licence_warning, targets
-from clbench.estimate import Tokens, count_tokens, meta_model, operations
+from clbench.dry_run import dry_engine
+from clbench.estimate import bound_tokens, examination_operations, meta_model, training_operations
 from clbench.experiment import run
-from clbench.parts import make_method, make_probes, make_tasks
+from clbench.forecast import tokens_of, wrapped
+from clbench.parts import make_method, make_tasks
 from clbench.runs import read_runs
-from clbench.stream import build_stream
 from clbench.tuning import main, trials
+from clbench.types import UserMistake
 
 
 def test_every_method_yaml_has_a_whole_card():
@@ -162,31 +164,100 @@ def real_model():
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA))
 
 
-def test_tokens_are_those_that_a_run_trains_on_and_reads(overrides, capsys):
-    arguments = [*overrides, "method=seq"]
-    config = compose(arguments)
+@pytest.mark.parametrize("method", ["seq", "er", "er_trace", "ilora", "joint"])
+def test_tokens_are_those_that_a_run_trains_on_and_reads(overrides, method):
+    config = compose([*overrides, f"method={method}"])
     path = run(config)
     costs = [json.loads(line) for line in (path / "cost.jsonl").read_text().splitlines()]
-    encoder = Encoder(
-        instantiate(config.model).load_tokenizer(Path(config.cache_dir)), max_length=config.train.max_length
-    )
-    tasks = make_tasks(config)
-    stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
-    probes = make_probes(config)
-    tokens = count_tokens(config, stream, probes, encoder, positions=256)
+    tokens, reason = counted(config)
+    assert tokens.exact and not reason
     assert list(tokens.trained) == [cost["tokens_trained"] for cost in costs[1:]]
-    for counted, cost in zip(tokens.examined, costs, strict=True):
+    assert list(tokens.replayed) == [cost["tokens_replayed"] for cost in costs[1:]]
+    assert any(tokens.replayed) == (method not in ("seq", "joint"))
+    for counts, cost in zip(zip(*tokens.examined.values(), strict=True), costs, strict=True):
         # What is generated may stop early; everything else is counted as it is read.
-        assert cost["tokens_scored"] <= counted <= 1.5 * cost["tokens_scored"]
-    assert doctor.main(arguments) == 0
-    assert f"{sum(tokens.trained):,} trained" in capsys.readouterr().out
+        assert cost["tokens_scored"] <= sum(counts) <= 1.5 * cost["tokens_scored"]
 
 
-def test_an_unknown_gpu_is_a_mistake(capsys):
-    assert doctor.main(["gpu=abacus"]) == 2
-    assert "a100" in capsys.readouterr().err
+def counted(config):
+    source = instantiate(config.model)
+    method, model = wrapped(config, source.configuration(Path(config.cache_dir)))
+    return tokens_of(config, make_tasks(config), source, method=method, model=model)
+
+
+def test_what_a_probe_reads_without_writing_is_counted_exactly(overrides):
+    config = compose([*overrides, "method=ilora"])
+    config.probe.cadence = {"perplexity": "ends"}
+    config.probe.probes = {name: config.probe.probes[name] for name in ("perplexity", "knowledge")}
+    tokens, _ = counted(config)
+    costs = [json.loads(line) for line in (run(config) / "cost.jsonl").read_text().splitlines()]
+    # Three stages; two views each; perplexity before the first stage and after the last.
+    assert [bool(count) for count in tokens.examined["perplexity"]] == [True, False, False, True]
+    assert [sum(counts) for counts in zip(*tokens.examined.values(), strict=True)] == [
+        cost["tokens_scored"] for cost in costs
+    ]
+
+
+def test_operations_are_those_that_the_ledger_records(overrides):
+    config = compose([*overrides, "method=er"])
+    costs = [json.loads(line) for line in (run(config) / "cost.jsonl").read_text().splitlines()]
+    _, model = wrapped(config, instantiate(config.model).configuration(Path(config.cache_dir)))
+    for cost in costs:
+        tokens = cost["tokens_trained"] + cost["tokens_replayed"]
+        training = training_operations(tokens, **describe(model))
+        examination = examination_operations(cost["tokens_scored"], parameters=describe(model)["parameters"])
+        assert cost["flops"] == training + examination
 
 
 def test_operations_of_adapters_are_four_per_frozen_and_six_per_trained_parameter():
-    tokens = Tokens(trained=(10, 20), examined=(5,), exact=True)
-    assert operations(tokens, parameters=1000, trainable=100) == (30 * (4 * 1000 + 2 * 100), 2 * 5 * 1000)
+    assert training_operations(30, parameters=1000, trainable=100) == 30 * (4 * 1000 + 2 * 100)
+    assert examination_operations(5, parameters=1000) == 2 * 5 * 1000
+
+
+@pytest.mark.parametrize("method", sorted(targets(CONF_DIR / "method")))
+def test_trainable_parameters_are_those_of_a_real_model(method, overrides):
+    config = compose([*overrides, f"method={method}", "engine.dtype=bfloat16"])
+    real = make_method(config).wrap(real_model().bfloat16())
+    assert describe(wrapped(config, AutoConfig.for_model(**LLAMA))[1]) == describe(real)
+
+
+def test_rows_that_cannot_be_had_are_bounded(overrides):
+    config = compose([*overrides, "method=er", "train.steps=null", "train.epochs=1", "train.max_length=32"])
+    method, model = wrapped(config, AutoConfig.for_model(**LLAMA))
+    tokens = bound_tokens(config, [10, 20], [3, 4], method=method, engine=dry_engine(model, processes=1))
+    # Batches of 4: 3 and 5 steps; memory holds a tenth of the first ten rows and gives as many rows again from the second stage on.
+    assert tokens.trained == (3 * 4 * 32, 5 * 4 * 32) and tokens.replayed == (0, 5 * 4 * 32)
+    assert tokens.examined == {"stream": (7 * 32,) * 3} and not tokens.exact
+
+
+def test_the_doctor_prints_every_table_for_a_number_of_processes_that_no_engine_states(overrides, capsys):
+    arguments = [*overrides, "method=ewc", "engine.processes=8", "gpu=a100", "utilisation=0.5"]
+    assert doctor.main(arguments) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    config = compose([*overrides, "method=ewc"])
+    tokens, _ = counted(config)
+    for text in (
+        "Memory of one a100 of 8, in GB: ewc, stage 3",
+        "ZeRO 0 ZeRO 1 ZeRO 2 ZeRO 3 examination",
+        f"training {sum(tokens.trained):,}",
+        f"probe stream, 4 times {sum(tokens.examined['stream']):,}",
+        "Hours at 50% of the bfloat16 peak of 8 a100",
+        "disk: model",
+    ):
+        assert text in printed
+    for method in targets(CONF_DIR / "method"):
+        assert f" {method} " in printed
+
+
+def test_a_run_still_refuses_processes_without_an_engine_for_them(overrides):
+    with pytest.raises(UserMistake, match="it is one process"):
+        compose([*overrides, "engine.processes=8"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [("gpu=abacus", "a100"), ("utilisation=2", "share"), ("engine.processes=two", "whole number")],
+)
+def test_a_gpu_share_or_number_of_processes_that_cannot_be_meant_is_a_mistake(argument, named, capsys):
+    assert doctor.main([argument]) == 2
+    assert named in capsys.readouterr().err

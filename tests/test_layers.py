@@ -21,6 +21,7 @@ ROWS = (
         "adapters",
         "cur",
         "pairs",
+        "meta",
         "memory",
         "optim",
         "parts",
@@ -32,8 +33,20 @@ ROWS = (
     {"student", "student_ranks", "cells", "stream", "statistics"},
     {"probes", "train", "canaries", "manifest"},
     {"build"},
-    {"experiment", "estimate"},
-    {"launch", "worker", "cli", "leaderboard", "published", "report", "doctor", "tuning", "bundle", "__main__"},
+    {"experiment", "estimate", "dry_run", "footprint"},
+    {
+        "launch",
+        "worker",
+        "cli",
+        "leaderboard",
+        "published",
+        "report",
+        "doctor",
+        "forecast",
+        "tuning",
+        "bundle",
+        "__main__",
+    },
 )
 LEVEL = {name: level for level, names in enumerate(ROWS) for name in names}
 VOCABULARY = {"types", "protocols", "data", "loss", "adapters", "cur", "pairs", "memory", "metrics"}

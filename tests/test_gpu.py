@@ -1,0 +1,231 @@
+"""On a CUDA device: bfloat16 beside float32, ZeRO 2 beside the local engine, and Llama-3-8B's shape with its speed and memory.
+
+`pytest -m gpu -s`; skipped where there is no CUDA device. The tests marked slow run the same checks on the CPU with a tiny model, so that
+their path is known to work; what they print there says nothing about a GPU.
+"""
+
+import gc
+import os
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from clbench.adapters import describe, trainable_state
+from clbench.cli import CONF_DIR, compose
+from clbench.data import Encoder
+from clbench.dry_run import DryRun, NoTask
+from clbench.estimate import GPUS, meta_model, training_operations
+from clbench.experiment import DTYPES, open_engine
+from clbench.footprint import sharded
+from clbench.launch import free_port
+from clbench.parts import make_method
+from clbench.train import global_batch, plan_stage, train_step
+from clbench.types import Example, Stage
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+LLAMA3_8B = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "model" / "llama3_8b.yaml").architecture)
+SMALL = (
+    LLAMA3_8B
+    | {"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4}
+    | {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    }
+)
+TINY = SMALL | {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+
+PARITY = 1e-6
+"""Largest difference of trained weights between engines, in float32 and with a bfloat16 base alike: adapters are float32 in both."""
+ROUNDING = 0.01
+"""Largest relative difference of a step's loss between a bfloat16 and a float32 base."""
+WARM_UP = 5
+"""Steps before the clock starts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What training left: the loss of every step, the adapter; seconds and tokens of the steps after the warm-up, the peak in bytes."""
+
+    losses: list[float]
+    weights: dict[str, Tensor]
+    seconds: float
+    tokens: int
+    peak: int
+    parameters: dict[str, int]
+
+
+class Numbers:
+    """A tokenizer whose words are token ids."""
+
+    bos_token_id = eos_token_id = pad_token_id = 0
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [int(word) for word in text.split()]}
+
+
+def configured(*, dtype: str, steps: int, rows: int, length: int, zero_stage: int | None):
+    engine = () if zero_stage is None else ("engine=deepspeed", "engine.processes=1", f"engine.zero_stage={zero_stage}")
+    sizes = (f"train.steps={steps}", f"train.batch_size={rows}", f"train.max_length={length}")
+    return compose(["method=seq", *engine, f"engine.dtype={dtype}", *sizes, "train.lr=1e-3", "train.warmup=0"])
+
+
+def examples(count: int, *, length: int, vocabulary: int) -> tuple[Example, ...]:
+    """Rows of `length` tokens whose last quarter repeats the first; every third is shorter, so that batches are padded."""
+    rng, found = torch.Generator().manual_seed(0), []
+    for row in range(count):
+        words = [str(word) for word in torch.randint(1, vocabulary, (length,), generator=rng).tolist()]
+        prompt = words[: length - length // 4 - 1 - 3 * (row % 3 == 0)]
+        found.append(Example(id=str(row), prompt=" ".join(prompt), answer=" ".join(words[: length // 4 - 1])))
+    return tuple(found)
+
+
+def train(architecture: dict, device: str, *, config) -> Trained:
+    """Trains LoRA on random weights, drawn on the device in the run's precision where they are many."""
+    training, dtype = config.train, DTYPES[config.engine.dtype]
+    torch.manual_seed(0)
+    is_large = architecture["hidden_size"] > 1000
+    with torch.device(device if is_large else "cpu"):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**architecture), dtype=dtype if is_large else torch.float32
+        )
+    method = make_method(config)
+    model = method.wrap(model.to(device=device, dtype=dtype)).train()
+    encoder = Encoder(Numbers(), max_length=training.max_length, device=device)
+    rows = examples(4 * training.batch_size, length=training.max_length, vocabulary=architecture["vocab_size"])
+    stage = Stage(index=1, name="", task=NoTask(), train=rows, test=(), collate=encoder.collate, whole_stream=rows)
+    plan = plan_stage(method.training_set(stage), training)
+    engine = open_engine(model, config, plan)
+    losses, tokens, began = [], 0, 0.0
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for step in range(plan.total):
+        drawn = global_batch(plan, step, config=training, seed=0, stage=1)
+        if step >= WARM_UP:
+            tokens += sum(len(encoder.example(example).ids) for example, _, _ in drawn)
+        if step == WARM_UP:
+            began = synchronised(device)
+        losses.append(train_step(drawn, method=method, engine=engine, encoder=encoder, config=training))
+    seconds = synchronised(device) - began
+    engine.close()
+    found = Trained(
+        losses=[float(loss) for loss in losses],
+        weights=trainable_state(model),
+        seconds=seconds,
+        tokens=tokens,
+        peak=torch.cuda.max_memory_allocated() if device == "cuda" else 0,
+        parameters=describe(model),
+    )
+    del model, engine, method
+    gc.collect()
+    return found
+
+
+def synchronised(device: str) -> float:
+    """The time, in seconds, when all work given to the device is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """A world of one rank for DeepSpeed."""
+    from clbench import engine_deepspeed
+
+    port = str(free_port())
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", port)
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    yield engine_deepspeed.join()
+    engine_deepspeed.leave()
+
+
+def check_rounding(architecture: dict, device: str, *, length: int) -> None:
+    """A bfloat16 base gives the losses of a float32 one but for rounding, and training lowers them."""
+    sizes = {"steps": 20, "rows": 8, "length": length, "zero_stage": None}
+    exact, rounded = (
+        train(architecture, device, config=configured(dtype=dtype, **sizes)) for dtype in ("float32", "bfloat16")
+    )
+    apart = max(abs(a - b) / a for a, b in zip(exact.losses, rounded.losses, strict=True))
+    print(
+        f"bfloat16 against float32: losses at most {apart:.2e} apart, relatively; {exact.losses[0]:.3f} -> {exact.losses[-1]:.3f}"
+    )
+    assert apart < ROUNDING
+    assert exact.losses != rounded.losses and exact.losses[-1] < exact.losses[0]
+
+
+def check_parity(architecture: dict, device: str, *, dtype: str, length: int) -> None:
+    """ZeRO 2 in one process trains the weights of the local engine."""
+    sizes = {"dtype": dtype, "steps": 5, "rows": 8, "length": length}
+    local, zero = (
+        train(architecture, device, config=configured(zero_stage=zero_stage, **sizes)) for zero_stage in (None, 2)
+    )
+    apart = max(float((local.weights[name] - zero.weights[name]).abs().max()) for name in local.weights)
+    print(f"ZeRO 2 against local, {dtype}: weights at most {apart:.2e} apart")
+    assert local.weights.keys() == zero.weights.keys() and apart < PARITY
+
+
+def check_size(architecture: dict, device: str, *, rows: int, length: int) -> Trained:
+    """Twenty steps on ZeRO 2 with a bfloat16 base; prints tokens a second, share of the device's peak, and memory beside its forecast."""
+    config = configured(dtype="bfloat16", steps=20, rows=rows, length=length, zero_stage=2)
+    found = train(architecture, device, config=config)
+    speed = found.tokens / found.seconds
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    peak = next((gpu.peak for key, gpu in GPUS.items() if key in name.lower().replace(" ", "")), None)
+    operations = training_operations(found.tokens, **found.parameters)
+    share = "unknown: its peak is not listed" if peak is None else f"{operations / found.seconds / peak:.1%}"
+    dry = DryRun(
+        method=make_method(config),
+        model=meta_model(AutoConfig.for_model(**architecture)).bfloat16(),
+        config=config.train,
+        processes=1,
+        answer_length=length // 4,
+    )
+    foreseen = sharded(dry.run(stages=1), zero_stage=2, processes=1).total
+    print(
+        f"{found.parameters['parameters']:,} parameters on {name}, ZeRO 2, {rows} x {length} tokens a step: {speed:,.0f} tokens/s, "
+        f"MFU {share}, peak memory {found.peak / 1e9:.2f} GB (forecast {foreseen / 1e9:.2f} GB), loss {found.losses[0]:.3f} -> {found.losses[-1]:.3f}"
+    )
+    assert all(torch.tensor(found.losses).isfinite()) and len(found.losses) == 20
+    return found
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_bfloat16_base_trains_as_a_float32_one_on_a_gpu():
+    check_rounding(SMALL, "cuda", length=128)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_zero_2_trains_the_weights_of_the_local_engine_on_a_gpu(world, dtype):
+    check_parity(SMALL, "cuda", dtype=dtype, length=128)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_llama_3_8b_trains_on_a_gpu(world):
+    found = check_size(LLAMA3_8B, "cuda", rows=2, length=1024)
+    assert found.parameters["parameters"] - found.parameters["trainable"] == 8_030_261_248
+    assert found.losses[-1] < found.losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA device the checks run there")
+def test_the_checks_for_a_gpu_run_on_the_cpu(world, capsys):
+    check_rounding(TINY, "cpu", length=32)
+    for dtype in ("float32", "bfloat16"):
+        check_parity(TINY, "cpu", dtype=dtype, length=32)
+    check_size(TINY, "cpu", rows=2, length=32)
+    printed = capsys.readouterr().out
+    assert printed.count("apart") == 3 and "tokens/s, MFU unknown" in printed
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
