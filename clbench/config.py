@@ -25,7 +25,7 @@ ORDER = r"default|reversed|latin:\d+|random:\d+"
 CADENCE = r"all|quarters|ends|every:[1-9]\d*"
 
 # What a run's scores do not depend on, or what names a place on one machine: no part of a run's identity.
-NO_IDENTITY = ("results_dir", "cache_dir", "data_dir", "resume", "tracking")
+NO_IDENTITY = ("results_dir", "cache_dir", "data_dir", "resume", "cache", "tracking")
 NO_IDENTITY_TRAIN = ("micro_batch_tokens", "checkpoint_steps")
 
 
@@ -102,6 +102,7 @@ class Config:
     data_dir: str | None = None
     cache_dir: str = ""
     resume: str = "auto"
+    cache: bool = True
     experiment: str = ""
     tasks: dict[str, Any] = field(default_factory=dict)
 

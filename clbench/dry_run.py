@@ -25,10 +25,11 @@ from clbench.engine import LocalEngine
 from clbench.loss import hidden_states, project
 from clbench.meta import META, Held, Shapes
 from clbench.protocols import Engine, Method, Task
+from clbench.student import TOKENS_PER_BATCH
 from clbench.train import global_batch, plan_stage, train_step
 from clbench.types import Example, Stage
 
-TOKENS_EXAMINED = 4096
+TOKENS_EXAMINED = TOKENS_PER_BATCH["cuda"]
 """Tokens of one forward of an examination, as `student.Student` bounds them."""
 
 
@@ -186,7 +187,7 @@ class DryRun:
         ids = torch.empty(rows, self.config.max_length, dtype=torch.int64, device=META)
         for number, weights in enumerate(self.method.views(self.model).values()):
             with weights, folded(self.model) if number == 0 else nullcontext():
-                (hidden_BTH,) = hidden_states(self.model, input_ids=ids, attention_mask=ids)
+                (hidden_BTH,) = hidden_states(self.model, input_ids=ids)
                 torch.log_softmax(project(self.model, hidden_BTH[:, : self.answer_length].flatten(0, 1)), dim=-1)
         return self.held.peak - before
 

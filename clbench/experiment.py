@@ -10,7 +10,7 @@ import logging
 import resource
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch.nn import Module
 from clbench import optim
 from clbench.adapters import describe, folded, load_trainable_state, trainable, trainable_state
 from clbench.build import Run, prepare, set_up_torch
+from clbench.cells import CachedStudent, model_key
 from clbench.config import Config, TrackingConfig, is_due, run_directory, run_name
 from clbench.engine import LocalEngine
 from clbench.ledger import COMPLETE, Checkpoint
@@ -102,15 +103,15 @@ def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
         sources, trained = train(run, stage, tracker)
         replay = replay_scores(run, stage, sources[1:])
     after_training = time.perf_counter()
-    student = student_of(run)
-    scores = [*replay, *examine(run, student, index)]
-    tokens_scored = sum(run.world.gather(student.tokens_scored))
+    examined, tokens = examine(run, index)
+    scores = [*replay, *examined]
+    tokens_scored = sum(run.world.gather(tokens))
     after_probes = time.perf_counter()
     if run.ledger is None:
         return run.world.wait()
     run.ledger.append(scores)
     counts = describe(run.model)
-    tokens = trained.tokens_trained + trained.tokens_replayed
+    read = trained.tokens_trained + trained.tokens_replayed
     cost = Cost(
         stage=index,
         steps=trained.steps,
@@ -124,7 +125,7 @@ def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
         peak_memory_bytes=peak_memory(run.encoder.device),
         # Forward 2, activation gradients 2, gradients of trainable weights 2 operations per parameter and token (arXiv 2001.08361).
         flops=float(
-            tokens * (4 * counts["parameters"] + 2 * counts["trainable"]) + 2 * tokens_scored * counts["parameters"]
+            read * (4 * counts["parameters"] + 2 * counts["trainable"]) + 2 * tokens_scored * counts["parameters"]
         ),
         joules=float("nan"),
     )
@@ -234,22 +235,34 @@ def open_engine(
 
 
 def student_of(run: Run) -> Student:
-    """The model under examination; many processes share its requests."""
-    if run.world.size == 1:
+    """The model as it stands; many processes share its requests, one keeps its answers where its weights say all."""
+    if run.world.size > 1:
+        return RankStudent(run.model, run.encoder, world=run.world)
+    key = model_key(run.model) if run.config.cache else None
+    if key is None:
         return Student(run.model, run.encoder)
-    return RankStudent(run.model, run.encoder, world=run.world)
+    return CachedStudent(run.model, run.encoder, cells=cells_of(run.config), key=key)
 
 
-def examine(run: Run, student: Student, index: int) -> Iterator[Score]:
-    """Every probe on every view of the model; a secondary view's probes are named `probe@view`."""
+def cells_of(config: Config) -> Path:
+    """Where answers are kept."""
+    return Path(config.cache_dir) / "cells"
+
+
+def examine(run: Run, index: int) -> tuple[list[Score], int]:
+    """Every probe on every view of the model, and the tokens that were read; a secondary view's probes are named `probe@view`."""
     run.model.eval()
+    scores, tokens = [], 0
     last = len(run.stream.stages)
     due = [probe for probe in run.probes if is_due(run.config.probe.cadence.get(probe.name, "all"), index, last)]
     for number, (view, weights) in enumerate(run.method.views(run.model).items()):
         with weights, folded(run.model) if number == 0 else nullcontext():
+            student = student_of(run)
             for probe in due:
                 for score in probe.measure(student, run.stream, index):
-                    yield score if number == 0 else replace(score, probe=f"{score.probe}@{view}")
+                    scores.append(score if number == 0 else replace(score, probe=f"{score.probe}@{view}"))
+            tokens += student.tokens_scored
+    return scores, tokens
 
 
 def peak_memory(device: torch.device) -> int:

@@ -16,6 +16,7 @@ from rich.table import Table
 from torch.nn import Module
 
 from clbench.adapters import describe
+from clbench.build import DTYPES
 from clbench.cli import CONF_DIR, compose
 from clbench.config import Config
 from clbench.data import Encoder
@@ -29,7 +30,6 @@ from clbench.estimate import (
     meta_model,
     training_operations,
 )
-from clbench.experiment import DTYPES
 from clbench.footprint import local, sharded
 from clbench.meta import META, Shapes
 from clbench.model import Pretrained

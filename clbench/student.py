@@ -25,7 +25,7 @@ from clbench.reading import Reader, branches
 T, R = TypeVar("T"), TypeVar("R")
 WRITTEN = 16
 """How many times more tokens a batch holds when answers are written."""
-TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384, "meta": 16384}
 """What keeps a device busy and, on the CPU, in its caches (measured)."""
 
 

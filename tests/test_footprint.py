@@ -26,7 +26,7 @@ from clbench.meta import META, Held, Shapes  # noqa: E402
 from clbench.parts import make_method  # noqa: E402
 from clbench.train import global_batch, plan_stage, train_step  # noqa: E402
 from clbench.types import Example, Stage  # noqa: E402
-from tests.test_deepspeed import two_ranks  # noqa: E402
+from tests.test_deepspeed_features import two_ranks  # noqa: E402
 
 TOLERANCE = 0.2
 STAGES = 2

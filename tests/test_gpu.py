@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from clbench.adapters import describe, trainable_state
+from clbench.build import DTYPES
 from clbench.cli import CONF_DIR, compose
 from clbench.data import Encoder
 from clbench.dry_run import DryRun, NoTask
 from clbench.estimate import GPUS, meta_model, training_operations
-from clbench.experiment import DTYPES, open_engine
+from clbench.experiment import open_engine
 from clbench.footprint import sharded
 from clbench.launch import free_port
 from clbench.parts import make_method

@@ -13,6 +13,7 @@ import pytest
 from clbench import experiment, leaderboard
 from clbench.cli import compose
 from clbench.ledger import Ledger
+from clbench.student import Student
 from clbench.types import UserMistake
 
 
@@ -47,6 +48,51 @@ def test_a_run_leaves_a_whole_ledger(overrides, method):
         and len(manifest["tasks"]) == 3
         and manifest["data"].keys() == set(manifest["tasks"])
     )
+
+
+@pytest.mark.parametrize("method", ["base", "seq", "ilora", "curlora", "dora"])
+def test_kept_answers_change_no_byte_of_a_table(overrides, tmp_path, monkeypatch, method):
+    read = []
+    scored = Student._scores
+    monkeypatch.setattr(Student, "_scores", lambda self, *states: read.append(1) or scored(self, *states))
+    tables, forwards = [], []
+    for name, cache in (("off", "off"), ("first", "on"), ("again", "on")):
+        read.clear()
+        kept = [f"cache={cache}", f"method={method}"]
+        cells = tmp_path / "cells"
+        monkeypatch.setattr(experiment, "cells_of", lambda config, cells=cells: cells)
+        run(elsewhere(overrides, tmp_path, name), *kept)
+        forwards.append(len(read))
+        folder = tmp_path / name
+        tables.append([(folder / table).read_bytes() for table in ("stages.csv", "retention.csv")])
+        tables[-1].append([row["tokens_scored"] for row in costs(folder)])
+    assert tables[0] == tables[1] == tables[2]
+    assert forwards[0] >= forwards[1] > forwards[2]
+    # I-LoRA's second view is examined beside the weights, so no key names it.
+    assert forwards[2] == 0 or method == "ilora"
+
+
+def test_the_untouched_model_is_examined_once_for_all_methods(overrides, tmp_path, monkeypatch):
+    read = []
+    scored = Student._scores
+    monkeypatch.setattr(Student, "_scores", lambda self, *states: read.append(1) or scored(self, *states))
+    monkeypatch.setattr(experiment, "cells_of", lambda config: tmp_path / "cells")
+    nothing = [
+        "cache=on",
+        "train.steps=0",
+        "stream.tasks=[world_job,world_total,world_pet_choice]",
+        "stream.limit=null",
+    ]
+    run(overrides, *nothing, "method=base")
+    alone = len(read)
+    read.clear()
+    run(overrides, *nothing, "method=seq", "order=reversed")
+    assert alone > 0 and len(read) == 0
+
+
+def costs(folder: Path) -> list[dict]:
+    (path,) = folder.glob("runs/*/cost.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_equal_seeds_give_equal_bytes_and_other_seeds_other_scores(overrides, tmp_path):
