@@ -50,7 +50,7 @@ test-gpu: setup ## what needs a CUDA device; skipped, and says so, where there i
 	$(PY) -m pytest -m gpu -s -rs
 
 bench: setup ## timings against peers, equality first
-	$(PY) -m tests.benchmarks.scoring
+	$(PY) -m tests.benchmarks $(BENCHMARKS)
 
 report: setup ## results/report.html from the ledger
 	$(PY) -m clbench.report $(RESULTS)

@@ -102,6 +102,7 @@ class Student:
                 end=self.encoder.tokenizer.eos_token_id,
                 pad=self.encoder.tokenizer.pad_token_id,
                 device=self.encoder.device,
+                tokens_per_batch=self.tokens_per_batch,
                 has_ended=has_ended,
             )
             self.tokens_scored += shared

@@ -58,6 +58,7 @@ def configured(method: str, shape: str, tmp: Path, *overrides: str):
             f"train.max_length={length}",
             f"train.batch_size={batch_size}",
             f"train.micro_batch_size={micro}",
+            "train.micro_batch_tokens=100000",  # as on an accelerator: the CPU cuts batches shorter
             f"results_dir={tmp}",
             f"cache_dir={tmp}",
             *overrides,

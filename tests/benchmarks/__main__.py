@@ -1,23 +1,82 @@
-"""`python -m tests.benchmarks [name ...]`: runs the benchmarks and prints each figure as it is there."""
+"""`make bench`: every benchmark, or those named; prints each figure, writes results/benchmarks.csv and the table in README.md.
+
+    python -m tests.benchmarks [scoring training generation stream limit startup]
+
+Rows of benchmarks that are not run stay as they are. One thread, repetitions of ours and of the peers by turns, results compared first.
+"""
 
 from __future__ import annotations
 
+import platform
 import sys
+from dataclasses import asdict
+from datetime import date
 from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
 
+import pandas as pd
 import torch
+import transformers
 
+from tests.benchmarks.race import Figure
+
+ROOT = Path(__file__).resolve().parents[2]
+CSV = ROOT / "results" / "benchmarks.csv"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 NAMES = ("scoring", "training", "generation", "stream", "limit", "startup")
+LIBRARIES = ("torch", "transformers", "peft", "lm-eval")
 
 
 def main(names: list[str]) -> None:
+    """Runs them, each in turn."""
     torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    where = {"date": date.today().isoformat(), "cpu": processor(), "threads": 1}
+    where |= {library: version(library) for library in LIBRARIES}
     for name in names or NAMES:
-        for found in import_module(f"tests.benchmarks.{name}").run():
-            print(
-                f"{found.benchmark:10} {found.case:45} {found.peer:28} ours {found.ours:8.3f} theirs {found.theirs:8.3f} ratio {found.ratio:6.2f} {found.difference}",
-                flush=True,
-            )
+        found = []
+        for figure in import_module(f"tests.benchmarks.{name}").run():
+            print(line(figure), flush=True)
+            found.append(asdict(figure) | where)
+        kept = pd.read_csv(CSV) if CSV.is_file() else pd.DataFrame(columns=list(found[0]))
+        rows = pd.concat([kept[kept["benchmark"] != name], pd.DataFrame(found)])
+        rows["place"] = rows["benchmark"].map(NAMES.index)
+        rows.sort_values("place", kind="stable").drop(columns="place").to_csv(CSV, index=False, float_format="%.4g")
+    text = README.read_text(encoding="utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")
+
+
+def line(figure: Figure) -> str:
+    """What is printed of a figure."""
+    return (
+        f"{figure.benchmark}: {figure.case} | {figure.peer} | ours {figure.ours:.3f} theirs {figure.theirs:.3f} {figure.unit} | "
+        f"{figure.ratio:.2f} (wanted {figure.wanted})"
+    )
+
+
+def table() -> str:
+    """The table of README.md, from the CSV."""
+    rows = pd.read_csv(CSV, keep_default_na=False)
+    lines = ["| work | against | figure | target |", "|---|---|---|---|"]
+    for row in rows.to_dict("records"):
+        figure = f"{float(row['ratio']):.2f}" + ("×" if row["theirs"] != "" else f" ({row['unit']})")
+        lines.append(f"| {row['benchmark']}: {row['case']} | {row['peer']} | {figure} | {row['wanted']} |")
+    return "\n".join(lines)
+
+
+def processor() -> str:
+    """The CPU's name."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [row.partition(":")[2].strip() for row in info.read_text().splitlines() if row.startswith("model name")]
+        if info.is_file()
+        else []
+    )
+    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":
