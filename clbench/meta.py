@@ -72,6 +72,9 @@ class Shapes(TorchFunctionMode):
             Tensor.__int__: lambda tensor: 1,
             Tensor.__index__: lambda tensor: 1,
             Tensor.__bool__: lambda tensor: False,
+            Tensor.all: lambda tensor: torch.ones(
+                (), dtype=torch.bool
+            ),  # transformers asks whether rows are one sequence each: they are
             Tensor.cpu: lambda tensor: tensor,
             Tensor.numpy: lambda tensor: torch.empty(0).numpy(),
             torch.nonzero: self._nonzero,
