@@ -157,7 +157,7 @@ def fits(size: int, terms: Terms) -> str:
 
 
 def work_table(tokens: Tokens, counts: Mapping[str, int], terms: Terms) -> Table:
-    """Tokens, operations and hours of training and of every probe. All processes train, the first one alone examines."""
+    """Tokens, operations and hours of training and of every probe. All processes train and share what probes ask for."""
     trained = sum(tokens.trained) + sum(tokens.replayed)
     operations = training_operations(trained, **counts)
     work = {
@@ -167,7 +167,7 @@ def work_table(tokens: Tokens, counts: Mapping[str, int], terms: Terms) -> Table
     }
     for name, read in tokens.examined.items():
         operations = examination_operations(sum(read), parameters=counts["parameters"])
-        work[f"probe {name}, {sum(map(bool, read))} times"] = (sum(read), operations, 1)
+        work[f"probe {name}, {sum(map(bool, read))} times"] = (sum(read), operations, terms.processes)
     table = table_of("Work of one run", "", "tokens", "operations", "hours")
     speed = GPUS[terms.gpu].peak * terms.utilisation * 3600
     total = 0.0
@@ -189,7 +189,7 @@ def assumptions(tokens: Tokens, reason: str, terms: Terms) -> str:
         else f"Tokens are a bound: every sequence counted as long as train.max_length, one per test row, other probes not counted, because {reason}."
     )
     return (
-        f"{kind} Hours at {terms.utilisation:.0%} of the bfloat16 peak of {terms.processes} {terms.gpu} in training and of one in examination: "
+        f"{kind} Hours at {terms.utilisation:.0%} of the bfloat16 peak of {terms.processes} {terms.gpu}: "
         "an assumption about utilisation, not a measurement. Memory without the driver's own; attention is taken to be one fused operation."
     )
 

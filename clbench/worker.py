@@ -94,6 +94,8 @@ def main() -> None:
         is_mistake = issubclass(kind, UserMistake)
         text = str(value) if is_mistake else "".join(traceback.format_exception(kind, value, trace))
         error.write_text(json.dumps({"time": time.time(), "is_mistake": is_mistake, "text": text}))
+        # All is said: the parent's signal may end this process wherever it is, without a trace of where that was.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     sys.excepthook = report
     plain = json.loads(order.read_text())

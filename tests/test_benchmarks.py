@@ -1,0 +1,40 @@
+"""What the README says of speed is what was measured."""
+
+import math
+
+import pandas as pd
+
+from tests.benchmarks.__main__ import BEGIN, CSV, END, NAMES, README, table
+from tests.benchmarks.race import figure, race
+
+
+def test_the_readme_shows_the_table_of_the_csv():
+    shown = README.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].strip()
+    assert shown == table()
+    assert set(pd.read_csv(CSV)["benchmark"]) <= set(NAMES)
+
+
+def test_a_race_is_against_the_fastest_peer_and_in_medians():
+    ticks = iter([0, 2, 10, 14, 20, 29, 30, 34, 40, 48, 50, 53, 60, 61, 70, 74, 80, 82])
+    raced = race(
+        lambda: 1,
+        {"slow": lambda: 1, "fast": lambda: 1},
+        same=lambda a, b: abs(a - b),
+        repetitions=3,
+        clock=lambda: next(ticks),
+    )
+    # Ours 2, 4, 1; slow 4, 8, 4; fast 9, 3, 2.
+    found = figure("b", "c", raced=raced, wanted=">= 1", unit="s")
+    assert (found.peer, found.ours, found.theirs, found.ratio) == ("fast", 2, 3, 1.5)
+    assert math.isclose(found.ours_spread, 0.75)
+
+
+def test_a_peer_that_gives_other_results_stops_the_race():
+    def same(found, expected):
+        raise AssertionError
+
+    try:
+        race(lambda: 1, {"peer": lambda: 2}, same=same, repetitions=1)
+    except AssertionError:
+        return
+    raise RuntimeError
