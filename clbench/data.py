@@ -164,6 +164,7 @@ class Encoder:
         self.device = torch.device(device)
         self._encoded: dict[tuple[str, str], Encoded] = {}
         self._prompts: dict[str, tuple[int, ...]] = {}
+        self._answers: dict[str, tuple[int, ...]] = {}
 
     def text(self, text: str) -> list[int]:
         """Token ids of bare text, without special tokens; one that is spelled out in the text (`<s>` in a program) is plain characters."""
@@ -177,7 +178,9 @@ class Encoder:
 
     def answer(self, answer: str) -> tuple[int, ...]:
         """The answer's token ids as they follow a prompt, without EOS."""
-        return tuple(self.text(" " + answer))
+        if answer not in self._answers:
+            self._answers[answer] = tuple(self.text(" " + answer))
+        return self._answers[answer]
 
     def example(self, example: Example) -> Encoded:
         """The example's ids with EOS at the end, cut from the prompt's left to `max_length`."""

@@ -61,8 +61,9 @@ def run_stages(run: Run) -> None:
     """Every stage that the ledger does not hold yet, the untouched model first."""
     first = run.world.share(run.ledger.finished + 1 if run.ledger else 0)
     run.model.eval()
+    untouched = student_of(run)
     for probe in run.probes:
-        probe.begin(student_of(run))
+        probe.begin(untouched)
     if first > 0:
         go_on(run)
     with open_tracker(run, first=max(first - 1, 0)) as tracker:

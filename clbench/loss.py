@@ -20,7 +20,9 @@ from clbench.data import IGNORED
 from clbench.types import Batch
 
 LOGITS = 2**23
-"""Most logits in memory at a time (32 MiB in float32)."""
+"""Most logits in memory at a time on the CPU (32 MiB in float32)."""
+ACCELERATOR_LOGITS = 2**27
+"""And on an accelerator, which needs more to be busy (512 MiB)."""
 
 
 def causal_lm(model: Module) -> Module:
@@ -52,13 +54,19 @@ def answer_nll(model: Module, hidden_BTH: Tensor, labels_BT: Tensor) -> tuple[Te
 
 
 def token_nll(model: Module, hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
-    """Negative log-likelihood in nats of each token [N], with at most LOGITS logits in memory unless the output embedding trains."""
+    """Negative log-likelihood in nats of each token [N], a slice of the logits in memory at a time unless the output embedding trains."""
     inner = causal_lm(model)
-    chunk = max(1, LOGITS // inner.config.vocab_size)
+    chunk = rows_at_once(model, hidden_NH)
     head_trains = any(parameter.requires_grad for parameter in inner.get_output_embeddings().parameters())
     if len(labels_N) <= chunk or head_trains:
         return F.cross_entropy(project(model, hidden_NH), labels_N, reduction="none")
     return _ChunkedNll.apply(hidden_NH, labels_N, model, chunk)
+
+
+def rows_at_once(model: Module, hidden_NH: Tensor) -> int:
+    """How many hidden states may be projected onto the vocabulary at a time."""
+    limit = LOGITS if hidden_NH.device.type == "cpu" else ACCELERATOR_LOGITS
+    return max(1, limit // causal_lm(model).config.vocab_size)
 
 
 class _ChunkedNll(torch.autograd.Function):

@@ -16,6 +16,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -110,11 +111,14 @@ class Recipe:
 
     def settings(self) -> dict[str, object]:
         """Everything that determines the weights, as JSON values; the corpus by its content."""
-        plain = {
-            name: value for name, value in vars(self).items() if name not in ("corpus", "architecture", "label", "note")
-        }
-        text = sha256([*self.corpus.vocabulary(), "", *self.corpus.texts()])
-        return {**plain, "architecture": dict(self.architecture), "corpus": text}
+        unsaid = ("corpus", "architecture", "label", "note", "content")
+        plain = {name: value for name, value in vars(self).items() if name not in unsaid}
+        return {**plain, "architecture": dict(self.architecture), "corpus": self.content}
+
+    @cached_property
+    def content(self) -> str:
+        """SHA-256, in hexadecimal, of the corpus's text and vocabulary."""
+        return sha256([*self.corpus.vocabulary(), "", *self.corpus.texts()])
 
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of the settings."""

@@ -18,7 +18,7 @@ from torch.nn import Module
 
 from clbench.data import Encoder, clip_left
 from clbench.generation import decode
-from clbench.loss import LOGITS, causal_lm, project
+from clbench.loss import causal_lm, project, rows_at_once
 from clbench.packing import Ids, Packed, Read, beginnings
 from clbench.reading import Reader, branches
 
@@ -137,7 +137,7 @@ class Student:
 
     def _scores(self, states_NH: Tensor, places: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Per target its log-probability at its place in nats, and the likeliest token there."""
-        chunk = max(1, LOGITS // causal_lm(self.model).config.vocab_size)
+        chunk = rows_at_once(self.model, states_NH)
         order = np.argsort(places, kind="stable")
         bounds = np.searchsorted(places[order], np.arange(0, len(states_NH) + chunk, chunk))
         picked, best = np.empty(len(targets)), np.empty(len(targets), dtype=np.int64)

@@ -70,7 +70,7 @@ def run() -> Iterator[Figure]:
     ]
 
     def step() -> None:
-        optimizer = optim.optimizer(trainable(adapted).values(), config)
+        optimizer = optim.optimizer(trainable(adapted), config, {})
         schedule = optim.schedule(optimizer, config, steps=1)
         engine = LocalEngine(adapted, optimizer=optimizer, schedule=schedule, clip=1.0)
         train_step(rows, method=Seq(lora=LORA, seed=0), engine=engine, encoder=encoder, config=config)

@@ -68,7 +68,7 @@ def ours(folder: Path, encoder: Encoder, rows: list[tuple[list[Example], list[Ex
             index=number, name="", task=None, train=train, test=(), collate=encoder.collate, whole_stream=train
         )
         plan = plan_stage([Source(examples=tuple(train))], CONFIG)
-        optimizer = optim.optimizer(trainable(model).values(), CONFIG)
+        optimizer = optim.optimizer(trainable(model), CONFIG, {})
         engine = LocalEngine(
             model, optimizer=optimizer, schedule=optim.schedule(optimizer, CONFIG, steps=plan.total), clip=CONFIG.clip
         )

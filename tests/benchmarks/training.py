@@ -44,7 +44,7 @@ def examples(prompt: tuple[int, int], answer: tuple[int, int], vocabulary: int) 
 def ours(model: Module, encoder: Encoder, rows: list[Example]) -> list[float]:
     """The loss of every step; the model is trained in place."""
     model.train()
-    optimizer = optim.optimizer(trainable(model).values(), CONFIG)
+    optimizer = optim.optimizer(trainable(model), CONFIG, {})
     schedule = optim.schedule(optimizer, CONFIG, steps=CONFIG.steps)
     engine = LocalEngine(model, optimizer=optimizer, schedule=schedule, clip=CONFIG.clip)
     losses = []
