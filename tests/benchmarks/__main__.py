@@ -41,10 +41,15 @@ def main(names: list[str]) -> None:
         for figure in import_module(f"tests.benchmarks.{name}").run():
             print(line(figure), flush=True)
             found.append(asdict(figure) | where)
-        kept = pd.read_csv(CSV) if CSV.is_file() else pd.DataFrame(columns=list(found[0]))
-        rows = pd.concat([kept[kept["benchmark"] != name], pd.DataFrame(found)])
-        rows["place"] = rows["benchmark"].map(NAMES.index)
-        rows.sort_values("place", kind="stable").drop(columns="place").to_csv(CSV, index=False, float_format="%.4g")
+            record(name, found)  # each at once, so that one that is stopped leaves what it measured
+
+
+def record(name: str, found: list[dict[str, object]]) -> None:
+    """Puts a benchmark's figures in place of those it had, in the CSV and in the README's table."""
+    kept = pd.read_csv(CSV) if CSV.is_file() else pd.DataFrame(columns=list(found[0]))
+    rows = pd.concat([kept[kept["benchmark"] != name], pd.DataFrame(found)])
+    rows["place"] = rows["benchmark"].map(NAMES.index)
+    rows.sort_values("place", kind="stable").drop(columns="place").to_csv(CSV, index=False, float_format="%.4g")
     text = README.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")
