@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from clbench.adapters import Lora
-from clbench.data import IGNORED, generator
+from clbench.batches import IGNORED
+from clbench.data import generator
 from clbench.loss import answer_loss
 from clbench.protocols import Engine, Method
 from clbench.types import Batch, Example, Stage

@@ -14,20 +14,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+from clbench.batches import Encoded, collated, cut_rows
+from clbench.tokens import read_tokens, write_tokens
 from clbench.types import Batch, Example, Source, UserMistake
-
-IGNORED = -100
-"""Label of a position that is not part of an answer (the value that torch's cross-entropy skips)."""
 
 
 def generator(seed: int, purpose: str, stage: int = 0) -> torch.Generator:
@@ -100,14 +97,6 @@ def fingerprint(rows: Sequence[Any]) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of one example: `ids[:answer_start]` is the prompt (one BOS first), the rest the answer and EOS."""
-
-    ids: tuple[int, ...]
-    answer_start: int
-
-
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256, in hexadecimal, of everything that decides a text's ids."""
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
@@ -118,28 +107,6 @@ def token_key(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *
     """Names the tokenised form of `examples`: rows, template, tokenizer and longest input all change it."""
     names = (fingerprint(examples), tokenizer_fingerprint(tokenizer), max_length)
     return hashlib.sha256("/".join(map(str, names)).encode()).hexdigest()[:24]
-
-
-def write_tokens(path: Path, encoded: Sequence[Encoded]) -> None:
-    """Keeps encoded examples as three tensors: ids end to end, where each example ends, where its answer starts."""
-    ends = torch.tensor([len(row.ids) for row in encoded]).cumsum(0)
-    tensors = {
-        "ids": torch.tensor([token for row in encoded for token in row.ids], dtype=torch.int32),
-        "ends": ends,
-        "answer_starts": torch.tensor([row.answer_start for row in encoded]),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, temporary)
-    temporary.replace(path)
-
-
-def read_tokens(path: Path) -> list[Encoded]:
-    """What `write_tokens` kept, read through a memory map."""
-    tensors = load_file(path)
-    ids, ends = tensors["ids"].tolist(), tensors["ends"].tolist()
-    spans = zip([0, *ends], ends, tensors["answer_starts"].tolist(), strict=False)
-    return [Encoded(ids=tuple(ids[first:last]), answer_start=start) for first, last, start in spans]
 
 
 class Encoder:
@@ -237,50 +204,12 @@ class Encoder:
             weights[source] = weight
         total = sum(weights)
         parts = [cut_rows(drawn[first::world_size], rows=rows, tokens=tokens) for first in range(world_size)]
-        batches = [
-            self._batch(
-                [(encoded, source, weights[source] / total / answers[source]) for encoded, source, _ in part],
-                source_tokens=tuple(attended),
-            )
-            for part in parts[rank]
-        ]
-        missing = max(map(len, parts)) - len(batches)
+        share = [weights[source] / total / answers[source] if answers[source] else 0.0 for source in range(sources)]
+        own = [[(encoded, source, share[source]) for encoded, source, _ in part] for part in parts[rank]]
         encoded, source, _ = drawn[0]
-        return batches + [self._batch([(encoded, source, 0.0)], source_tokens=tuple(attended))] * missing
-
-    def _batch(self, rows: list[tuple[Encoded, int, float]], *, source_tokens: tuple[int, ...]) -> Batch:
-        length = max(len(encoded.ids) for encoded, _, _ in rows)
-        input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
-        labels = torch.full((len(rows), length), IGNORED)
-        attention_mask = torch.zeros((len(rows), length), dtype=torch.int64)
-        for index, (encoded, _, _) in enumerate(rows):
-            ids = torch.tensor(encoded.ids)
-            input_ids[index, : len(ids)] = ids
-            attention_mask[index, : len(ids)] = 1
-            labels[index, encoded.answer_start : len(ids)] = ids[encoded.answer_start :]
-        return Batch(
-            input_ids=input_ids.to(self.device),
-            attention_mask=attention_mask.to(self.device),
-            labels=labels.to(self.device),
-            weights=torch.tensor([weight for _, _, weight in rows]).to(self.device),
-            sources=torch.tensor([source for _, source, _ in rows]).to(self.device),
-            source_tokens=source_tokens,
-        )
-
-
-Drawn = tuple[Encoded, int, float]
-
-
-def cut_rows(drawn: list[Drawn], *, rows: int, tokens: int | None) -> list[list[Drawn]]:
-    """`drawn` in lists of at most `rows` rows and, unless one row has more, at most `tokens` tokens with padding; by length if there are several."""
-    bound = tokens or len(drawn) * max((len(encoded.ids) for encoded, _, _ in drawn), default=0)
-    parts: list[list[Drawn]] = []
-    for row in sorted(drawn, key=lambda row: len(row[0].ids)):
-        if parts and len(parts[-1]) < rows and (len(parts[-1]) + 1) * len(row[0].ids) <= bound:
-            parts[-1].append(row)
-        else:
-            parts.append([row])
-    return parts if len(parts) > 1 else [drawn] if drawn else []
+        own += [[(encoded, source, 0.0)]] * (max(map(len, parts)) - len(own))
+        pad, seen = self.tokenizer.pad_token_id, tuple(attended)
+        return [collated(part, pad=pad, device=self.device, source_tokens=seen) for part in own]
 
 
 def clip_left(ids: tuple[int, ...], length: int) -> tuple[int, ...]:

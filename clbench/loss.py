@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
 
-from clbench.data import IGNORED
+from clbench.batches import IGNORED
 from clbench.types import Batch
 
 LOGITS = 2**23

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from tasks.world_words import BAD, GOOD, LABELS, LETTERS, NOUNS, NUMBERS, VOCABULARY
@@ -95,8 +96,9 @@ SKILLS: Mapping[Skill, float] = {
     placed: 0.5,
 }
 """All skills, with their shares of the text."""
+KINDS, BOUNDS = tuple(SKILLS), tuple(accumulate(SKILLS.values()))
 
 
 def skill_statement(here: World, rng: random.Random) -> str:
     """One statement of a skill drawn at random, at most 14 words."""
-    return rng.choices(list(SKILLS), weights=list(SKILLS.values()))[0](here, rng)
+    return rng.choices(KINDS, cum_weights=BOUNDS)[0](here, rng)

@@ -190,7 +190,7 @@ def facts(*overrides: str) -> dict[str, object]:
 
     def backward(share: float = 1.0) -> None:
         for batch in batches:
-            engine.backward(share * answer_loss(toy.model, batch))
+            engine.backward(100 * share * answer_loss(toy.model, batch))
 
     def loss() -> float:
         with torch.no_grad():
@@ -231,7 +231,7 @@ def facts(*overrides: str) -> dict[str, object]:
         hook.remove()
     engine.clear()
     for shard in engine.shards():
-        shard.value = shard.value + 0.25
+        shard.value = shard.value + 8.0
     answers["loss after shards"], answers["value after shards"] = loss(), whole_value(engine, toy)
     for shard in engine.matrices(names(toy)):
         shard.value = shard.value * 0.5

@@ -15,11 +15,12 @@ from omegaconf import OmegaConf
 
 import clbench.canaries
 from clbench import generation
+from clbench.batches import Encoded
 from clbench.canaries import check_stream, checked
 from clbench.canaries.answers import chance, near_zero
 from clbench.canaries.copying import copies, named_last
 from clbench.config import StreamConfig
-from clbench.data import DatasetSpec, Encoded, Encoder
+from clbench.data import DatasetSpec, Encoder
 from clbench.model import bpe_tokenizer, word_tokenizer
 from clbench.protocols import Task
 from clbench.stream import build_stream

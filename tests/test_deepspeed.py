@@ -235,7 +235,7 @@ ANSWERS = (
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_every_stage_answers_as_one_process_does(pair, answer, stage):
     found, expected = pair.ask("facts", *two(stage)), local("facts")
-    assert max(float(value.abs().max()) for value in expected[answer].values()) > 100 * TOLERANCE
+    assert max(float(value.abs().max()) for value in expected[answer].values()) > 1e-3
     assert distance(found[answer], expected[answer]) < TOLERANCE
 
 
@@ -269,7 +269,7 @@ def test_what_is_written_to_weights_is_in_the_next_forward(pair, stage):
     found, expected = pair.ask("facts", *two(stage)), local("facts")
     for answer in ("loss after shards", "loss after matrices"):
         assert found[answer] == pytest.approx(expected[answer], abs=TOLERANCE)
-    assert abs(expected["loss after shards"] - expected["loss after matrices"]) > 50 * TOLERANCE
+    assert abs(expected["loss after shards"] - expected["loss after matrices"]) > 1e-3
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -7,7 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from clbench import loss
-from clbench.data import IGNORED, Encoder
+from clbench.batches import IGNORED
+from clbench.data import Encoder
 from clbench.loss import answer_loss
 from clbench.student import Student
 from clbench.types import Example

@@ -20,6 +20,7 @@ from lm_eval.config.group import GroupConfig
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Kind
 from lm_eval.tasks._yaml_loader import load_yaml
+from lm_eval.utils import env
 
 from clbench.data import DatasetSpec, load_rows
 from clbench.types import UserMistake
@@ -30,6 +31,8 @@ SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split
 STRUCTURE = {field.name for field in fields(GroupConfig)} - {"task"} | {"tag", "task_list"}
 FEWSHOT_SEED = 1234
 """lm-eval's default: the few-shot examples of a document are those that lm-eval shows."""
+# lm-eval compiles a template each time that it fills one in, several times a document and after every stage; once is enough.
+env.from_string = cache(env.from_string)
 
 
 @dataclass(frozen=True, kw_only=True)

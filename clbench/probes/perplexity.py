@@ -30,7 +30,7 @@ class Perplexity(TextProbe):
     def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:
         """Mean nats per token (its items: each document's total nats), token and word perplexity, bits per byte."""
         started = time.perf_counter()
-        encoded = [tuple(student.encoder.text(text)) for text in self.texts]
+        encoded = [student.encoder.prompt(text)[1:] for text in self.texts]
         nll = rolling_nll(student, encoded, window=self.window)
         total, tokens = math.fsum(nll), sum(len(ids) for ids in encoded)
         words = sum(len(text.split()) for text in self.texts)
@@ -71,7 +71,7 @@ class MeanTextLoss(TextProbe):
     def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:
         """`mean_text_nll` in nats per token, its items one a text."""
         started = time.perf_counter()
-        beginnings = [tuple(student.encoder.text(text)[: self.max_tokens]) for text in self.texts]
+        beginnings = [student.encoder.prompt(text)[1 : self.max_tokens + 1] for text in self.texts]
         nll = rolling_nll(student, beginnings, window=self.max_tokens)
         yield item_score(
             stage,
