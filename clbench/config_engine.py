@@ -16,6 +16,9 @@ ENGINES = ("local", "deepspeed")
 OFFLOADS = {"none": 0, "optimizer": 1, "all": 3}
 """What can be kept in the host's memory, and the least ZeRO stage that can: the optimizer's state, master weights and gradients; weights too."""
 
+MESSAGE = 50_000_000
+"""Most entries of one message between ranks, and of the buffer for it, unless one tensor has more."""
+
 # DeepSpeed's keys that decide a number, what a slice is or where it lies: stated by clbench alone.
 OWNED_BY_US = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
@@ -41,7 +44,7 @@ OWNED_BY_US_IN_ZERO = (
 # What the engine does without changing a score.
 NO_IDENTITY_ENGINE = (
     *("name", "processes", "zero_stage", "threads", "deepspeed"),
-    *("offload", "activation_checkpointing"),
+    *("offload", "activation_checkpointing", "compile"),
 )
 
 
@@ -57,6 +60,7 @@ class EngineConfig:
     threads: int | None = None
     offload: str = "none"
     activation_checkpointing: bool = False
+    compile: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
 
@@ -80,6 +84,8 @@ def check_engine(engine: EngineConfig) -> None:
             f"engine.offload={engine.offload} with engine={engine.name}, engine.zero_stage={engine.zero_stage}: "
             "optimizer needs engine=deepspeed and engine.zero_stage 1 to 3, all needs 3"
         )
+    if engine.compile and engine.name != "local":
+        raise UserMistake(f"engine.compile=true with engine={engine.name} is not supported; choose engine=local")
     zero = engine.deepspeed.get("zero_optimization", {})
     owned = [key for key in engine.deepspeed if key in OWNED_BY_US]
     owned += [f"zero_optimization.{key}" for key in zero if key in OWNED_BY_US_IN_ZERO]

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from clbench.adapters import trainable
+from clbench.loss import causal_lm
 from clbench.optim import moments_of, set_moments
 from clbench.protocols import Engine, Shard
 
@@ -120,3 +121,11 @@ class LocalEngine(Engine):
     def close(self) -> None:
         """Nothing is held beyond the optimizer."""
         self.clear()
+
+
+def compile_layers(model: Module) -> None:
+    """Has torch compile each of the decoder's layers when it is first called; once a model, for inputs of any shape."""
+    inner = causal_lm(model)
+    for layer in inner.get_decoder().modules():
+        if type(layer).__name__ in inner._no_split_modules and layer._compiled_call_impl is None:
+            layer.compile(dynamic=True)

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from clbench.adapters import trainable
+from clbench.config_engine import MESSAGE
 from clbench.cur import CurLinear
 from clbench.engine_shards import Matrix, Slice
 from clbench.engine_zero import STORAGES, assembled, release
@@ -39,8 +40,6 @@ LINEAR = torch.nn.functional.linear
 """Torch's own; stage 3 puts one in its place, for the whole process, that keeps no gathered weights for the backward pass."""
 HOOKED = "_output_capturing_hooks_installed"
 """Set by transformers when it first gives out hidden states, beside hooks that stay; without it there would be more of them each stage."""
-MESSAGE = 50_000_000
-"""Most elements of one message between ranks, and of the buffer for it, unless one tensor has more."""
 
 
 def join() -> World:

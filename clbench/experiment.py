@@ -11,7 +11,7 @@ import resource
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from clbench.adapters import describe, folded, load_trainable_state, trainable, 
 from clbench.build import Run, prepare, set_up_torch
 from clbench.cells import CachedStudent, model_key
 from clbench.config import Config, TrackingConfig, is_due, run_directory, run_name
-from clbench.engine import LocalEngine
+from clbench.engine import LocalEngine, compile_layers
 from clbench.ledger import COMPLETE, Checkpoint
 from clbench.loss import causal_lm
 from clbench.protocols import Engine
@@ -214,6 +214,8 @@ def open_engine(
     """The stage's engine over the tensors that train now, after `done` of its steps. `moments` is what the optimizer starts from."""
     if config.engine.activation_checkpointing:
         causal_lm(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.engine.compile:
+        compile_layers(model)
     if not trainable(model):
         return LocalEngine(model, optimizer=None, schedule=None, clip=0.0)
     moments = optim.fitting(moments or {}, trainable(model))
@@ -257,13 +259,18 @@ def examine(run: Run, index: int) -> tuple[list[Score], int]:
     last = len(run.stream.stages)
     due = [probe for probe in run.probes if is_due(run.config.probe.cadence.get(probe.name, "all"), index, last)]
     for number, (view, weights) in enumerate(run.method.views(run.model).items()):
-        with weights, folded(run.model) if number == 0 else nullcontext():
+        with weights, folded(run.model) if number == 0 else nullcontext(), uncompiled(run.config):
             student = student_of(run)
             for probe in due:
                 for score in probe.measure(student, run.stream, index):
                     scores.append(score if number == 0 else replace(score, probe=f"{score.probe}@{view}"))
             tokens += student.tokens_scored
     return scores, tokens
+
+
+def uncompiled(config: Config) -> AbstractContextManager:
+    """While it lasts compiled layers run as they are written: folded and in the shapes of an examination they would be compiled anew."""
+    return torch.compiler.set_stance("force_eager") if config.engine.compile else nullcontext()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from clbench.config_engine import MESSAGE
 from clbench.dry_run import Footprint
 
-MESSAGE = 4 * 50_000_000
-"""Bytes of DeepSpeed's buffer for messages, unless one tensor is larger; `engine_deepspeed.MESSAGE` entries."""
 LIVE = 1_000_000_000
 """Most entries that stage 3 keeps gathered at once (DeepSpeed's own default of stage3_max_live_parameters)."""
 
@@ -58,7 +57,7 @@ def sharded(footprint: Footprint, *, zero_stage: int, processes: int) -> Memory:
         return -(-size // processes)
 
     trained = footprint.trained
-    buffer = max(footprint.largest, min(trained, MESSAGE))
+    buffer = max(footprint.largest, min(trained, 4 * MESSAGE))
     plain = local(footprint)
     if zero_stage == 0:
         weights, optimizer, gradients, buffers, reducing = plain.weights, plain.optimizer, trained, 0, 2 * trained

@@ -7,7 +7,7 @@ rows), written answers as long as they may be. Everything else is counted. GB ar
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +76,12 @@ def wrapped(config: Config, architecture: Any) -> tuple[Method, Module]:
 
 
 def trainable_counts(arguments: Sequence[str], architecture: Any) -> dict[str, int]:
-    """Trainable parameters under every method of conf/method; settings of `method` and its keys in `arguments` are left out."""
-    others = [argument for argument in arguments if not argument.lstrip("+~").startswith("method")]
+    """Trainable parameters under every method of conf/method as its yaml has it, whatever `arguments` say of the method."""
+    others = compose(arguments)
     counts = {}
     for path in sorted((CONF_DIR / "method").glob("*.yaml")):
-        _, model = wrapped(compose([*others, f"method={path.stem}"]), architecture)
+        method = compose([f"method={path.stem}"]).method
+        _, model = wrapped(replace(others, method=method), architecture)
         counts[path.stem] = describe(model)["trainable"]
     return counts
 
@@ -130,7 +131,7 @@ def footprint_of(config: Config, architecture: Any, tokens: Tokens, terms: Terms
 
 
 def memory_table(config: Config, footprint: Footprint, tokens: Tokens, terms: Terms) -> Table:
-    """Memory of one GPU: in training, on every ZeRO stage, and of the first rank in examination, which reads whole weights."""
+    """Memory of one GPU: in training, on every ZeRO stage, and in examination, where every rank reads whole weights."""
     rows = {f"ZeRO {stage}": sharded(footprint, zero_stage=stage, processes=terms.processes) for stage in range(4)}
     if terms.processes == 1:
         rows = {"local": local(footprint)} | rows

@@ -30,6 +30,11 @@ def causal_lm(model: Module) -> Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def sliding_window(model: Module) -> int | None:
+    """How many tokens back the layers that do not see all of them look, themselves counted; None where every layer sees all."""
+    return getattr(causal_lm(model).config, "sliding_window", None)
+
+
 def project(model: Module, hidden_NH: Tensor) -> Tensor:
     """Logits [..., vocabulary] of last hidden states, in float32."""
     inner = causal_lm(model)

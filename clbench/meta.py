@@ -56,7 +56,7 @@ class Held(TorchDispatchMode):
 
 
 class Shapes(TorchFunctionMode):
-    """Answers where the code asks for numbers: a number is 1, a condition false (so every batch counts as padded), a draw has a shape only.
+    """Answers where the code asks for numbers: a number is 1, a condition false (so prompts to write on count as padded), a draw has a shape.
 
     Of a [rows, length] tensor as many entries are not zero as rows have answer tokens, of any other all. Attention is one operation that
     keeps no [length, length] scores, as on a GPU.

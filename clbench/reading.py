@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import Cache, DynamicCache
 
-from clbench.loss import causal_lm, project
+from clbench.loss import causal_lm, project, sliding_window
 from clbench.packing import Group, Packed, Read, forwards, groups
 from clbench.types import UserMistake
 
@@ -75,7 +75,7 @@ class Reader:
         assert packed.sees_BTS is not None
         inner = causal_lm(self.model)
         sees_BTS = torch.from_numpy(packed.sees_BTS)
-        window = getattr(inner.config, "sliding_window", None)
+        window = sliding_window(self.model)
         if window is None:
             return additive(sees_BTS, dtype=inner.dtype, device=self.device)
         depths_BT = torch.from_numpy(packed.depths_BT)

@@ -18,7 +18,7 @@ from torch.nn import Module
 
 from clbench.data import Encoder, clip_left
 from clbench.generation import decode
-from clbench.loss import causal_lm, project, rows_at_once
+from clbench.loss import causal_lm, project, rows_at_once, sliding_window
 from clbench.packing import Ids, Packed, Read, beginnings
 from clbench.reading import Reader, branches
 
@@ -113,7 +113,7 @@ class Student:
 
     def _written_together(self, prompts: Sequence[Ids], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
         """Batches of like length, the longest first, each with the length of the beginning that its prompts share."""
-        window = getattr(causal_lm(self.model).config, "sliding_window", None)
+        window = sliding_window(self.model)
         longest = max(map(len, prompts), default=0) + max_new_tokens
         # Transformers counts a sliding window in places, and what fills rows up after a shared beginning takes places.
         whole = window is not None and longest > window

@@ -14,7 +14,7 @@ from clbench.doctor import CARD, card, datasets_page, licence_warning, targets
 from clbench.dry_run import dry_engine
 from clbench.estimate import bound_tokens, examination_operations, meta_model, training_operations
 from clbench.experiment import run
-from clbench.forecast import tokens_of, wrapped
+from clbench.forecast import tokens_of, trainable_counts, wrapped
 from clbench.parts import make_method, make_tasks
 from clbench.runs import read_runs
 from clbench.tuning import main, trials
@@ -219,6 +219,14 @@ def test_trainable_parameters_are_those_of_a_real_model(method, overrides):
     config = compose([*overrides, f"method={method}", "engine.dtype=bfloat16"])
     real = make_method(config).wrap(real_model().bfloat16())
     assert describe(wrapped(config, AutoConfig.for_model(**LLAMA))[1]) == describe(real)
+
+
+def test_settings_of_an_experiments_method_are_not_those_of_the_others():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    architecture = AutoConfig.for_model("llama", vocab_size=100, **sizes)
+    counts = trainable_counts(["+experiment=curlora3_mistral7b"], architecture)
+    assert counts["curlora"] == 2 * 3 * 16 * 16
+    assert counts["base"] == 0
 
 
 def test_rows_that_cannot_be_had_are_bounded(overrides):

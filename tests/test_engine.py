@@ -403,3 +403,32 @@ def test_an_offload_that_no_engine_has_is_refused(overrides, wrong):
 def test_where_things_lie_is_no_part_of_a_runs_identity(overrides):
     more = ["engine=deepspeed", "engine.offload=optimizer", "engine.activation_checkpointing=true"]
     assert config_hash(compose([*overrides, *more])) == config_hash(compose(overrides))
+
+
+# --- compiled layers ----------------------------------------------------------------------------------------------------------
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ("seq", "curlora", "seq_merge"))
+def test_compiled_layers_train_the_same_weights_and_are_examined_as_they_are_written(method):
+    torch.compiler.reset()
+    plain, compiled = (methods.lab(method, "train.lr=1e-4", *more) for more in ((), ("engine.compile=true",)))
+    for number in (1, 2):
+        plain.train(number)
+        before = graphs()
+        compiled.train(number)
+        assert graphs() > before or number == 2
+    before = graphs()
+    experiment.examine(compiled.run, 2)
+    assert graphs() == before
+    expected, found = methods.everything(plain.model), methods.everything(compiled.model)
+    assert max(float((expected[name] - found[name]).abs().max()) for name in expected) < 1e-6
+
+
+def test_layers_are_compiled_on_one_process_only():
+    with pytest.raises(UserMistake, match="engine.compile=true with engine=deepspeed"):
+        compose(["engine=deepspeed", "engine.compile=true"])
