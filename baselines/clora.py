@@ -95,13 +95,14 @@ class Clora(Method):
         """Adds the one adapter that all stages train, and builds the bases by the name of the factor they constrain."""
         wrapped = self.lora.add(model, seed=self.seed)
         for pair in lora_pairs(wrapped):
-            width_out, width_in = pair.weight.shape
+            width_out, width_in = len(pair.live()[pair.B]), pair.live()[pair.A].shape[1]
             k_in, k_out = (self.k or max(1, round(self.fraction * width)) for width in (width_in, width_out))
             if self.basis == "random":
                 p_v = random_basis(width_in, k=k_in, seed=self.seed, name=pair.A)
                 p_u = random_basis(width_out, k=k_out, seed=self.seed, name=pair.B)
             else:
-                p_v, p_u = svd_bases(pair.weight, k_in=k_in, k_out=k_out, major=self.basis == "svd_major")
+                with pair.whole():
+                    p_v, p_u = svd_bases(pair.weight, k_in=k_in, k_out=k_out, major=self.basis == "svd_major")
             self.bases |= {pair.A: p_v.contiguous().to(pair.weight), pair.B: p_u.contiguous().to(pair.weight)}
         return wrapped
 

@@ -39,11 +39,12 @@ from clbench.types import Batch
 def averaged(pairs: tuple[Pair, ...], stacks: dict[str, Tensor]) -> Iterator[None]:
     """The weights hold the mean of the stacked updates, the live adapter nothing; bitwise restored on exit."""
     stacked = pairs if stacks else ()
-    touched = [tensor for pair in stacked for tensor in (pair.weight, pair.live()[pair.B])]
+    touched = [tensor for pair in stacked for tensor in (pair.stored, pair.live()[pair.B])]
     kept = [tensor.clone() for tensor in touched]
     for pair in stacked:
         stages = stacks[pair.A].shape[0] // pair.rank
-        pair.weight.add_(pair.update(stacks) / stages)
+        with pair.whole(writing=True):
+            pair.weight.add_(pair.update(stacks) / stages)
         pair.live()[pair.B].zero_()
     try:
         yield

@@ -152,14 +152,13 @@ class Secura(Method):
             layer.absorb((layer.core.A @ layer.core.B).detach(), into_history=self.merge == "m2")
             layer.core.B.detach().zero_()
 
-    def kept(self, layer: cur.CurLinear) -> Tensor:
-        """The tensor that merges change: W (M1) or U_L (M2)."""
-        return layer.core.history if self.merge == "m2" else layer.weight
-
     def state_dict(self) -> dict[str, Any]:
         """What merges changed, when the next is due, and the hash of C and R, which `wrap` makes again from the untouched weights."""
         layers = self.layers if self.merge != "none" else {}
-        kept = {f"kept/{name}": self.kept(layer).to("cpu", copy=True) for name, layer in layers.items()}
+        kept = {
+            f"kept/{name}": layer.core.history.to("cpu", copy=True) if self.merge == "m2" else layer.saved_weight()
+            for name, layer in layers.items()
+        }
         return {"selection": cur.selection_hash(self.layers), "steps": self.steps, **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -167,4 +166,7 @@ class Secura(Method):
         cur.check_selection(self.layers, state["selection"])
         self.steps = state["steps"]
         for name, layer in self.layers.items() if self.merge != "none" else ():
-            self.kept(layer).copy_(state[f"kept/{name}"])
+            if self.merge == "m2":
+                layer.core.history.copy_(state[f"kept/{name}"])
+            else:
+                layer.restore_weight(state[f"kept/{name}"])

@@ -1,6 +1,7 @@
 """Adapters: LoRA and DoRA through PEFT, folding of any adapter into the weights while a model is examined, and export.
 
-Folding is exact to undo: the touched weights are kept and put back, never subtracted again. CUR layers: `clbench.cur`.
+Folding is exact to undo: the touched weights are kept and put back, never subtracted again; of weights that ranks hold in slices each rank
+keeps its slice. CUR layers: `clbench.cur`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 
 from clbench.cur import CurLinear
 from clbench.data import generator
+from clbench.sharding import copied, entries, is_first, is_sharded, stored, whole
 from clbench.types import UserMistake
 
 
@@ -89,16 +91,18 @@ def folded(model: Module) -> Iterator[Module]:
     adapted = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer | CurLinear)]
     layers = [layer for layer in adapted if not isinstance(layer, CurLinear) or layer.foldable]
     weights = [inner_layer(layer).weight for layer in layers]
-    kept = [weight.detach().clone() for weight in weights]
+    kept = [stored(weight).clone() for weight in weights]
     for layer in layers:
-        merge(layer)
+        with whole(inner_layer(layer), writing=True):
+            merge(layer)
     try:
         yield model
     finally:
         with torch.no_grad():
             for layer, weight, before in zip(layers, weights, kept, strict=True):
-                unmerge(layer)
-                weight.copy_(before)
+                with whole(inner_layer(layer)):
+                    unmerge(layer)
+                stored(weight).copy_(before)
 
 
 def inner_layer(layer: BaseTunerLayer | CurLinear) -> Module:
@@ -127,11 +131,14 @@ def unmerge(layer: BaseTunerLayer | CurLinear) -> None:
 def export(model: Module, folder: Path) -> None:
     """Writes an ordinary Hugging Face checkpoint to `folder`, adapters merged: the same logits from transformers alone.
 
+    Of several processes all call it and the first one writes, from whole weights on its CPU where ranks hold slices.
     PEFT adapters go to `folder`/adapter as well; they are for the weights they adapt now, which merging methods change.
     """
     with folded(model):
-        ordinary(model.get_base_model() if isinstance(model, PeftModel) else model).save_pretrained(folder)
-    if isinstance(model, PeftModel):
+        plain = ordinary(model.get_base_model() if isinstance(model, PeftModel) else model)
+        if is_first():
+            plain.save_pretrained(folder)
+    if isinstance(model, PeftModel) and is_first():
         model.save_pretrained(str(folder / "adapter"))
 
 
@@ -160,26 +167,29 @@ def ordinary(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def ordinary_state(model: Module) -> dict[str, Tensor]:
-    """The tensors of a model whose adapters are folded, by the names they have in a model without adapters."""
-    state = dict(model.state_dict())
+    """The tensors of a model whose adapters are folded, by the names they have in a model without adapters; of slices, copies of the whole."""
+    state = dict(model.state_dict(keep_vars=True))
     for name, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer | CurLinear):
             continue
         state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
-        plain = dict(inner_layer(layer).state_dict())
+        plain = dict(inner_layer(layer).state_dict(keep_vars=True))
         if isinstance(layer, CurLinear) and not layer.foldable:
             raise UserMistake(
                 f"{name} has outputs that no weight gives, so it cannot be exported; change method.magnorm"
             )
         if isinstance(layer, CurLinear) and layer.beta is not None:
-            plain["bias"] = layer.shifted(plain.get("bias", torch.zeros_like(layer.weight[:, 0]))).detach()
+            with whole(layer.base):
+                plain["bias"] = layer.shifted(plain.get("bias", torch.zeros_like(layer.weight[:, 0]))).detach()
         state |= {f"{name}.{key}": tensor for key, tensor in plain.items()}
-    return state
+    # By identity, so that tied tensors stay tied.
+    found = {tensor: copied(tensor) if is_sharded(tensor) else tensor.detach() for tensor in state.values()}
+    return {name: found[tensor] for name, tensor in state.items()}
 
 
 def describe(model: Module) -> dict[str, Any]:
     """Counts of parameters: all, trainable."""
     return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "trainable": sum(tensor.numel() for tensor in trainable(model).values()),
+        "parameters": sum(entries(parameter) for parameter in model.parameters()),
+        "trainable": sum(entries(tensor) for tensor in trainable(model).values()),
     }

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from clbench.sharding import copied, whole
 from clbench.types import UserMistake
 
 Divisor = Callable[[Tensor, Tensor], Tensor]
@@ -197,10 +198,20 @@ class CurLinear(Module):
         """
         if into_history:
             self.core.history += product
-        elif self.weight.numel() == 0:
-            raise UserMistake("merging within a stage needs whole weights: engine.zero_stage 2 or less")
-        else:
+            return
+        with whole(self.base, writing=True):
             self.weight.copy_(self.effective_weight(product))
+
+    def saved_weight(self) -> Tensor:
+        """A copy of the frozen weight, [out, in], for a checkpoint, as `sharding.copied` gives it."""
+        copy = copied(self.base.weight)
+        return copy.t() if isinstance(self.base, Conv1D) else copy
+
+    @torch.no_grad()
+    def restore_weight(self, saved: Tensor) -> None:
+        """Puts back what `saved_weight` gave."""
+        with whole(self.base, writing=True):
+            self.weight.copy_(saved)
 
     def _restrained_change(self, x: Tensor, core: Tensor) -> Tensor:
         # As a difference from the frozen weight, so that a bfloat16 model does not round small updates away.
@@ -232,7 +243,11 @@ def inject(model: Module, *, targets: Sequence[str], make: Callable[[str, Module
             what = f"is a {', '.join(refused)}" if refused else "is in no layer's name"
             kinds = " or ".join(kind.__name__ for kind in ADAPTABLE)
             raise UserMistake(f"method.targets: {target!r} {what}; choose layers of type {kinds}: {', '.join(allowed)}")
-    layers = {name: make(name, names[name]) for name in names if any(name in found for found in chosen.values())}
+    layers = {}
+    for name in names:
+        if any(name in found for found in chosen.values()):
+            with whole(names[name]):
+                layers[name] = make(name, names[name])
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)

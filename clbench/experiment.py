@@ -108,6 +108,8 @@ def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
     scores = [*replay, *examined]
     tokens_scored = sum(run.world.gather(tokens))
     after_probes = time.perf_counter()
+    # On every rank: it may take all of them to read a weight.
+    state = run.method.state_dict()
     if run.ledger is None:
         return run.world.wait()
     run.ledger.append(scores)
@@ -131,7 +133,7 @@ def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
         joules=float("nan"),
     )
     run.ledger.append_cost(replace(cost, seconds_other=time.perf_counter() - after_probes))
-    whole = {"weights": trainable_state(run.model), "state": run.method.state_dict(), "moments": run.moments}
+    whole = {"weights": trainable_state(run.model), "state": state, "moments": run.moments}
     run.ledger.save(Checkpoint(stage=index, **whole))
     tracker.stage(index, name, scores, loss=trained.loss, seconds=time.perf_counter() - started)
     run.world.wait()

@@ -9,7 +9,7 @@ Plain LoRA only: where PEFT's update is not `scale * B A` (DoRA), `lora_pairs` r
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +20,7 @@ from torch.nn import Module
 from torch.nn import functional as F
 
 from clbench.adapters import seeded
+from clbench.sharding import stored, whole
 from clbench.types import UserMistake
 
 ADAPTER = "default"
@@ -38,8 +39,17 @@ class Pair:
 
     @property
     def weight(self) -> Tensor:
-        """The adapted layer's own weight [out, in], detached; in-place edits reach the model."""
+        """The adapted layer's own weight [out, in], detached; in-place edits reach the model. Ranks may hold slices of it: see `whole`."""
         return self.layer.get_base_layer().weight.detach()
+
+    @property
+    def stored(self) -> Tensor:
+        """What this process keeps of the weight: all of it or a flat slice; for keeping and putting back."""
+        return stored(self.layer.get_base_layer().weight)
+
+    def whole(self, *, writing: bool = False) -> AbstractContextManager[None]:
+        """The weight is whole inside; with `writing` what is written stays, the same on every rank."""
+        return whole(self.layer.get_base_layer(), writing=writing)
 
     def live(self) -> dict[str, Tensor]:
         """Both factors as they are, detached, by parameter name; in-place edits reach the model."""
@@ -82,7 +92,8 @@ def merge_and_restart(pairs: Sequence[Pair], *, seed: int, restart: int) -> None
     The fresh A is drawn as PEFT draws it, by a generator named by `restart`; the fresh B is zero.
     """
     for pair in pairs:
-        pair.weight.add_(pair.update(pair.live()))
+        with pair.whole(writing=True):
+            pair.weight.add_(pair.update(pair.live()))
     with seeded(seed, "adapter", restart):
         for pair in pairs:
             pair.layer.reset_lora_parameters(ADAPTER, init_lora_weights=True)
@@ -92,8 +103,9 @@ def merge_and_restart(pairs: Sequence[Pair], *, seed: int, restart: int) -> None
 def merge_stacks(pairs: Sequence[Pair], stacks: Mapping[str, Tensor]) -> None:
     """Adds stacked pairs to untouched weights, one after the other, so that resuming rounds as the first run did."""
     for pair in pairs:
-        for a, b in zip(stacks[pair.A].split(pair.rank, 0), stacks[pair.B].split(pair.rank, 1), strict=True):
-            pair.weight.add_(pair.update({pair.A: a, pair.B: b.contiguous()}))
+        with pair.whole(writing=True):
+            for a, b in zip(stacks[pair.A].split(pair.rank, 0), stacks[pair.B].split(pair.rank, 1), strict=True):
+                pair.weight.add_(pair.update({pair.A: a, pair.B: b.contiguous()}))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The five interfaces of clbench: Method, Task, Probe, Engine and its Shard. Everything concrete is a final class elsewhere.
 
 A method never meets DeepSpeed: it sees whole weights before and after a stage, and slices (`Engine.shards`) during it.
+With engine.shard_base those of the base model are slices at all times; `pairs`, `cur` and `sharding.whole` make one of them whole.
 Order of calls in one stage:
 
     begin_stage -> training_set -> per step: loss (once a micro-batch) -> correct_gradients -> step -> after_step

@@ -14,6 +14,7 @@ ROWS = (
         "packing",
         "data",
         "loss",
+        "sharding",
         "generation",
         "reading",
         "model",
