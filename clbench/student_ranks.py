@@ -1,7 +1,8 @@
 """A student of many processes: each rank answers its part of the requests, and every rank gets all answers.
 
 Probes run on every rank alike, in lock-step; what they ask for is dealt out here. Requests that share a context stay together, as a context is read
-once for all of them. Each rank holds whole weights. Not here: how a request is answered (`student`).
+once for all of them. Where ranks hold slices of the weights (`sharding`), one that has answered its part helps the others to gather theirs. Not here:
+how a request is answered (`student`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from clbench.data import Encoder
+from clbench.sharding import serve
 from clbench.student import Ids, Student
 from clbench.world import World
 
@@ -55,6 +57,7 @@ class RankStudent(Student):
             found = list(work(mine)) if mine else []
         finally:
             self._is_sharing = False
+        serve(self.model)
         together = {
             index: result
             for part, results in zip(parts, self.world.gather(found), strict=True)
