@@ -22,7 +22,9 @@ from clbench.ledger import Checkpoint, Ledger
 from clbench.manifest import data_contract, manifest
 from clbench.parts import make_method, make_probes, make_tasks
 from clbench.protocols import Method, Probe
+from clbench.sharding import is_sharded, start
 from clbench.stream import Stream, build_stream
+from clbench.types import UserMistake
 from clbench.world import World
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -69,17 +71,43 @@ def prepare(config: Config, *, command: str, world: World) -> Run:
     prepared = build(config, command=command, world=world)
     if world.is_first:
         world.wait()
+    if config.engine.shard_base:
+        prepared.model = sharded_model(config, prepared.method)
     return prepared
 
 
+def sharded_model(config: Config, method: Method) -> Module:
+    """The method's model, of whose base each rank holds a slice; all ranks load it together."""
+    from clbench.engine_deepspeed import born_sharded
+
+    dtype = DTYPES[config.engine.dtype]
+    with born_sharded(dtype, offload=config.engine.offload, extra=config.engine.deepspeed):
+        model, _ = instantiate(config.model).load(Path(config.cache_dir), dtype=dtype)
+        model = method.wrap(model.to(device=device_of(config), dtype=dtype))
+    if any(is_sharded(parameter) and parameter.requires_grad for parameter in model.parameters()):
+        raise UserMistake(
+            f"method={config.method['name']} trains the base model, which engine.shard_base=true keeps frozen; "
+            "choose a method with adapters, or engine.shard_base=false"
+        )
+    start(model)
+    return model
+
+
+def device_of(config: Config) -> torch.device:
+    """Where the model computes."""
+    has_gpu = torch.cuda.is_available()
+    return torch.device(("cuda" if has_gpu else "cpu") if config.engine.device == "auto" else config.engine.device)
+
+
 def build(config: Config, *, command: str, world: World) -> Run:
-    """As `prepare`, for one rank."""
+    """As `prepare`, for one rank; a model that is sharded is not there yet."""
     source = instantiate(config.model)
-    model, tokenizer = source.load(Path(config.cache_dir))
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.engine.device == "auto" else config.engine.device
-    )
-    model.to(device=device, dtype=DTYPES[config.engine.dtype])
+    method, model, device = make_method(config), Module(), device_of(config)
+    if config.engine.shard_base:
+        tokenizer = source.load_tokenizer(Path(config.cache_dir))
+    else:
+        model, tokenizer = source.load(Path(config.cache_dir))
+        model.to(device=device, dtype=DTYPES[config.engine.dtype])
     token_dirs = [Path(folder) / "tokens" for folder in (config.data_dir, config.cache_dir) if folder is not None]
     encoder = Encoder(tokenizer, max_length=config.train.max_length, device=device, token_dirs=token_dirs)
     tasks = make_tasks(config)
@@ -92,11 +120,10 @@ def build(config: Config, *, command: str, world: World) -> Run:
         ledger = Ledger(
             run_directory(config), manifest=manifest(config, stream, **named) | contract, resume=config.resume
         )
-    method = make_method(config)
     return Run(
         config=config,
         method=method,
-        model=method.wrap(model),
+        model=model if config.engine.shard_base else method.wrap(model),
         stream=stream,
         probes=probes,
         encoder=encoder,

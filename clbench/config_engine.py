@@ -44,13 +44,16 @@ OWNED_BY_US_IN_ZERO = (
 # What the engine does without changing a score.
 NO_IDENTITY_ENGINE = (
     *("name", "processes", "zero_stage", "threads", "deepspeed"),
-    *("offload", "activation_checkpointing", "compile"),
+    *("offload", "activation_checkpointing", "compile", "shard_base"),
 )
 
 
 @dataclass
 class EngineConfig:
-    """Where and in which precision to train. `deepspeed` holds further keys of DeepSpeed's own configuration; `offload` is one of OFFLOADS."""
+    """Where and in which precision to train. `deepspeed` holds further keys of DeepSpeed's own configuration; `offload` is one of OFFLOADS.
+
+    With `shard_base` no process ever holds the whole base model.
+    """
 
     name: str = "local"
     processes: int = 1
@@ -61,6 +64,7 @@ class EngineConfig:
     offload: str = "none"
     activation_checkpointing: bool = False
     compile: bool = False
+    shard_base: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
 
@@ -86,6 +90,11 @@ def check_engine(engine: EngineConfig) -> None:
         )
     if engine.compile and engine.name != "local":
         raise UserMistake(f"engine.compile=true with engine={engine.name} is not supported; choose engine=local")
+    if engine.shard_base and (engine.name == "local" or engine.zero_stage < 3 or engine.processes < 2):
+        raise UserMistake(
+            f"engine.shard_base=true with engine={engine.name}, engine.zero_stage={engine.zero_stage}, engine.processes={engine.processes}: "
+            "it needs engine=deepspeed, engine.zero_stage=3 and at least 2 processes"
+        )
     zero = engine.deepspeed.get("zero_optimization", {})
     owned = [key for key in engine.deepspeed if key in OWNED_BY_US]
     owned += [f"zero_optimization.{key}" for key in zero if key in OWNED_BY_US_IN_ZERO]

@@ -12,7 +12,7 @@ import gc
 import importlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -20,11 +20,14 @@ import deepspeed
 import torch
 from deepspeed import comm
 from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch import Tensor
-from torch.nn import Module, ParameterList
+from torch.nn import Module, Parameter, ParameterList
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
+from clbench import sharding
 from clbench.adapters import trainable
 from clbench.config_engine import MESSAGE
 from clbench.cur import CurLinear
@@ -96,6 +99,20 @@ def settings(*, zero_stage: int, clip: float, bucket: int, offload: str, extra: 
     }
 
 
+@contextmanager
+def born_sharded(dtype: torch.dtype, *, offload: str, extra: Mapping[str, Any]) -> Iterator[None]:
+    """A model of transformers that is loaded inside, in `dtype`, is slices from the start; the first rank alone reads the files. A collective."""
+    config = settings(zero_stage=3, clip=0.0, bucket=MESSAGE, offload=offload, extra=extra)
+    # transformers and PEFT look for it in a weak reference.
+    held = HfDeepSpeedConfig(config | {"bf16": {"enabled": dtype == torch.bfloat16}})
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        torch.nn.functional.linear = LINEAR
+        del held
+
+
 class DeepSpeedEngine(Engine):
     """Many processes. `clip` bounds the global gradient norm, 0 switches it off; `extra` are further keys of DeepSpeed's configuration.
 
@@ -122,6 +139,7 @@ class DeepSpeedEngine(Engine):
         assert {tensor.dtype for tensor in self._parameters.values()} == {torch.float32}, (
             "trainable tensors are float32"
         )
+        sharding.stop(model)
         self._known = attributes(model)
         sizes = [tensor.numel() for tensor in self._parameters.values()]
         bucket = max(*sizes, min(sum(sizes), MESSAGE))
@@ -136,6 +154,8 @@ class DeepSpeedEngine(Engine):
                 whole = {key: moments[f"{key}/{name}"] for key in ("step", *AVERAGES)}
                 self._storage.set_moments(parameter, whole)
         if zero_stage == 3:
+            # Set where DeepSpeed makes slices, which those of the base may have been before.
+            torch.nn.functional.linear = zero3_linear_wrap
             for layer in model.modules():
                 if isinstance(layer, CurLinear):
                     deepspeed.zero.register_external_parameter(layer, layer.base.weight)
@@ -209,18 +229,21 @@ class DeepSpeedEngine(Engine):
         return found
 
     def gathered(self) -> AbstractContextManager:
-        """A collective for every weight at stage 3."""
+        """A collective for every weight at stage 3, but for those that are slices between stages, too."""
         if self._zero_stage < 3:
             return nullcontext()
-        return deepspeed.zero.GatheredParameters(list(self.model.parameters()))
+        return deepspeed.zero.GatheredParameters([p for p in self.model.parameters() if not self._stays_sharded(p)])
 
     def close(self) -> None:
-        """Gathers the weights, releases DeepSpeed's engine and takes back all that it attached to the model."""
+        """Gathers the weights that were whole, releases DeepSpeed's engine and takes back all that it attached to the model."""
         self.clear()
         whole = {}
         for parameter in self.model.parameters():
             if self._zero_stage == 3:
                 release(parameter)
+            if self._stays_sharded(parameter):
+                continue
+            if self._zero_stage == 3:
                 parameter.all_gather()
             if self._zero_stage == 3 or parameter.requires_grad:
                 whole[parameter] = parameter.data.clone()
@@ -232,6 +255,11 @@ class DeepSpeedEngine(Engine):
         torch.nn.functional.linear = LINEAR
         del self._engine, self._storage, self._schedule
         gc.collect()
+        sharding.start(self.model)
+
+    def _stays_sharded(self, parameter: Parameter) -> bool:
+        """Whether it was slices before the engine was opened."""
+        return "ds_tensor" in self._known[parameter]
 
     def _reduce(self) -> None:
         """Completes the gradients: adds the ranks' parts."""

@@ -68,9 +68,11 @@ class Pretrained:
         """SHA-256, in hexadecimal, of the name and revision."""
         return sha256(["pretrained", self.name, self.revision])
 
-    def load(self, cache_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-        """The model in float32 on the CPU, in eval mode, and its tokenizer; a download is kept under `cache_dir`."""
-        return load(self.name, revision=self.revision, cache_dir=cache_dir / "hub")
+    def load(
+        self, cache_dir: Path, *, dtype: torch.dtype = torch.float32
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        """The model in `dtype` on the CPU, in eval mode, and its tokenizer; a download is kept under `cache_dir`."""
+        return load(self.name, revision=self.revision, cache_dir=cache_dir / "hub", dtype=dtype)
 
     def configuration(self, cache_dir: Path) -> PretrainedConfig:
         """The model's configuration, from `architecture` alone."""
@@ -124,8 +126,10 @@ class Recipe:
         """SHA-256, in hexadecimal, of the settings."""
         return sha256([self.settings()])
 
-    def load(self, cache_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-        """The model in float32 on the CPU, in eval mode, and its tokenizer; pretrains them where `cache_dir` lacks them."""
+    def load(
+        self, cache_dir: Path, *, dtype: torch.dtype = torch.float32
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        """The model in `dtype` on the CPU, in eval mode, and its tokenizer; pretrains them where `cache_dir` lacks them."""
         folder = cache_dir / "models" / f"{self.label}-{self.fingerprint()[:12]}"
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Of several processes that need the same model one makes it, the others wait for it.
@@ -139,7 +143,7 @@ class Recipe:
                     os.rename(made, folder)
         if self.note:
             log.warning("%s: %s", self.label, self.note)
-        return load(str(folder), revision=None, cache_dir=None)
+        return load(str(folder), revision=None, cache_dir=None, dtype=dtype)
 
     def configuration(self, cache_dir: Path) -> PretrainedConfig:
         """The model's configuration; pretrains the model where `cache_dir` lacks it."""
@@ -184,11 +188,13 @@ def sha256(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def load(name: str, *, revision: str | None, cache_dir: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def load(
+    name: str, *, revision: str | None, cache_dir: Path | None, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Model and tokenizer of a folder or hub id."""
     tokenizer = load_tokenizer(name, revision=revision, cache_dir=cache_dir)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, cache_dir=cache_dir, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, cache_dir=cache_dir, dtype=dtype)
     except OSError as error:
         raise not_loaded(name, error) from error
     return model.eval(), tokenizer
