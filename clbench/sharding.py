@@ -12,7 +12,7 @@ and one that is done helps on until all are (`serve`). It is the gathers that ar
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -41,25 +41,28 @@ def stored(parameter: Tensor) -> Tensor:
     return parameter.ds_tensor if is_sharded(parameter) else parameter.detach()
 
 
-@contextmanager
-def whole(layer: Module, *, writing: bool = False) -> Iterator[None]:
+def whole(layer: Module, *, writing: bool = False) -> AbstractContextManager[None]:
     """The layer's own weights are whole inside; a collective where they are slices. With `writing` the ranks keep what they wrote, each the same."""
-    parameters = sharded(layer.parameters(recurse=False))
-    gather(parameters)
-    try:
-        yield
-    finally:
-        release(parameters, writing=writing)
+    return gathered(layer.parameters(recurse=False), writing=writing)
 
 
 def copied(parameter: Tensor) -> Tensor:
     """A copy on the CPU; of slices the first rank alone gets one, the others a tensor without storage. A collective where they are slices."""
     if not is_sharded(parameter):
         return parameter.detach().to("cpu", copy=True)
-    gather([parameter])
-    copy = parameter.detach().to("cpu" if is_first() else "meta", copy=True)
-    release([parameter])
-    return copy
+    with gathered([parameter]):
+        return parameter.detach().to("cpu" if is_first() else "meta", copy=True)
+
+
+@contextmanager
+def gathered(parameters: Iterable[Parameter], *, writing: bool = False) -> Iterator[None]:
+    """As `whole`. What an engine has gathered already stays as it is."""
+    slices = [parameter for parameter in sharded(parameters) if not parameter.numel()]
+    gather(slices)
+    try:
+        yield
+    finally:
+        release(slices, writing=writing)
 
 
 def is_first() -> bool:

@@ -46,14 +46,15 @@ def two(stage: int = 2) -> list[str]:
 class Pair:
     """Two ranks that answer questions one by one, as most of their time goes into starting. A question that fails ends them; the next begins anew."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, script: str = "ranks.py") -> None:
         self.folder = folder
+        self.script = script
         self.processes: list[subprocess.Popen] = []
         self.asked = 0
         self.answers: dict[str, dict] = {}
 
     def ask(self, function: str, *arguments: str | float) -> dict:
-        """What `ranks.<function>(*arguments)` gives on the first of two ranks."""
+        """What the script's `<function>(*arguments)` gives on the first of two ranks."""
         question = json.dumps([function, *arguments])
         if question not in self.answers:
             self.answers[question] = self._answer(function, *arguments)
@@ -62,7 +63,7 @@ class Pair:
     def _answer(self, function: str, *arguments: str | float) -> dict:
         if not self.processes:
             self.processes = start_ranks(
-                [sys.executable, str(ROOT / "tests" / "ranks.py"), str(self.folder)], self.folder
+                [sys.executable, str(ROOT / "tests" / self.script), str(self.folder)], self.folder
             )
         self.asked += 1
         answer = self.folder / f"{self.asked}.pt"

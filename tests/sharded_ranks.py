@@ -1,0 +1,207 @@
+"""What the ranks of tests/test_sharded_base.py do, as those of tests/ranks.py: one by one they answer questions about a base model in slices.
+
+The same functions answer in the test's own process, where weights are whole.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from hydra.utils import instantiate  # noqa: E402
+from torch import distributed  # noqa: E402
+from torch.nn import Module, Parameter  # noqa: E402
+
+from clbench import build, cli, experiment, sharding, student_ranks  # noqa: E402
+from clbench.adapters import describe, export, folded, trainable  # noqa: E402
+from clbench.config import Config  # noqa: E402
+from clbench.data import Encoder  # noqa: E402
+from clbench.parts import make_method  # noqa: E402
+from clbench.student import Student  # noqa: E402
+from clbench.student_ranks import RankStudent  # noqa: E402
+from clbench.types import UserMistake  # noqa: E402
+from clbench.world import World  # noqa: E402
+from tests import ranks  # noqa: E402
+from tests.ranks import run  # noqa: E402
+
+VIEWS = {"log_likelihoods": 7, "generate": 5, "next_log_probs": 3}
+"""How many requests of each kind the students are asked."""
+
+
+def wrapped(config: Config) -> tuple[Module, Encoder]:
+    """The method's model, in slices where the configuration says so, and its encoder."""
+    source, method = instantiate(config.model), make_method(config)
+    encoder = Encoder(source.load_tokenizer(Path(config.cache_dir)), max_length=config.train.max_length)
+    if config.engine.shard_base:
+        return build.sharded_model(config, method), encoder
+    model, _ = source.load(Path(config.cache_dir))
+    return method.wrap(model.to(build.DTYPES[config.engine.dtype])), encoder
+
+
+def stirred(model: Module) -> Module:
+    """`model`, its adapters no longer without effect."""
+    with torch.no_grad():
+        for number, parameter in enumerate(trainable(model).values()):
+            entries = torch.arange(parameter.numel(), dtype=torch.float32).view(parameter.shape)
+            parameter.copy_(0.02 * torch.sin(entries + number))
+    return model.eval()
+
+
+# --- what is held, and when -------------------------------------------------------------------------------------------------
+
+
+def base_of(model: Module) -> dict[str, Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
+def holding(model: Module) -> dict[str, int]:
+    """Entries of the base that this rank holds: of its slices, and whole."""
+    base = base_of(model).values()
+    return {
+        "slices": sum(parameter.ds_tensor.numel() for parameter in base),
+        "whole": sum(parameter.numel() for parameter in base),
+    }
+
+
+def held(*overrides: str) -> dict[str, object]:
+    """A whole run that is watched: what each rank holds at every turn of an examination, before and after one, and before a stage."""
+    moments: dict[str, list[dict[str, int]]] = {"examining": [], "between": [], "before a stage": []}
+    sizes: dict[str, int] = {}
+    prepare, examine, train, turn = build.prepare, experiment.examine, experiment.train, sharding.LockStep.turn
+    adapters: list[int] = []
+
+    def noted_prepare(*arguments: object, **named: object) -> experiment.Run:
+        made = prepare(*arguments, **named)
+        sizes.update(
+            base=sum(parameter.ds_numel for parameter in base_of(made.model).values()),
+            padding=len(base_of(made.model)),
+            unit=max(sum(p.ds_numel for p in sharding.sharded(u.parameters())) for u in lock_step(made.model).units),
+            units=len(lock_step(made.model).units),
+            counted=describe(made.model)["parameters"] - describe(made.model)["trainable"],
+        )
+        moments["between"].append(holding(made.model))
+        moments["model"] = made.model
+        return made
+
+    def noted_turn(self: sharding.LockStep, wanted: int) -> int:
+        found = turn(self, wanted)
+        moments["examining"].append(holding(moments["model"]))
+        return found
+
+    def noted_examine(made: experiment.Run, index: int) -> tuple[list, int]:
+        moments["between"].append(holding(made.model))
+        adapters.append(sum(parameter.numel() for parameter in trainable(made.model).values()))
+        found = examine(made, index)
+        moments["between"].append(holding(made.model))
+        return found
+
+    def noted_train(made: experiment.Run, *arguments: object) -> object:
+        moments["before a stage"].append(holding(made.model))
+        return train(made, *arguments)
+
+    with (
+        patch.object(experiment, "prepare", noted_prepare),
+        patch.object(experiment, "examine", noted_examine),
+        patch.object(experiment, "train", noted_train),
+        patch.object(sharding.LockStep, "turn", noted_turn),
+    ):
+        found = run(*overrides)
+    del moments["model"]
+    return found | {"moments": ranks.from_all(moments), "sizes": sizes, "adapters": adapters}
+
+
+def lock_step(model: Module) -> sharding.LockStep:
+    return sharding._in_step[sharding.causal_lm(model)]
+
+
+# --- ranks with different work ----------------------------------------------------------------------------------------------
+
+
+def answers(shares: Sequence[Sequence[int]], *overrides: str) -> dict[str, object]:
+    """A student's answers where rank r takes the requests of `shares[r]` (one process takes all), and the gathers of each rank."""
+    config = cli.compose(list(overrides))
+    model, encoder = wrapped(config)
+    stirred(model)
+    many = distributed.is_initialized()
+    world = World(rank=distributed.get_rank(), size=2) if many else World()
+    turns: list[int] = []
+    turn = sharding.LockStep.turn
+
+    def counted(self: sharding.LockStep, wanted: int) -> int:
+        turns.append(turn(self, wanted))
+        return turns[-1]
+
+    def as_told(keys: Sequence[tuple[int, ...]], *, size: int) -> list[list[int]]:
+        return [[index for index in share if index < len(keys)] for share in shares]
+
+    found: dict[str, object] = {}
+    with (
+        folded(model),
+        patch.object(sharding.LockStep, "turn", counted),
+        patch.object(student_ranks, "dealt", as_told),
+    ):
+        student = RankStudent(model, encoder, world=world) if many else Student(model, encoder)
+        student.tokens_per_batch = 40
+        for name, asked in requests(len(encoder.tokenizer)).items():
+            found[name] = getattr(student, name)(asked, **({"max_new_tokens": 9} if name == "generate" else {}))
+    taken = ranks.from_all([number for number in turns if number >= 0])
+    # Outside of a share all ranks make the same calls.
+    with torch.no_grad():
+        found["alike"] = model(input_ids=torch.arange(5, 12)[None]).logits
+    return {"found": found, "gathers": taken, "counted": describe(model)}
+
+
+def requests(vocabulary: int) -> dict[str, list]:
+    """Requests of each kind, of different lengths."""
+
+    def ids(count: int, seed: int) -> tuple[int, ...]:
+        return tuple((7 * place * place + 13 * seed + 4) % (vocabulary - 4) + 4 for place in range(count))
+
+    return {
+        "log_likelihoods": [(ids(3 + 5 * n, n), ids(1 + n, n + 50)) for n in range(VIEWS["log_likelihoods"])],
+        "generate": [ids(2 + 7 * n, n) for n in range(VIEWS["generate"])],
+        "next_log_probs": [ids(4 + n, n) for n in range(VIEWS["next_log_probs"])],
+    }
+
+
+# --- weights ------------------------------------------------------------------------------------------------------------------
+
+
+def loaded(*overrides: str) -> dict[str, object]:
+    """Every weight and buffer of the method's model, whole."""
+    model, _ = wrapped(cli.compose(list(overrides)))
+    parameters = {name: sharding.copied(parameter) for name, parameter in model.named_parameters()}
+    with folded(stirred(model)):
+        merged = {name: sharding.copied(parameter) for name, parameter in base_of(model).items()}
+    again = {name: sharding.copied(parameter) for name, parameter in base_of(model).items()}
+    linear = torch.nn.functional.linear is torch._C._nn.linear
+    return {
+        "parameters": parameters,
+        "merged": merged,
+        "again": again,
+        "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
+        "linear": linear,
+    }
+
+
+def exported(folder: str, *overrides: str) -> dict[str, object]:
+    """Exports the model with its adapters stirred."""
+    model, _ = wrapped(cli.compose(list(overrides)))
+    export(stirred(model), Path(folder))
+    return {"ranks": ranks.from_all(True)}
+
+
+def refused(*overrides: str) -> dict[str, object]:
+    """The mistake that a run is told."""
+    try:
+        run(*overrides)
+    except UserMistake as mistake:
+        return {"mistake": str(mistake)}
+    return {}
+
+
+if __name__ == "__main__":
+    ranks.main(Path(sys.argv[1]), (held, answers, loaded, exported, refused, run))
