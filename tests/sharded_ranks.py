@@ -14,6 +14,7 @@ import torch  # noqa: E402
 from hydra.utils import instantiate  # noqa: E402
 from torch import distributed  # noqa: E402
 from torch.nn import Module, Parameter  # noqa: E402
+from transformers import modeling_utils  # noqa: E402
 
 from clbench import build, cli, experiment, sharding, student_ranks  # noqa: E402
 from clbench.adapters import describe, export, folded, trainable  # noqa: E402
@@ -171,8 +172,16 @@ def requests(vocabulary: int) -> dict[str, list]:
 
 
 def loaded(*overrides: str) -> dict[str, object]:
-    """Every weight and buffer of the method's model, whole."""
-    model, _ = wrapped(cli.compose(list(overrides)))
+    """Every weight and buffer of the method's model, whole; what each rank held whole when it began to read them and of how many it made copies."""
+    holds: list[int] = []
+    read = modeling_utils._load_state_dict_into_zero3_model
+
+    def noted_read(model: Module, *arguments: object) -> object:
+        holds.append(sum(parameter.numel() for parameter in model.parameters()))
+        return read(model, *arguments)
+
+    with patch.object(modeling_utils, "_load_state_dict_into_zero3_model", noted_read):
+        model, _ = wrapped(cli.compose(list(overrides)))
     parameters = {name: sharding.copied(parameter) for name, parameter in model.named_parameters()}
     with folded(stirred(model)):
         merged = {name: sharding.copied(parameter) for name, parameter in base_of(model).items()}
@@ -184,6 +193,8 @@ def loaded(*overrides: str) -> dict[str, object]:
         "again": again,
         "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
         "linear": linear,
+        "held when read": ranks.from_all(holds),
+        "copies": ranks.from_all(sum(not copy.is_meta for copy in again.values())),
     }
 
 

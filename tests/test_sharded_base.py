@@ -184,6 +184,7 @@ def test_weights_are_loaded_and_folded_to_the_last_bit(pair, cache_dir, method, 
             assert found[part][name].dtype == value.dtype and torch.equal(found[part][name], value), (part, name)
     assert distance(found["merged"], found["again"]) > 0
     assert found["linear"]
+    assert found["held when read"] == [[0], [0]] and found["copies"] == [len(expected["again"]), 0]
 
 
 @pytest.mark.slow
