@@ -47,6 +47,11 @@ def local(footprint: Footprint) -> Memory:
     )
 
 
+def examined_in_slices(footprint: Footprint, *, processes: int, unit: int) -> int:
+    """Bytes of one rank in an examination, at most, where the base stays in slices (engine.shard_base), `unit` bytes of it gathered at once."""
+    return footprint.examination - footprint.frozen + -(-footprint.frozen // processes) + unit
+
+
 def sharded(footprint: Footprint, *, zero_stage: int, processes: int) -> Memory:
     """One rank of `processes`, on a ZeRO stage. A method's own tensors are whole on every rank.
 

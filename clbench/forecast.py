@@ -30,11 +30,12 @@ from clbench.estimate import (
     meta_model,
     training_operations,
 )
-from clbench.footprint import local, sharded
+from clbench.footprint import examined_in_slices, local, sharded
 from clbench.meta import META, Shapes
 from clbench.model import Pretrained
 from clbench.parts import make_method, make_probes
 from clbench.protocols import Method, Task
+from clbench.sharding import units
 from clbench.stream import build_stream
 from clbench.types import UserMistake
 
@@ -61,7 +62,8 @@ def forecast(
     counts = describe(model)
     tokens, reason = tokens_of(config, tasks, source, method=method, model=model)
     footprint = footprint_of(config, architecture, tokens, terms)
-    yield memory_table(config, footprint, tokens, terms)
+    unit = max(describe(part)["parameters"] for part in units(plain))
+    yield memory_table(config, footprint, tokens, terms, unit=unit)
     yield work_table(tokens, counts, terms)
     yield assumptions(tokens, reason, terms)
     yield disk_line(footprint, tokens, describe(plain)["parameters"], is_download=isinstance(source, Pretrained))
@@ -130,8 +132,11 @@ def footprint_of(config: Config, architecture: Any, tokens: Tokens, terms: Terms
     return dry.run(stages=len(tokens.trained))
 
 
-def memory_table(config: Config, footprint: Footprint, tokens: Tokens, terms: Terms) -> Table:
-    """Memory of one GPU: in training, on every ZeRO stage, and in examination, where every rank reads whole weights."""
+def memory_table(config: Config, footprint: Footprint, tokens: Tokens, terms: Terms, *, unit: int) -> Table:
+    """Memory of one GPU: in training, on every ZeRO stage, and in examination, with whole weights unless the base is sharded.
+
+    `unit`: parameters that are then gathered at once.
+    """
     rows = {f"ZeRO {stage}": sharded(footprint, zero_stage=stage, processes=terms.processes) for stage in range(4)}
     if terms.processes == 1:
         rows = {"local": local(footprint)} | rows
@@ -142,6 +147,9 @@ def memory_table(config: Config, footprint: Footprint, tokens: Tokens, terms: Te
         f"{tokens.answer_length} of them answer"
     )
     examination = {"total": footprint.examination}
+    if config.engine.shard_base:
+        gathered = unit * footprint.entry
+        examination = {"total": examined_in_slices(footprint, processes=terms.processes, unit=gathered)}
     columns = {name: vars(memory) | {"total": memory.total} for name, memory in rows.items()} | {
         "examination": examination
     }

@@ -96,6 +96,7 @@ class LockStep:
 
     def __init__(self, model: Module) -> None:
         self.units = list(units(causal_lm(model)))
+        self.device = next(model.parameters()).device
         self.handles: list[RemovableHandle] = []
 
     def start(self) -> None:
@@ -121,8 +122,7 @@ class LockStep:
 
     def turn(self, wanted: int) -> int:
         """Gathers, with all ranks, the unit furthest along that one of them waits for, and keeps it if it is `wanted`; gives its number."""
-        parameters = sharded(self.units[0].parameters())
-        told = torch.tensor(wanted, device=parameters[0].device)
+        told = torch.tensor(wanted, device=self.device)
         distributed.all_reduce(told, op=distributed.ReduceOp.MAX)
         number = int(told)
         if number != NONE:
@@ -133,9 +133,9 @@ class LockStep:
 
 
 def units(module: Module) -> Iterator[Module]:
-    """What is gathered at once, in the order of a forward: members of lists of modules, and whatever else has slices of its own."""
+    """What is gathered at once, in the order of a forward: members of lists of modules, and whatever else has weights of its own."""
     for child in module.children():
-        if isinstance(module, ModuleList) or sharded(child.parameters(recurse=False)):
+        if isinstance(module, ModuleList) or list(child.parameters(recurse=False)):
             yield child
         else:
             yield from units(child)
