@@ -59,7 +59,7 @@ def set_up_torch(config: Config) -> None:
         os.environ.setdefault(
             "DS_ACCELERATOR", "cpu"
         )  # transformers asks deepspeed, which warns when it has to find out for itself
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch.distributed")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
