@@ -152,7 +152,8 @@ def answers(shares: Sequence[Sequence[int]], *overrides: str) -> dict[str, objec
     # Outside of a share all ranks make the same calls.
     with torch.no_grad():
         found["alike"] = model(input_ids=torch.arange(5, 12)[None]).logits
-    return {"found": found, "gathers": taken, "counted": describe(model)}
+    left = [name for name, parameter in model.named_parameters() if parameter.is_inference() or parameter.grad_fn]
+    return {"found": found, "gathers": taken, "counted": describe(model), "not to be trained on": left}
 
 
 def requests(vocabulary: int) -> dict[str, list]:
