@@ -148,11 +148,11 @@ def answers(shares: Sequence[Sequence[int]], *overrides: str) -> dict[str, objec
         student.tokens_per_batch = 40
         for name, asked in requests(len(encoder.tokenizer)).items():
             found[name] = getattr(student, name)(asked, **({"max_new_tokens": 9} if name == "generate" else {}))
+        left = [name for name, parameter in model.named_parameters() if parameter.is_inference()]
     taken = ranks.from_all([number for number in turns if number >= 0])
     # Outside of a share all ranks make the same calls.
     with torch.no_grad():
         found["alike"] = model(input_ids=torch.arange(5, 12)[None]).logits
-    left = [name for name, parameter in model.named_parameters() if parameter.is_inference() or parameter.grad_fn]
     return {"found": found, "gathers": taken, "counted": describe(model), "not to be trained on": left}
 
 
