@@ -54,6 +54,7 @@ CASES = {
     "clora": ("method=clora",),
     "curlora": ("method=curlora",),
     "secura": ("method=secura",),
+    "secura_release": ("method=secura_release",),
     "seq_merge": ("method=seq_merge",),
     "olora": ("method=olora",),
     "l2": ("method=l2",),
