@@ -32,11 +32,10 @@ from torch import Tensor
 from torch.nn import Module
 
 from clbench.adapters import Lora
-from clbench.batches import IGNORED
 from clbench.data import generator
 from clbench.loss import answer_loss
 from clbench.protocols import Engine, Method
-from clbench.types import Batch, Example, Stage
+from clbench.types import IGNORED, Batch, Example, Stage
 
 
 def combine(importance: Tensor, centre: Tensor, fisher: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor, Tensor]:

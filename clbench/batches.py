@@ -13,10 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from clbench.types import Batch
+from clbench.types import IGNORED, Batch
 
-IGNORED = -100
-"""Label of a position that is not part of an answer (the value that torch's cross-entropy skips)."""
 FORWARD = 128
 """What one more forward costs beside its tokens, in tokens: fewer of padding than that do not pay for it (measured)."""
 

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
 
-from clbench.batches import IGNORED
-from clbench.types import Batch
+from clbench.types import IGNORED, Batch
 
 LOGITS = 2**23
 """Most logits in memory at a time on the CPU (32 MiB in float32)."""

@@ -59,6 +59,10 @@ class Source:
     after: bool = False
 
 
+IGNORED = -100
+"""Label of a position that is not part of an answer (the value that torch's cross-entropy skips)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """Encoded rows of a micro-batch, right-padded.

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from clbench.batches import FORWARD, IGNORED, cheapest_bounds
+from clbench.batches import FORWARD, cheapest_bounds
 from clbench.data import (
     DatasetSpec,
     Encoder,
@@ -20,7 +20,7 @@ from clbench.data import (
 )
 from clbench.memory import Memory
 from clbench.model import bpe_tokenizer, word_tokenizer
-from clbench.types import Example, Source, UserMistake
+from clbench.types import IGNORED, Example, Source, UserMistake
 
 
 class Words:

@@ -12,6 +12,8 @@ ROWS = (
     {
         "world",
         "packing",
+        "batches",
+        "tokens",
         "data",
         "loss",
         "sharding",

@@ -7,11 +7,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from clbench import loss
-from clbench.batches import IGNORED
 from clbench.data import Encoder
 from clbench.loss import answer_loss
 from clbench.student import Student
-from clbench.types import Example
+from clbench.types import IGNORED, Example
 from tests.test_data import Words
 
 VOCABULARY = 40
