@@ -70,7 +70,7 @@ class Divergence(TextProbe):
         All tokens of the texts in a row are cut into `positions` equal spans, and each span's middle token is chosen; all where there are fewer.
         """
         bos = student.encoder.tokenizer.bos_token_id
-        texts = [tuple(student.encoder.text(text)) for text in self.texts]
+        texts = [student.encoder.prompt(text)[1:] for text in self.texts]
         places = [(ids, index) for ids in texts for index in range(len(ids))]
         count = min(self.positions, len(places))
         chosen = [places[(2 * k + 1) * len(places) // (2 * count)] for k in range(count)]
