@@ -18,6 +18,7 @@ from torch import Tensor, distributed
 from torch.nn import Parameter
 
 from clbench.optim import AVERAGES
+from clbench.sharding import is_sharded
 
 Span = tuple[int, int]
 """First and last + 1 of the entries of a flattened tensor."""
@@ -255,7 +256,7 @@ def equal_part(length: int) -> Span:
 
 def assembled(part: Tensor | None, span: Span, like: Parameter) -> Tensor:
     """The whole tensor, of `like`'s shape, from every rank's part of it at `span`; a collective. Adding zeros is exact."""
-    shape = getattr(like, "ds_shape", like.shape)
+    shape = like.ds_shape if is_sharded(like) else like.shape
     whole = torch.zeros(shape.numel(), dtype=torch.float32, device=like.device)
     if part is not None:
         whole[span[0] : span[1]] = part.reshape(-1)

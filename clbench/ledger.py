@@ -186,9 +186,11 @@ def _write(path: Path, checkpoint: Checkpoint) -> None:
         for name, value in values.items()
         if isinstance(value, torch.Tensor)
     }
-    facts = {key: str(getattr(checkpoint, key)) for key in ("stage", "step", "seconds")}
+    facts = {"stage": checkpoint.stage, "step": checkpoint.step, "seconds": checkpoint.seconds}
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={**facts, "state": json.dumps(plain)})
+    save_file(
+        tensors, temporary, metadata={key: str(value) for key, value in facts.items()} | {"state": json.dumps(plain)}
+    )
     _fsync(temporary)
     temporary.replace(path)
 

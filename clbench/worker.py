@@ -91,6 +91,7 @@ def main() -> None:
     die_with_parent()
 
     def report(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+        """Writes what ended this rank where the parent looks for it."""
         is_mistake = issubclass(kind, UserMistake)
         text = str(value) if is_mistake else "".join(traceback.format_exception(kind, value, trace))
         error.write_text(json.dumps({"time": time.time(), "is_mistake": is_mistake, "text": text}))
