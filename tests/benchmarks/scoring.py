@@ -23,7 +23,9 @@ SHAPES = {
 }
 """Items, tokens of the shared few-shot examples, tokens of a question (from, to), tokens of each of four options (from, to)."""
 VOCABULARIES = {512: ">= 4 (geometric mean)", 32_000: ">= 8 (geometric mean)", 128_000: "-"}
-BATCH_SIZES = (8, 32)
+BATCH_SIZES = {512: (8, 32), 32_000: (8, 32), 128_000: (8,)}
+"""Rows of a forward of the peer. Its logits of 32 rows over the largest vocabulary, twice, would take 21 GB."""
+REPETITIONS = {512: 3, 32_000: 3, 128_000: 2}
 
 
 def requests(shape: tuple[int, int, tuple[int, int], tuple[int, int]], vocabulary: int) -> list[tuple[Ids, Ids]]:
@@ -67,7 +69,7 @@ def run() -> Iterator[Figure]:
             f"lm-eval HFLM, batch {size}": HFLM(
                 pretrained=model, tokenizer=tokenizer, batch_size=size, max_length=2048, device="cpu"
             )
-            for size in BATCH_SIZES
+            for size in BATCH_SIZES[vocabulary]
         }
         ratios = []
         for name, shape in SHAPES.items():
@@ -80,7 +82,7 @@ def run() -> Iterator[Figure]:
                     for label, peer in peers.items()
                 },
                 same=equal,
-                repetitions=3,
+                repetitions=REPETITIONS[vocabulary],
             )
             found = figure(
                 "scoring", f"{name}, vocabulary {vocabulary}", raced=raced, wanted=">= 2", unit="CPU seconds"
