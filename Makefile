@@ -12,7 +12,7 @@ SEEDS ?= 0
 JOBS ?= 2
 LAUNCH := hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
 
-.PHONY: help setup run tune reference test test-slow test-gpu bench report leaderboard check format clean
+.PHONY: help setup run tune reference test test-slow test-learnability test-gpu bench report leaderboard check format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -41,10 +41,13 @@ reference: setup ## the whole field, bounds and baselines included, three seeds
 	$(PY) -m clbench -m method=$(FIELD) seed=0,1,2 results_dir=$(RESULTS)/reference tracking.progress=false $(LAUNCH)
 
 test: setup ## the tests that a change must pass
-	$(PY) -m pytest -m "not slow and not gpu"
+	$(PY) -m pytest -m "not slow and not gpu and not learnability"
 
-test-slow: setup ## tests that take minutes
+test-slow: setup ## tests that take minutes: many processes, compiled layers
 	$(PY) -m pytest -m "slow and not gpu"
+
+test-learnability: setup ## that every task of the embedded stream can be learned; its last run is in CHANGELOG.md
+	$(PY) -m pytest -m learnability -rA
 
 test-gpu: setup ## what needs a CUDA device; skipped, and says so, where there is none
 	$(PY) -m pytest -m gpu -s -rs

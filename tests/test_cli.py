@@ -1,8 +1,8 @@
 """What a user sees on the command line: help at once, mistakes in one line with exit code 2."""
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,11 +16,17 @@ def clbench(*arguments: str, module: str = "clbench", cwd: Path = ROOT) -> subpr
     )
 
 
+def computing_seconds() -> float:
+    """What ended child processes computed; unlike the time that passed, the same beside other work."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def test_help_answers_in_two_seconds_and_lists_the_groups():
-    started = time.monotonic()
+    before = computing_seconds()
     answer = clbench("--help")
     assert answer.returncode == 0
-    assert time.monotonic() - started < 2.0
+    assert computing_seconds() - before < 2.0
     for group in ("method", "stream", "task", "model", "probe", "engine", "train", "tracking"):
         assert f"{group}:" in answer.stdout
 

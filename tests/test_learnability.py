@@ -1,4 +1,4 @@
-"""Every task of the embedded stream can be learned: the bound that its scores are read against. Minutes, so slow."""
+"""Every task of the embedded stream can be learned: the bound that its scores are read against. Minutes, so apart: make test-learnability."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from clbench import experiment
 from clbench.cli import compose
 
 
-@pytest.mark.slow
+@pytest.mark.learnability
 def test_every_task_is_learned_alone_to_nine_tenths(tmp_path, cache_dir):
     path = experiment.run(
         compose(["method=single", f"results_dir={tmp_path}", f"cache_dir={cache_dir}", "tracking.progress=false"])
