@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from clbench.last_layer import filled
 from clbench.types import IGNORED, Batch
 
 FORWARD = 128
@@ -74,6 +75,8 @@ def collated(rows: Sequence[Drawn], *, pad: int, device: torch.device, source_to
         input_ids[index, :end] = encoded.ids
         attention_mask[index, :end] = 1
         labels[index, start:end] = encoded.ids[start:]
+    rows_N, places_N = np.nonzero(labels[:, 1:] != IGNORED)
+    read, answers = filled(rows_N, places_N, rows=len(rows))
     return Batch(
         input_ids=torch.from_numpy(input_ids).to(device),
         attention_mask=torch.from_numpy(attention_mask).to(device),
@@ -81,4 +84,6 @@ def collated(rows: Sequence[Drawn], *, pad: int, device: torch.device, source_to
         weights=torch.tensor([weight for _, _, weight in rows]).to(device),
         sources=torch.tensor([source for _, source, _ in rows]).to(device),
         source_tokens=source_tokens,
+        read=torch.from_numpy(read).to(device),
+        answers=torch.from_numpy(answers).to(device),
     )

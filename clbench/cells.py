@@ -23,14 +23,14 @@ import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import Module
 
-from clbench import generation, loss, packing, reading, student
+from clbench import generation, last_layer, loss, packing, reading, student
 from clbench.adapters import ordinary_state
+from clbench.architecture import causal_lm
 from clbench.cur import CurLinear
 from clbench.data import Encoder
-from clbench.loss import causal_lm
 from clbench.student import Ids, Student
 
-COMPUTING = (generation, loss, packing, reading, student)
+COMPUTING = (generation, last_layer, loss, packing, reading, student)
 """The files whose text decides an answer."""
 
 

@@ -19,9 +19,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from clbench.adapters import folded, trainable
+from clbench.architecture import causal_lm
 from clbench.config import TrainConfig
 from clbench.data import Encoder
 from clbench.engine import LocalEngine
+from clbench.last_layer import keep_whole
 from clbench.loss import hidden_states, project
 from clbench.meta import META, Held, Shapes
 from clbench.protocols import Engine, Method, Task
@@ -102,13 +104,17 @@ class NoTask(Task):
 
 @dataclass(kw_only=True)
 class DryRun:
-    """A method on a model without storage, and what is held: `run` trains stages of one example each and gives the footprint."""
+    """A method on a model without storage, and what is held: `run` trains stages of one example each and gives the footprint.
+
+    `sharded`: as where ranks hold slices of the weights, and read the last layer whole.
+    """
 
     method: Method
     model: Module
     config: TrainConfig
     processes: int
     answer_length: int
+    sharded: bool = False
     held: Held = field(default_factory=Held)
 
     def run(self, *, stages: int) -> Footprint:
@@ -116,6 +122,8 @@ class DryRun:
         with ExitStack() as modes:
             modes.enter_context(Shapes(answer_length=self.answer_length))
             modes.enter_context(self.held)
+            if self.sharded:
+                keep_whole(causal_lm(self.model).get_decoder())
             self.held.count([*self.model.parameters(), *self.model.buffers()])
             self.model = self.method.wrap(self.model)
             return self._footprint(stages)

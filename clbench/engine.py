@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from clbench.adapters import trainable
-from clbench.loss import causal_lm
+from clbench.architecture import causal_lm, layers
 from clbench.optim import moments_of, set_moments
 from clbench.protocols import Engine, Shard
 
@@ -125,7 +125,6 @@ class LocalEngine(Engine):
 
 def compile_layers(model: Module) -> None:
     """Has torch compile each of the decoder's layers when it is first called; once a model, for inputs of any shape."""
-    inner = causal_lm(model)
-    for layer in inner.get_decoder().modules():
-        if type(layer).__name__ in inner._no_split_modules and layer._compiled_call_impl is None:
+    for layer in layers(causal_lm(model).get_decoder()):
+        if layer._compiled_call_impl is None:
             layer.compile(dynamic=True)

@@ -21,12 +21,12 @@ from torch.nn import Module
 
 from clbench import optim
 from clbench.adapters import describe, folded, load_trainable_state, trainable, trainable_state
+from clbench.architecture import causal_lm
 from clbench.build import Run, prepare, set_up_torch
 from clbench.cells import CachedStudent, model_key
 from clbench.config import Config, TrackingConfig, is_due, run_directory, run_name
 from clbench.engine import LocalEngine, compile_layers
 from clbench.ledger import COMPLETE, Checkpoint
-from clbench.loss import causal_lm
 from clbench.protocols import Engine
 from clbench.student import Student
 from clbench.student_ranks import RankStudent

@@ -62,8 +62,9 @@ def forecast(
     counts = describe(model)
     tokens, reason = tokens_of(config, tasks, source, method=method, model=model)
     footprint = footprint_of(config, architecture, tokens, terms)
+    in_slices = footprint_of(config, architecture, tokens, terms, sharded=True)
     unit = max(describe(part)["parameters"] for part in units(plain))
-    yield memory_table(config, footprint, tokens, terms, unit=unit)
+    yield memory_table(config, footprint, in_slices, tokens, terms, unit=unit)
     yield work_table(tokens, counts, terms)
     yield assumptions(tokens, reason, terms)
     yield disk_line(footprint, tokens, describe(plain)["parameters"], is_download=isinstance(source, Pretrained))
@@ -120,24 +121,30 @@ def methods_table(counts: Mapping[str, int]) -> Table:
     return table
 
 
-def footprint_of(config: Config, architecture: Any, tokens: Tokens, terms: Terms) -> Footprint:
-    """What one of the processes would hold, nothing sharded."""
+def footprint_of(
+    config: Config, architecture: Any, tokens: Tokens, terms: Terms, *, sharded: bool = False
+) -> Footprint:
+    """What one of the processes would hold of whole weights; `sharded`: computing as where they are slices (ZeRO 3)."""
     dry = DryRun(
         method=make_method(config),
         model=meta_model(architecture).to(DTYPES[config.engine.dtype]),
         config=config.train,
         processes=terms.processes,
         answer_length=tokens.answer_length,
+        sharded=sharded,
     )
     return dry.run(stages=len(tokens.trained))
 
 
-def memory_table(config: Config, footprint: Footprint, tokens: Tokens, terms: Terms, *, unit: int) -> Table:
-    """Memory of one GPU: in training, on every ZeRO stage, and in examination, with whole weights unless the base is sharded.
+def memory_table(
+    config: Config, footprint: Footprint, in_slices: Footprint, tokens: Tokens, terms: Terms, *, unit: int
+) -> Table:
+    """Memory of one GPU: in training, on every ZeRO stage (3: `in_slices`), and in examination, with whole weights unless the base is sharded.
 
     `unit`: parameters that are then gathered at once.
     """
-    rows = {f"ZeRO {stage}": sharded(footprint, zero_stage=stage, processes=terms.processes) for stage in range(4)}
+    held = {stage: in_slices if stage == 3 else footprint for stage in range(4)}
+    rows = {f"ZeRO {n}": sharded(each, zero_stage=n, processes=terms.processes) for n, each in held.items()}
     if terms.processes == 1:
         rows = {"local": local(footprint)} | rows
     share = -(-config.train.batch_size // terms.processes)

@@ -13,7 +13,9 @@ from torch.nn import Module
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from clbench.loss import causal_lm, project
+from clbench.architecture import causal_lm
+from clbench.last_layer import hidden_at, keys_and_values
+from clbench.loss import project
 
 Ids = tuple[int, ...]
 
@@ -73,7 +75,7 @@ def prefill(
     """
     beginning = DynamicCache()
     if len(shared):
-        decoder(input_ids=shared[None], past_key_values=beginning, use_cache=True)
+        keys_and_values(decoder, shared[None], beginning)
     layers = [
         Reserved(rows=len(ids_BT), tokens=mask_BT.shape[1], room=room) for _ in range(decoder.config.num_hidden_layers)
     ]
@@ -94,14 +96,17 @@ def prefill(
 
 def forward(decoder: Module, ids_BT: Tensor, mask_BT: Tensor, cache: Cache) -> Tensor:
     """The hidden state of each row's last token [B, H]; `mask_BT` covers what the cache holds, too."""
-    output = decoder(
+    last_B1 = ids_BT.new_full((len(ids_BT), 1), ids_BT.shape[1] - 1)
+    hidden_B1H = hidden_at(
+        decoder,
+        last_B1,
         input_ids=ids_BT,
         attention_mask=None if bool(mask_BT.all()) else mask_BT,
         position_ids=(mask_BT.cumsum(-1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :],
         past_key_values=cache,
         use_cache=True,
     )
-    return output.last_hidden_state[:, -1]
+    return hidden_B1H[:, 0]
 
 
 class Reserved(DynamicLayer):

@@ -16,22 +16,14 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
 
-from clbench.types import IGNORED, Batch
+from clbench.architecture import causal_lm
+from clbench.last_layer import hidden_at, states_at
+from clbench.types import Batch
 
 LOGITS = 2**23
 """Most logits in memory at a time on the CPU (32 MiB in float32)."""
 ACCELERATOR_LOGITS = 2**27
 """And on an accelerator, which needs more to be busy (512 MiB)."""
-
-
-def causal_lm(model: Module) -> Module:
-    """The Hugging Face causal language model inside its adapters."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def sliding_window(model: Module) -> int | None:
-    """How many tokens back the layers that do not see all of them look, themselves counted; None where every layer sees all."""
-    return getattr(causal_lm(model).config, "sliding_window", None)
 
 
 def project(model: Module, hidden_NH: Tensor) -> Tensor:
@@ -49,12 +41,6 @@ def hidden_states(model: Module, *, input_ids: Tensor, all_layers: bool = False)
     """
     output = causal_lm(model).get_decoder()(input_ids=input_ids, use_cache=False, output_hidden_states=all_layers)
     return output.hidden_states if all_layers else (output.last_hidden_state,)
-
-
-def answer_nll(model: Module, hidden_BTH: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood in nats of every answer token [N], and the row of each [N]."""
-    rows, positions = torch.nonzero(labels_BT[:, 1:] != IGNORED, as_tuple=True)
-    return token_nll(model, hidden_BTH[rows, positions], labels_BT[rows, positions + 1]), rows
 
 
 def token_nll(model: Module, hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
@@ -100,11 +86,17 @@ class _ChunkedNll(torch.autograd.Function):
 
 def answer_loss(model: Module, batch: Batch) -> Tensor:
     """This batch's share of the mean negative log-likelihood of the step, in nats per answer token."""
-    (last_BTH,) = hidden_states(model, input_ids=batch.input_ids)
-    return weighted_nll(model, last_BTH, batch)
+    decoder = causal_lm(model).get_decoder()
+    read_BWH = hidden_at(decoder, batch.read, input_ids=batch.input_ids, use_cache=False)
+    return _weighted_nll(model, read_BWH, batch)
 
 
 def weighted_nll(model: Module, hidden_BTH: Tensor, batch: Batch) -> Tensor:
     """As `answer_loss`, from last hidden states already computed."""
-    nll_N, rows_N = answer_nll(model, hidden_BTH, batch.labels)
-    return (nll_N * batch.weights[rows_N]).sum()
+    return _weighted_nll(model, states_at(hidden_BTH, batch.read), batch)
+
+
+def _weighted_nll(model: Module, read_BWH: Tensor, batch: Batch) -> Tensor:
+    labels_BW = batch.labels.gather(1, batch.read + 1)
+    nll_N = token_nll(model, read_BWH.flatten(0, 1)[batch.answers], labels_BW.flatten()[batch.answers])
+    return (nll_N * batch.weights[batch.answers // batch.read.shape[1]]).sum()

@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +17,9 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import Cache, DynamicCache
 
-from clbench.loss import causal_lm, project, sliding_window
+from clbench.architecture import causal_lm, sliding_window
+from clbench.last_layer import filled, hidden_at, keys_and_values
+from clbench.loss import project
 from clbench.packing import Group, Packed, Read, forwards, groups
 from clbench.types import UserMistake
 
@@ -42,33 +46,40 @@ class Reader:
         for group, batches in self.plan(reads):
             beginning = self._beginning(group) if group.shared else None
             for packed in batches:
-                hidden_BTH = self._hidden(packed, beginning)
-                yield packed, hidden_BTH.flatten(0, 1)[torch.from_numpy(packed.wanted).to(self.device)]
+                yield packed, self._hidden(packed, beginning)
 
     def _beginning(self, group: Group) -> Cache:
         """Keys and values of what the group's rows share."""
         cache = DynamicCache()
         ids_1T = torch.from_numpy(group.rows[0].ids[None, : group.shared]).to(self.device)
-        causal_lm(self.model).get_decoder()(input_ids=ids_1T, past_key_values=cache, use_cache=True)
+        keys_and_values(causal_lm(self.model).get_decoder(), ids_1T, cache)
         return cache
 
     def _hidden(self, packed: Packed, beginning: Cache | None) -> Tensor:
-        """Last hidden states [B, T, H] of one forward. What fills a row up is on its right, where no token of the row sees it."""
-        decoder = causal_lm(self.model).get_decoder()
-        ids_BT = torch.from_numpy(packed.ids_BT).to(self.device)
-        if packed.sees_BTS is None:
-            return decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
-        rows, cache = len(ids_BT), None
+        """Last hidden states [N, H] of one forward. What fills a row up is on its right, where no token of the row sees it."""
+        rows, length = packed.ids_BT.shape
+        places_BW, wanted_N = filled(packed.wanted // length, packed.wanted % length, rows=rows)
+        read = partial(
+            hidden_at,
+            causal_lm(self.model).get_decoder(),
+            torch.from_numpy(places_BW).to(self.device),
+            input_ids=torch.from_numpy(packed.ids_BT).to(self.device),
+        )
+        hidden_BWH = read(use_cache=False) if packed.sees_BTS is None else read(**self._tree(packed, beginning))
+        return hidden_BWH.flatten(0, 1)[torch.from_numpy(wanted_N).to(self.device)]
+
+    def _tree(self, packed: Packed, beginning: Cache | None) -> dict[str, Any]:
+        """What says which tokens see which, where that is not what is before them in their row."""
+        rows, cache = len(packed.ids_BT), None
         if beginning is not None:
             spread = ((layer.keys, layer.values) for layer in beginning.layers)
             cache = DynamicCache([tuple(part.expand(rows, -1, -1, -1) for part in layer) for layer in spread])
-        return decoder(
-            input_ids=ids_BT,
-            position_ids=torch.from_numpy(packed.depths_BT).to(self.device),
-            attention_mask=self._mask(packed),
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
+        return {
+            "position_ids": torch.from_numpy(packed.depths_BT).to(self.device),
+            "attention_mask": self._mask(packed),
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+        }
 
     def _mask(self, packed: Packed) -> Tensor | dict[str, Tensor]:
         """What is added to attention's logits [B, 1, T, S]: one for all layers, or one for each kind of layer that the model has."""

@@ -20,7 +20,7 @@ from torch import Tensor, distributed
 from torch.nn import Module, ModuleList, Parameter
 from torch.utils.hooks import RemovableHandle
 
-from clbench.loss import causal_lm
+from clbench.architecture import causal_lm
 
 NONE = -1
 """What a rank waits for that is done."""

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from clbench.architecture import causal_lm, sliding_window
 from clbench.data import Encoder, clip_left
 from clbench.generation import decode
-from clbench.loss import causal_lm, project, rows_at_once, sliding_window
+from clbench.loss import project, rows_at_once
 from clbench.packing import Ids, Packed, Read, beginnings
 from clbench.reading import Reader, branches
 

@@ -1,5 +1,6 @@
 """The engine of one process: what the optimizer carries from stage to stage, and checkpoints within a stage."""
 
+import copy
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +13,11 @@ from torch import nn
 
 from clbench import experiment, ledger, optim, train
 from clbench.adapters import trainable
+from clbench.architecture import causal_lm
 from clbench.cli import compose
 from clbench.config import TrainConfig, config_hash
 from clbench.engine import LocalEngine
 from clbench.ledger import Checkpoint, Ledger
-from clbench.loss import causal_lm
 from clbench.probes.rolling import rolling_nll
 from clbench.student import Student
 from clbench.student_ranks import RankStudent, dealt
@@ -328,7 +329,9 @@ def asked(toy: methods.Lab, student: Student) -> dict[str, object]:
 def test_ranks_that_share_requests_get_the_answers_of_one():
     toy = methods.lab("base")
     alone = asked(toy, Student(toy.model, toy.run.encoder))
-    ranks = Threads().both(lambda world: asked(toy, RankStudent(toy.model, toy.run.encoder, world=world)))
+    ranks = Threads().both(
+        lambda world: asked(toy, RankStudent(copy.deepcopy(toy.model), toy.run.encoder, world=world))
+    )
     for found in ranks:
         assert found["answers"] == alone["answers"] and found["none"] == []
         torch.testing.assert_close(found["distributions"], alone["distributions"], rtol=0, atol=1e-5)
@@ -351,7 +354,9 @@ def test_what_a_shared_piece_of_work_asks_of_its_student_is_its_own():
         return student.share(work, contexts, by=contexts)
 
     alone = one_by_one(Student(toy.model, toy.run.encoder))
-    for found in Threads().both(lambda world: one_by_one(RankStudent(toy.model, toy.run.encoder, world=world))):
+    for found in Threads().both(
+        lambda world: one_by_one(RankStudent(copy.deepcopy(toy.model), toy.run.encoder, world=world))
+    ):
         assert found == pytest.approx(alone, abs=1e-5)
 
 

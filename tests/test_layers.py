@@ -15,6 +15,8 @@ ROWS = (
         "batches",
         "tokens",
         "data",
+        "architecture",
+        "last_layer",
         "loss",
         "sharding",
         "generation",
