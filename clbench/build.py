@@ -24,7 +24,9 @@ from clbench.parts import make_method, make_probes, make_tasks
 from clbench.protocols import Method, Probe
 from clbench.sharding import is_sharded, start
 from clbench.stream import Stream, build_stream
+from clbench.student import Writer
 from clbench.types import UserMistake
+from clbench.vllm_writer import VllmWriter
 from clbench.world import World
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -35,7 +37,7 @@ class Run:
     """Everything a run is made of, complete after `prepare`. `overlapping`: ids of training examples that a test or probe holds, too.
 
     Only the first rank of the world writes: elsewhere there is no ledger. `moments`: the optimizer's state as the last stage left it, where it is
-    carried (`optim`). `within`: where the next stage goes on, if it was begun before.
+    carried (`optim`). `within`: where the next stage goes on, if it was begun before. `writer`: writes answers, where transformers does not.
     """
 
     config: Config
@@ -49,6 +51,7 @@ class Run:
     world: World = field(default_factory=World)
     moments: dict[str, Tensor] = field(default_factory=dict)
     within: Checkpoint | None = None
+    writer: Writer | None = None
 
 
 def set_up_torch(config: Config) -> None:
@@ -103,6 +106,7 @@ def build(config: Config, *, command: str, world: World) -> Run:
     """As `prepare`, for one rank; a model that is sharded is not there yet."""
     source = instantiate(config.model)
     method, model, device = make_method(config), Module(), device_of(config)
+    writer = VllmWriter(config.engine.vllm) if config.engine.generation == "vllm" else None
     if config.engine.shard_base:
         tokenizer = source.load_tokenizer(Path(config.cache_dir))
     else:
@@ -130,4 +134,5 @@ def build(config: Config, *, command: str, world: World) -> Run:
         ledger=ledger,
         overlapping=overlapping,
         world=world,
+        writer=writer,
     )

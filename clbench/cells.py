@@ -20,17 +20,15 @@ from typing import Any
 
 import torch
 import transformers
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import Module
 
-from clbench import generation, last_layer, loss, packing, reading, student
-from clbench.adapters import ordinary_state
+from clbench import generation, last_layer, loss, packing, reading, student, vllm_writer
+from clbench.adapters import is_folded, ordinary_state
 from clbench.architecture import causal_lm
-from clbench.cur import CurLinear
 from clbench.data import Encoder
-from clbench.student import Ids, Student
+from clbench.student import Ids, Student, Writer
 
-COMPUTING = (generation, last_layer, loss, packing, reading, student)
+COMPUTING = (generation, last_layer, loss, packing, reading, student, vllm_writer)
 """The files whose text decides an answer."""
 
 
@@ -40,8 +38,8 @@ class CachedStudent(Student):
     `tokens_scored` counts what an answer takes, kept or not, so that costs in tokens do not depend on what was examined before.
     """
 
-    def __init__(self, model: Module, encoder: Encoder, *, cells: Path, key: str) -> None:
-        super().__init__(model, encoder)
+    def __init__(self, model: Module, encoder: Encoder, *, cells: Path, key: str, writer: Writer | None = None) -> None:
+        super().__init__(model, encoder, writer=writer)
         self.cells = cells
         self.key = key
 
@@ -59,6 +57,8 @@ class CachedStudent(Student):
         asked = {"prompts": list(prompts), "max_new_tokens": max_new_tokens, "max_length": self.encoder.max_length}
         asked["end"] = self.encoder.tokenizer.eos_token_id
         asked["words"] = hashlib.sha256(self.encoder.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        if self.writer is not None:
+            asked["writer"] = self.writer.name
         return self._kept(asked, lambda: super(CachedStudent, self).generate(prompts, max_new_tokens=max_new_tokens))
 
     def _kept(self, asked: dict[str, Any], answer: Callable[[], list[Any]]) -> list[Any]:
@@ -109,8 +109,7 @@ def source(module: ModuleType) -> str:
 def model_key(model: Module) -> str | None:
     """SHA-256, in hexadecimal, of a model's weights and architecture; None where an adapter is at work that is not folded into a weight."""
     inner = causal_lm(model)
-    adapted = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer | CurLinear)]
-    if not all(layer.folded if isinstance(layer, CurLinear) else layer.merged for layer in adapted):
+    if not is_folded(model):
         return None
     architecture = {**inner.config.to_dict(), "attention": inner.config._attn_implementation}
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True, default=str).encode())

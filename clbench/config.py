@@ -136,6 +136,8 @@ def config_hash(config: Config, *, without_seed: bool = False) -> str:
         del plain[key]
     for key in NO_IDENTITY_ENGINE:
         del plain["engine"][key]
+    if config.engine.generation == "local":  # as runs were named before there was another
+        del plain["engine"]["generation"]
     for key in NO_IDENTITY_TRAIN:
         del plain["train"][key]
     if without_seed:

@@ -13,6 +13,7 @@ from clbench.types import UserMistake
 
 DTYPES = ("float32", "bfloat16")
 ENGINES = ("local", "deepspeed")
+GENERATIONS = ("local", "vllm")
 OFFLOADS = {"none": 0, "optimizer": 1, "all": 3}
 """What can be kept in the host's memory, and the least ZeRO stage that can: the optimizer's state, master weights and gradients; weights too."""
 
@@ -41,9 +42,24 @@ OWNED_BY_US_IN_ZERO = (
     *("zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_hpz_partition_size", "mics_shard_size"),
 )
 
+# Of vLLM's arguments those that say what is computed, and those that take further processes.
+OWNED_IN_VLLM = (
+    *(
+        "model",
+        "tokenizer",
+        "dtype",
+        "load_format",
+        "skip_tokenizer_init",
+        "quantization",
+        "kv_cache_dtype",
+        "enable_lora",
+    ),
+    *("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "speculative_config", "task", "runner"),
+)
+
 # What the engine does without changing a score.
 NO_IDENTITY_ENGINE = (
-    *("name", "processes", "zero_stage", "threads", "deepspeed"),
+    *("name", "processes", "zero_stage", "threads", "deepspeed", "vllm"),
     *("offload", "activation_checkpointing", "compile", "shard_base"),
 )
 
@@ -52,7 +68,7 @@ NO_IDENTITY_ENGINE = (
 class EngineConfig:
     """Where and in which precision to train. `deepspeed` holds further keys of DeepSpeed's own configuration; `offload` is one of OFFLOADS.
 
-    With `shard_base` no process ever holds the whole base model.
+    With `shard_base` no process ever holds the whole base model. `generation` says what writes answers, `vllm` holds further arguments of vLLM's.
     """
 
     name: str = "local"
@@ -65,7 +81,9 @@ class EngineConfig:
     activation_checkpointing: bool = False
     compile: bool = False
     shard_base: bool = False
+    generation: str = "local"
     deepspeed: dict[str, Any] = field(default_factory=dict)
+    vllm: dict[str, Any] = field(default_factory=dict)
 
 
 def check_engine(engine: EngineConfig) -> None:
@@ -95,6 +113,16 @@ def check_engine(engine: EngineConfig) -> None:
             f"engine.shard_base=true with engine={engine.name}, engine.zero_stage={engine.zero_stage}, engine.processes={engine.processes}: "
             "it needs engine=deepspeed, engine.zero_stage=3 and at least 2 processes"
         )
+    one_of("engine.generation", engine.generation, GENERATIONS)
+    if engine.generation == "vllm" and engine.name != "local":
+        raise UserMistake(f"engine.generation=vllm with engine={engine.name} is not supported; choose engine=local")
+    if engine.vllm and engine.generation != "vllm":
+        raise UserMistake(
+            f"engine.vllm={engine.vllm} with engine.generation={engine.generation} does nothing; choose engine.generation=vllm"
+        )
+    taken = [key for key in engine.vllm if key in OWNED_IN_VLLM]
+    if taken:
+        raise UserMistake(f"engine.vllm.{taken[0]} is set by clbench; use the keys of model and engine instead")
     zero = engine.deepspeed.get("zero_optimization", {})
     owned = [key for key in engine.deepspeed if key in OWNED_BY_US]
     owned += [f"zero_optimization.{key}" for key in zero if key in OWNED_BY_US_IN_ZERO]

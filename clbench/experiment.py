@@ -245,8 +245,8 @@ def student_of(run: Run) -> Student:
         return RankStudent(run.model, run.encoder, world=run.world)
     key = model_key(run.model) if run.config.cache else None
     if key is None:
-        return Student(run.model, run.encoder)
-    return CachedStudent(run.model, run.encoder, cells=cells_of(run.config), key=key)
+        return Student(run.model, run.encoder, writer=run.writer)
+    return CachedStudent(run.model, run.encoder, cells=cells_of(run.config), key=key, writer=run.writer)
 
 
 def cells_of(config: Config) -> Path:

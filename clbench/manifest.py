@@ -29,6 +29,7 @@ VERSIONED = (
     "datasets",
     "lm_eval",
     "deepspeed",
+    "vllm",
     "numpy",
     "sacrebleu",
     "rouge_score",

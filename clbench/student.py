@@ -9,7 +9,7 @@ Shape suffixes: B rows, T tokens of a row, S tokens it sees, H hidden, N scored 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -30,19 +30,38 @@ TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384, "meta": 16384}
 """What keeps a device busy and, on the CPU, in its caches (measured)."""
 
 
+class Writer(Protocol):
+    """Writes answers in place of `generation`."""
+
+    @property
+    def name(self) -> str:
+        """What decides its answers beside the weights."""
+
+    def write(self, student: Student, prompts: Sequence[Ids], *, max_new_tokens: int) -> list[list[int]]:
+        """Greedy continuations in token ids with the student's weights, each until EOS (left out) or to `max_new_tokens`."""
+
+
 class Student:
     """`model` with its tokenizer; `tokens_per_batch` bounds rows times padded length of one forward (None: what suits the device).
 
-    Without `branching` every request is read by itself, for models that read no trees of tokens and for checks.
+    Without `branching` every request is read by itself, for models that read no trees of tokens and for checks. `writer` writes the answers in
+    place of `generation`.
     """
 
     def __init__(
-        self, model: Module, encoder: Encoder, *, tokens_per_batch: int | None = None, branching: bool = True
+        self,
+        model: Module,
+        encoder: Encoder,
+        *,
+        tokens_per_batch: int | None = None,
+        branching: bool = True,
+        writer: Writer | None = None,
     ) -> None:
         self.model = model
         self.encoder = encoder
         self.tokens_per_batch = tokens_per_batch or TOKENS_PER_BATCH[encoder.device.type]
         self.branching = branching
+        self.writer = writer
         self.tokens_scored = 0
 
     @torch.inference_mode()
@@ -93,6 +112,10 @@ class Student:
         has_ended: Callable[[list[list[int]]], list[bool]] | None = None,
     ) -> list[list[int]]:
         """Greedy continuations in token ids, each until EOS (left out), until `has_ended` says so of what it wrote, or to `max_new_tokens`."""
+        if self.writer is not None:
+            answers = self.writer.write(self, prompts, max_new_tokens=max_new_tokens)
+            self.tokens_scored += sum(map(len, prompts)) + sum(map(len, answers))
+            return answers
         written: list[list[int]] = [[]] * len(prompts)
         for shared, batch in self._written_together(prompts, max_new_tokens):
             answers = decode(

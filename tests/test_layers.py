@@ -35,7 +35,7 @@ ROWS = (
         "runs",
     },
     {"engine", "engine_zero", "engine_shards", "engine_deepspeed"},
-    {"student", "student_ranks", "cells", "stream", "statistics"},
+    {"student", "student_ranks", "vllm_writer", "cells", "stream", "statistics"},
     {"probes", "train", "canaries", "manifest"},
     {"build"},
     {"experiment", "estimate", "dry_run", "footprint"},
