@@ -120,8 +120,10 @@ class Ilora(Method):
         picked = rows if len(rows) else torch.zeros_like(batch.sources[:1])
         ids, mask = batch.input_ids[picked], batch.attention_mask[picked]
         with reading(model, self.pairs, self.slow):
-            target = hidden_states(model, input_ids=ids, all_layers=self.all_layers)
-        hidden = hidden_states(model, input_ids=batch.input_ids, all_layers=self.all_layers)
+            target = hidden_states(model, input_ids=ids, attention_mask=mask, all_layers=self.all_layers)
+        hidden = hidden_states(
+            model, input_ids=batch.input_ids, attention_mask=batch.attention_mask, all_layers=self.all_layers
+        )
         disagreement = consistency(
             [layer[picked] for layer in hidden],
             target,

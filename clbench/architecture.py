@@ -18,3 +18,13 @@ def layers(decoder: Module) -> list[Module]:
 def sliding_window(model: Module) -> int | None:
     """How many tokens back the layers that do not see all of them look, themselves counted; None where every layer sees all."""
     return getattr(causal_lm(model).config, "sliding_window", None)
+
+
+def in_slices(module: Module) -> bool:
+    """Whether ranks hold slices of its weights, so that all of them must call it alike."""
+    return any(hasattr(parameter, "ds_tensor") for parameter in module.parameters())
+
+
+def is_compiled(decoder: Module) -> bool:
+    """Whether torch compiles its layers."""
+    return layers(decoder)[-1]._compiled_call_impl is not None

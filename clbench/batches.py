@@ -16,7 +16,7 @@ import torch
 from clbench.last_layer import filled
 from clbench.types import IGNORED, Batch
 
-FORWARD = 128
+FORWARD = 512
 """What one more forward costs beside its tokens, in tokens: fewer of padding than that do not pay for it (measured)."""
 
 
@@ -64,7 +64,9 @@ def cheapest_bounds(lengths: Sequence[int], *, rows: int, tokens: int) -> list[t
     return bounds[::-1]
 
 
-def collated(rows: Sequence[Drawn], *, pad: int, device: torch.device, source_tokens: tuple[int, ...]) -> Batch:
+def collated(
+    rows: Sequence[Drawn], *, pad: int, device: torch.device, source_tokens: tuple[int, ...], few_answers: bool
+) -> Batch:
     """One micro-batch, padded on the right with `pad`; a row's weight is that of each of its answer tokens."""
     shape = (len(rows), max(len(encoded.ids) for encoded, _, _ in rows))
     input_ids = np.full(shape, pad)
@@ -86,4 +88,5 @@ def collated(rows: Sequence[Drawn], *, pad: int, device: torch.device, source_to
         source_tokens=source_tokens,
         read=torch.from_numpy(read).to(device),
         answers=torch.from_numpy(answers).to(device),
+        few_answers=few_answers,
     )

@@ -195,7 +195,7 @@ class DryRun:
         ids = torch.empty(rows, self.config.max_length, dtype=torch.int64, device=META)
         for number, weights in enumerate(self.method.views(self.model).values()):
             with weights, folded(self.model) if number == 0 else nullcontext():
-                (hidden_BTH,) = hidden_states(self.model, input_ids=ids)
+                (hidden_BTH,) = hidden_states(self.model, input_ids=ids, attention_mask=torch.ones_like(ids))
                 torch.log_softmax(project(self.model, hidden_BTH[:, : self.answer_length].flatten(0, 1)), dim=-1)
         return self.held.peak - before
 

@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from clbench.architecture import causal_lm
-from clbench.last_layer import hidden_at, keys_and_values
+from clbench.last_layer import are_few, hidden_at, keys_and_values
 from clbench.loss import project
 
 Ids = tuple[int, ...]
@@ -96,17 +96,17 @@ def prefill(
 
 def forward(decoder: Module, ids_BT: Tensor, mask_BT: Tensor, cache: Cache) -> Tensor:
     """The hidden state of each row's last token [B, H]; `mask_BT` covers what the cache holds, too."""
-    last_B1 = ids_BT.new_full((len(ids_BT), 1), ids_BT.shape[1] - 1)
-    hidden_B1H = hidden_at(
-        decoder,
-        last_B1,
+    inputs = dict(
         input_ids=ids_BT,
         attention_mask=None if bool(mask_BT.all()) else mask_BT,
         position_ids=(mask_BT.cumsum(-1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :],
         past_key_values=cache,
         use_cache=True,
     )
-    return hidden_B1H[:, 0]
+    if not are_few(1, ids_BT.shape[1]):
+        return decoder(**inputs).last_hidden_state[:, -1]
+    last_B1 = ids_BT.new_full((len(ids_BT), 1), ids_BT.shape[1] - 1)
+    return hidden_at(decoder, last_B1, **inputs)[:, 0]
 
 
 class Reserved(DynamicLayer):

@@ -17,6 +17,7 @@ from torch.nn import Module
 from torch.nn import functional as F
 
 from clbench.architecture import causal_lm
+from clbench.joined import join
 from clbench.last_layer import hidden_at, states_at
 from clbench.types import Batch
 
@@ -34,13 +35,19 @@ def project(model: Module, hidden_NH: Tensor) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def hidden_states(model: Module, *, input_ids: Tensor, all_layers: bool = False) -> tuple[Tensor, ...]:
+def hidden_states(
+    model: Module, *, input_ids: Tensor, attention_mask: Tensor, all_layers: bool = False
+) -> tuple[Tensor, ...]:
     """Hidden states [B, T, H] of the decoder: every layer's (embeddings first) or only the last, which is always final.
 
-    Rows are padded on the right, where no token of theirs looks, so that attention needs no mask but the causal one.
+    Rows are padded on the right, where no token of theirs looks, so that attention needs no mask but the causal one. What is there says nothing.
     """
-    output = causal_lm(model).get_decoder()(input_ids=input_ids, use_cache=False, output_hidden_states=all_layers)
-    return output.hidden_states if all_layers else (output.last_hidden_state,)
+    decoder = causal_lm(model).get_decoder()
+    joined = join(decoder, input_ids, attention_mask)
+    inputs = joined.inputs if joined else {"input_ids": input_ids, "use_cache": False}
+    output = decoder(**inputs, output_hidden_states=all_layers)
+    found = output.hidden_states if all_layers else (output.last_hidden_state,)
+    return tuple(map(joined.apart, found)) if joined else found
 
 
 def token_nll(model: Module, hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
@@ -87,16 +94,26 @@ class _ChunkedNll(torch.autograd.Function):
 def answer_loss(model: Module, batch: Batch) -> Tensor:
     """This batch's share of the mean negative log-likelihood of the step, in nats per answer token."""
     decoder = causal_lm(model).get_decoder()
-    read_BWH = hidden_at(decoder, batch.read, input_ids=batch.input_ids, use_cache=False)
-    return _weighted_nll(model, read_BWH, batch)
+    if not batch.few_answers:
+        return weighted_nll(
+            model, hidden_states(model, input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0], batch
+        )
+    joined = join(decoder, batch.input_ids, batch.attention_mask)
+    if joined:
+        places_1N = (batch.read + joined.starts_B1).flatten()[batch.answers][None]
+        hidden_NH = hidden_at(decoder, places_1N, **joined.inputs)[0]
+    else:
+        hidden_BWH = hidden_at(decoder, batch.read, input_ids=batch.input_ids, use_cache=False)
+        hidden_NH = hidden_BWH.flatten(0, 1)[batch.answers]
+    return _weighted_nll(model, hidden_NH, batch)
 
 
 def weighted_nll(model: Module, hidden_BTH: Tensor, batch: Batch) -> Tensor:
     """As `answer_loss`, from last hidden states already computed."""
-    return _weighted_nll(model, states_at(hidden_BTH, batch.read), batch)
+    return _weighted_nll(model, states_at(hidden_BTH, batch.read).flatten(0, 1)[batch.answers], batch)
 
 
-def _weighted_nll(model: Module, read_BWH: Tensor, batch: Batch) -> Tensor:
+def _weighted_nll(model: Module, hidden_NH: Tensor, batch: Batch) -> Tensor:
     labels_BW = batch.labels.gather(1, batch.read + 1)
-    nll_N = token_nll(model, read_BWH.flatten(0, 1)[batch.answers], labels_BW.flatten()[batch.answers])
+    nll_N = token_nll(model, hidden_NH, labels_BW.flatten()[batch.answers])
     return (nll_N * batch.weights[batch.answers // batch.read.shape[1]]).sum()

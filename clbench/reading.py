@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,7 +17,7 @@ from torch.nn import Module
 from transformers import Cache, DynamicCache
 
 from clbench.architecture import causal_lm, sliding_window
-from clbench.last_layer import filled, hidden_at, keys_and_values
+from clbench.last_layer import are_few, filled, hidden_at, keys_and_values
 from clbench.loss import project
 from clbench.packing import Group, Packed, Read, forwards, groups
 from clbench.types import UserMistake
@@ -59,13 +58,13 @@ class Reader:
         """Last hidden states [N, H] of one forward. What fills a row up is on its right, where no token of the row sees it."""
         rows, length = packed.ids_BT.shape
         places_BW, wanted_N = filled(packed.wanted // length, packed.wanted % length, rows=rows)
-        read = partial(
-            hidden_at,
-            causal_lm(self.model).get_decoder(),
-            torch.from_numpy(places_BW).to(self.device),
-            input_ids=torch.from_numpy(packed.ids_BT).to(self.device),
-        )
-        hidden_BWH = read(use_cache=False) if packed.sees_BTS is None else read(**self._tree(packed, beginning))
+        decoder = causal_lm(self.model).get_decoder()
+        inputs = {"use_cache": False} if packed.sees_BTS is None else self._tree(packed, beginning)
+        inputs["input_ids"] = torch.from_numpy(packed.ids_BT).to(self.device)
+        if not are_few(places_BW.shape[1], length):
+            hidden_BTH = decoder(**inputs).last_hidden_state
+            return hidden_BTH.flatten(0, 1)[torch.from_numpy(packed.wanted).to(self.device)]
+        hidden_BWH = hidden_at(decoder, torch.from_numpy(places_BW).to(self.device), **inputs)
         return hidden_BWH.flatten(0, 1)[torch.from_numpy(wanted_N).to(self.device)]
 
     def _tree(self, packed: Packed, beginning: Cache | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from clbench.data import Encoder, draw
 from clbench.protocols import Engine, Method
 from clbench.types import Example, Source, Stage
 
-CPU_TOKENS = 1024
+CPU_TOKENS = 2048
 """Tokens of a forward that keep the CPU busy and in its caches; more only add padding."""
 LOG_EVERY = 10
 """Steps between readings of the loss; reading it makes the host wait for the device, so not every step."""

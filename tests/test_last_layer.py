@@ -26,7 +26,7 @@ from clbench import last_layer
 from clbench.adapters import Lora, trainable
 from clbench.architecture import layers
 from clbench.data import Encoder
-from clbench.last_layer import filled, hidden_at, keep_whole, keys_and_values
+from clbench.last_layer import filled, hidden_at, keep_whole, keys_and_values, places_by_row
 from clbench.loss import answer_loss, hidden_states, weighted_nll
 from clbench.types import Example
 from tests.benchmarks.models import words
@@ -137,8 +137,6 @@ def test_the_last_mlp_reads_the_wanted_tokens_alone(name):
     read = tokens_of_last_mlp(subject)
     hidden_at(subject.get_decoder(), PLACES, input_ids=IDS, use_cache=False)
     assert read == [6]
-    hidden_at(subject.get_decoder(), PLACES.repeat(1, 8), input_ids=IDS, use_cache=False)
-    assert read == [6, 60], "with most tokens wanted they are read together"
 
 
 def test_the_loss_of_answers_is_that_of_whole_rows():
@@ -160,7 +158,11 @@ def test_the_loss_of_answers_is_that_of_whole_rows():
         if kind == "answers":
             loss = answer_loss(subject, batch)
         else:
-            loss = weighted_nll(subject, *hidden_states(subject, input_ids=batch.input_ids), batch)
+            loss = weighted_nll(
+                subject,
+                *hidden_states(subject, input_ids=batch.input_ids, attention_mask=torch.ones_like(batch.input_ids)),
+                batch,
+            )
         loss.backward()
         found[kind] = float(loss.detach()), {name: tensor.grad.clone() for name, tensor in trainable(subject).items()}
     by_hand = [
@@ -176,6 +178,21 @@ def test_the_loss_of_answers_is_that_of_whole_rows():
     for name, gradient in found["whole"][1].items():
         assert gradient.abs().max() > 1e-3
         torch.testing.assert_close(found["answers"][1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("answer", "mlp_reads"), [("w5 w6", 3), ("w5 w6 w7 w8 w9 w10 w11 w12 w13 w14", 14)])
+def test_where_most_tokens_are_answers_the_last_layer_is_read_once(answer, mlp_reads):
+    subject = model("llama")
+    batch = Encoder(words(60), max_length=64).collate([Example(id="a", prompt="w5 w6", answer=answer)] * 1)
+    answer_loss(subject, batch)
+    read = tokens_of_last_mlp(subject)
+    answer_loss(subject, batch)
+    assert batch.few_answers == (mlp_reads == 3) and read == [mlp_reads]
+
+
+def test_places_of_joined_rows_are_told_apart():
+    places = places_by_row(torch.tensor([2, 3, 9, 11]), (4, 3, 5))
+    assert [part.tolist() for part in places] == [[2, 3], [], [2, 4]]
 
 
 def test_rows_of_places_are_filled_up_with_their_last():
@@ -197,7 +214,7 @@ def test_a_layer_that_cannot_be_called_twice_is_read_whole_and_that_is_said_once
     ]
 
 
-@pytest.mark.parametrize("reason", ["compiled", "in slices", "kept whole", "wrong when tried out"])
+@pytest.mark.parametrize("reason", ["compiled", "in slices", "bfloat16", "kept whole", "wrong when tried out"])
 def test_the_layer_is_read_whole_where_two_calls_would_not_do(reason, monkeypatch):
     subject = model("llama")
     decoder = subject.get_decoder()
@@ -207,6 +224,8 @@ def test_the_layer_is_read_whole_where_two_calls_would_not_do(reason, monkeypatc
         )
     elif reason == "in slices":
         layers(decoder)[-1].mlp.up_proj.weight.ds_tensor = torch.zeros(1)
+    elif reason == "bfloat16":
+        decoder.to(torch.bfloat16)
     elif reason == "kept whole":
         keep_whole(decoder)
     else:

@@ -17,6 +17,7 @@ ROWS = (
         "data",
         "architecture",
         "last_layer",
+        "joined",
         "loss",
         "sharding",
         "generation",
