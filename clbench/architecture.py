@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from torch.nn import Module
+from weakref import WeakKeyDictionary
+
+from torch.nn import Module, Parameter
+
+_last: WeakKeyDictionary[Module, tuple[Module, tuple[Parameter, ...]]] = WeakKeyDictionary()
 
 
 def causal_lm(model: Module) -> Module:
@@ -20,11 +24,20 @@ def sliding_window(model: Module) -> int | None:
     return getattr(causal_lm(model).config, "sliding_window", None)
 
 
-def in_slices(module: Module) -> bool:
-    """Whether ranks hold slices of its weights, so that all of them must call it alike."""
-    return any(hasattr(parameter, "ds_tensor") for parameter in module.parameters())
+def last_layer(decoder: Module) -> Module:
+    """The last of `layers`; looked for once, as a walk through all modules takes longer than a layer of a small model."""
+    if decoder not in _last:
+        layer = layers(decoder)[-1]
+        _last[decoder] = layer, tuple(layer.parameters())
+    return _last[decoder][0]
+
+
+def in_slices(decoder: Module) -> bool:
+    """Whether ranks hold slices of its weights (all of them or none), so that every rank must call it alike."""
+    last_layer(decoder)
+    return any(hasattr(parameter, "ds_tensor") for parameter in _last[decoder][1])
 
 
 def is_compiled(decoder: Module) -> bool:
     """Whether torch compiles its layers."""
-    return layers(decoder)[-1]._compiled_call_impl is not None
+    return last_layer(decoder)._compiled_call_impl is not None

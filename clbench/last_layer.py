@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from clbench.architecture import in_slices, is_compiled, layers
+from clbench.architecture import in_slices, is_compiled, last_layer
 
 Integers = NDArray[np.int64]
 
@@ -87,13 +87,12 @@ def is_callable_twice(decoder: Module) -> bool:
 
     In bfloat16 it is not: products of few rows are rounded otherwise there than those of many, so that two ranks would part from one process.
     """
-    layer = layers(decoder)[-1]
-    if in_slices(layer) or is_compiled(decoder) or decoder.dtype != torch.float32:
+    if in_slices(decoder) or is_compiled(decoder) or decoder.dtype != torch.float32:
         return False
     if decoder not in _known:
         was_training = decoder.training
         decoder.eval()
-        _known[decoder] = _try_out(decoder, layer)
+        _known[decoder] = _try_out(decoder)
         decoder.train(was_training)
         if not _known[decoder]:
             log.info("%s is read whole: its last layer cannot be read at some places alone", type(decoder).__name__)
@@ -101,12 +100,12 @@ def is_callable_twice(decoder: Module) -> bool:
 
 
 @torch.inference_mode()
-def _try_out(decoder: Module, layer: Module) -> bool:
+def _try_out(decoder: Module) -> bool:
     """Whether two calls give what one does, with keys and values from before and without."""
     if (
         not decoder._supports_attention_backend
         or decoder.config._attn_implementation not in ("sdpa", "eager")
-        or "past_key_values" not in inspect.signature(layer.forward).parameters
+        or "past_key_values" not in inspect.signature(last_layer(decoder).forward).parameters
     ):
         return False
     device = decoder.device
@@ -127,7 +126,7 @@ def _try_out(decoder: Module, layer: Module) -> bool:
 
 
 def _narrowed(decoder: Module, places_BW: Tensor, **inputs: Any) -> Tensor:
-    layer = layers(decoder)[-1]
+    layer = last_layer(decoder)
     tokens = inputs["input_ids"].shape[1]
     before = layer.register_forward_pre_hook(partial(_narrow, places_BW), with_kwargs=True)
     # The decoder is given as many states as it gave; zeros are not looked at.
