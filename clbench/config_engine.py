@@ -42,19 +42,10 @@ OWNED_BY_US_IN_ZERO = (
     *("zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_hpz_partition_size", "mics_shard_size"),
 )
 
-# Of vLLM's arguments those that say what is computed, and those that take further processes.
-OWNED_IN_VLLM = (
-    *(
-        "model",
-        "tokenizer",
-        "dtype",
-        "load_format",
-        "skip_tokenizer_init",
-        "quantization",
-        "kv_cache_dtype",
-        "enable_lora",
-    ),
-    *("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "speculative_config", "task", "runner"),
+# Of vLLM's arguments those that change no number but for rounding and take no further processes.
+VLLM_ARGUMENTS = (
+    *("gpu_memory_utilization", "kv_cache_memory_bytes", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
+    *("enforce_eager", "compilation_config", "block_size", "enable_prefix_caching", "enable_chunked_prefill"),
 )
 
 # What the engine does without changing a score.
@@ -120,9 +111,8 @@ def check_engine(engine: EngineConfig) -> None:
         raise UserMistake(
             f"engine.vllm={engine.vllm} with engine.generation={engine.generation} does nothing; choose engine.generation=vllm"
         )
-    taken = [key for key in engine.vllm if key in OWNED_IN_VLLM]
-    if taken:
-        raise UserMistake(f"engine.vllm.{taken[0]} is set by clbench; use the keys of model and engine instead")
+    for key in engine.vllm:
+        one_of("engine.vllm, of which a key", key, VLLM_ARGUMENTS)
     zero = engine.deepspeed.get("zero_optimization", {})
     owned = [key for key in engine.deepspeed if key in OWNED_BY_US]
     owned += [f"zero_optimization.{key}" for key in zero if key in OWNED_BY_US_IN_ZERO]

@@ -9,7 +9,6 @@ Shape suffixes: B rows, T tokens of the longest, N tokens of all, W wanted place
 from __future__ import annotations
 
 import copy
-import logging
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,11 +19,11 @@ from torch.nn import Module
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from clbench.architecture import in_slices, is_compiled, sliding_window
+from clbench.architecture import in_slices, is_compiled, sliding_window, tried
+from clbench.last_layer import hidden_at
 
 NAME = "clbench_row_by_row"
 
-log = logging.getLogger("clbench")
 _known: WeakKeyDictionary[Module, bool] = WeakKeyDictionary()
 
 
@@ -33,20 +32,20 @@ def row_by_row(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | tuple[Tensor, ...] | None,
+    attention_mask: Tensor | None,
     *,
     row_lengths: tuple[int, ...] | None = None,
-    query_lengths: tuple[int, ...] | None = None,
+    row_masks: tuple[Tensor, ...] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention [1, N, heads, width] of rows that follow one another, [1, heads, N, width] each of query, key and value.
 
-    With `query_lengths` so many queries of each row, and a mask for each; else those of all tokens, each seeing what is before it in its row.
+    With `row_masks` [1, 1, queries, tokens] those queries of each row; else those of all tokens, each seeing what is before it in its row.
     """
     if row_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    queries = query.split(query_lengths or row_lengths, dim=2)
-    masks = attention_mask if query_lengths else (None,) * len(row_lengths)
+    masks = row_masks or (None,) * len(row_lengths)
+    queries = query.split([mask.shape[2] for mask in row_masks] if row_masks else row_lengths, dim=2)
     rows = zip(queries, key.split(row_lengths, dim=2), value.split(row_lengths, dim=2), masks, strict=True)
     found = [sdpa_attention_forward(module, *row, **kwargs)[0] for row in rows if row[0].shape[2]]
     return torch.cat(found, dim=1), None
@@ -87,10 +86,14 @@ def join(decoder: Module, ids_BT: Tensor, mask_BT: Tensor) -> Joined | None:
     if ids_BT.device.type != "cpu" or bool(mask_BT.all()) or not reads_joined(decoder):
         return None
     window = sliding_window(decoder)
-    lengths = mask_BT.sum(1)
-    if window is not None and int(lengths.max()) > window:
+    if window is not None and int(mask_BT.sum(1).max()) > window:
         return None
-    real_BT = mask_BT.bool()
+    return joined(ids_BT, mask_BT)
+
+
+def joined(ids_BT: Tensor, mask_BT: Tensor) -> Joined:
+    """The rows, one after another."""
+    lengths, real_BT = mask_BT.sum(1), mask_BT.bool()
     positions_BT = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
     return Joined(
         row_lengths=tuple(lengths.tolist()),
@@ -102,39 +105,42 @@ def join(decoder: Module, ids_BT: Tensor, mask_BT: Tensor) -> Joined | None:
 
 
 def reads_joined(decoder: Module) -> bool:
-    """Whether the decoder reads joined rows as it reads each; found out once per decoder."""
-    if in_slices(decoder) or is_compiled(decoder):
+    """Whether the decoder reads joined rows as it reads each; found out once per decoder. Not in bfloat16, for the reason of `last_layer`."""
+    if in_slices(decoder) or is_compiled(decoder) or decoder.dtype != torch.float32:
         return False
-    if decoder not in _known:
-        was_training = decoder.training
-        decoder.eval()
-        _known[decoder] = _try_out(decoder)
-        decoder.train(was_training)
-        if not _known[decoder]:
-            log.info(
-                "%s is read in padded rows: it does not take rows of unequal length as one", type(decoder).__name__
-            )
-    return _known[decoder]
+    return tried(_known, decoder, _try_out, "is read in padded rows: it does not take rows of unequal length as one")
 
 
 @torch.inference_mode()
 def _try_out(decoder: Module) -> bool:
-    if not decoder._supports_attention_backend or decoder.config._attn_implementation != "sdpa":
+    if (
+        not decoder._supports_attention_backend
+        or decoder.config._attn_implementation != "sdpa"
+        or decoder.config.to_dict().get("attention_chunk_size")
+    ):
         return False
     ids_BT = (torch.arange(15).reshape(3, 5) * 7 + 3) % decoder.config.vocab_size
     real_BT = torch.arange(5) < torch.tensor([[5], [2], [4]])
-    expected = decoder(input_ids=ids_BT, use_cache=False).last_hidden_state[real_BT]
+    expected_NH = decoder(input_ids=ids_BT, use_cache=False).last_hidden_state[real_BT]
     config = copy.copy(decoder.config)
     config._attn_implementation = NAME
     pointed = [
-        module for module in decoder.modules() if hasattr(module, "layer_idx") and module.config is decoder.config
+        part for part in decoder.modules() if "layer_idx" in vars(part) and vars(part).get("config") is decoder.config
     ]
     for module in pointed:
         module.config = config
-    _known[decoder] = True
-    found = decoder(**join(decoder, ids_BT, real_BT.long()).inputs).last_hidden_state[0]
-    if bool(((found - expected).abs() <= 1e-3 * expected.abs().max()).all()):
-        return True
-    for module in pointed:
-        module.config = decoder.config
-    return False
+    good = False
+    try:
+        rows = joined(ids_BT, real_BT.long())
+        places_1N = torch.tensor([[0, 4, 5, 7, 10]])
+        whole_NH = decoder(**rows.inputs).last_hidden_state[0]
+        wanted_NH = hidden_at(decoder, places_1N, **rows.inputs)[0]
+        limit = 1e-3 * expected_NH.abs().max()
+        good = bool(
+            ((whole_NH - expected_NH).abs() <= limit).all()
+            and ((wanted_NH - expected_NH[places_1N[0]]).abs() <= limit).all()
+        )
+    finally:
+        for module in pointed if not good else ():
+            module.config = decoder.config
+    return good

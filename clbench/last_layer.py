@@ -1,9 +1,9 @@
-"""The last layer where it is read: of all tokens the keys and values, everything else at the wanted places alone.
+"""The last layer where it is read: of all tokens what leads to keys and values, the rest at the wanted places alone.
 
 Nothing reads the last layer at a prompt's tokens but for the last of them, so its MLP and its attention's output are work for nothing there:
-in a model of four layers about a fifth of a forward and of a backward pass. The layer is called twice, for any architecture whose attention
-keeps keys and values in a transformers `Cache`. The first call, on all tokens, ends where the keys and values are handed over; the second,
-on the wanted tokens, gets those. Gradients flow through both.
+in a model of four layers about a fifth of a forward and of a backward pass. The layer is called twice, for architectures whose attention
+gives keys and values to a transformers `Cache` (found out by trying). The first call, on all tokens, ends where they are handed over; the
+second, on the wanted tokens, gets those. Gradients flow through both.
 
 Shape suffixes: B rows, T tokens of a row, S tokens it sees, W wanted places of a row, H hidden, N wanted places of all rows.
 """
@@ -11,7 +11,6 @@ Shape suffixes: B rows, T tokens of a row, S tokens it sees, W wanted places of 
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -26,11 +25,10 @@ from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from clbench.architecture import in_slices, is_compiled, last_layer
+from clbench.architecture import in_slices, is_compiled, last_layer, tried
 
 Integers = NDArray[np.int64]
 
-log = logging.getLogger("clbench")
 _known: WeakKeyDictionary[Module, bool] = WeakKeyDictionary()
 
 
@@ -89,23 +87,18 @@ def is_callable_twice(decoder: Module) -> bool:
     """
     if in_slices(decoder) or is_compiled(decoder) or decoder.dtype != torch.float32:
         return False
-    if decoder not in _known:
-        was_training = decoder.training
-        decoder.eval()
-        _known[decoder] = _try_out(decoder)
-        decoder.train(was_training)
-        if not _known[decoder]:
-            log.info("%s is read whole: its last layer cannot be read at some places alone", type(decoder).__name__)
-    return _known[decoder]
+    return tried(_known, decoder, _try_out, "is read whole: its last layer cannot be read at some places alone")
 
 
 @torch.inference_mode()
 def _try_out(decoder: Module) -> bool:
     """Whether two calls give what one does, with keys and values from before and without."""
+    layer = last_layer(decoder)
     if (
-        not decoder._supports_attention_backend
+        layer is None
+        or not decoder._supports_attention_backend
         or decoder.config._attn_implementation not in ("sdpa", "eager")
-        or "past_key_values" not in inspect.signature(last_layer(decoder).forward).parameters
+        or "past_key_values" not in inspect.signature(layer.forward).parameters
     ):
         return False
     device = decoder.device
@@ -116,10 +109,7 @@ def _try_out(decoder: Module) -> bool:
         decoder(input_ids=ids_BT, past_key_values=cache, use_cache=True)
     for one, other in (({"use_cache": False},) * 2, ({"past_key_values": before}, {"past_key_values": again})):
         whole_BWH = states_at(decoder(input_ids=ids_BT, **one).last_hidden_state, places_BW)
-        try:
-            narrow_BWH = _narrowed(decoder, places_BW, input_ids=ids_BT, **other)
-        except _Unforeseen:
-            return False
+        narrow_BWH = _narrowed(decoder, places_BW, input_ids=ids_BT, **other)
         if not ((narrow_BWH - whole_BWH).abs() <= 1e-3 * whole_BWH.abs().max()).all():
             return False
     return True
@@ -158,22 +148,21 @@ def _narrow(
     except _HandedOver:
         pass
     if taken.whole is None:
-        raise _Unforeseen
+        raise Unforeseen("its last layer hands no keys and values over")
     mask, row_lengths = given.pop("attention_mask", None), given.pop("row_lengths", None)
     if row_lengths is not None:
-        places_R = places_by_row(places_BW[0], row_lengths)
-        given |= {"row_lengths": row_lengths, "query_lengths": tuple(map(len, places_R))}
-        mask = tuple(
+        row_masks = tuple(
             causal(places_W[None], seen=length, tokens=length, dtype=hidden_BTH.dtype)
-            for places_W, length in zip(places_R, row_lengths, strict=True)
+            for places_W, length in zip(places_by_row(places_BW[0], row_lengths), row_lengths, strict=True)
         )
+        given |= {"row_lengths": row_lengths, "row_masks": row_masks}
     elif mask is None:
         mask = causal(places_BW, seen=taken.whole[0].shape[-2], tokens=hidden_BTH.shape[1], dtype=hidden_BTH.dtype)
     else:
         mask = mask.expand(len(places_BW), -1, -1, -1)[_rows(places_BW), :, places_BW].transpose(1, 2)
     given |= {name: _at(places_BW, given[name]) for name in given.keys() & {"position_ids", "position_embeddings"}}
     if any(isinstance(value, Tensor) for name, value in given.items() if name != "position_ids"):
-        raise _Unforeseen
+        raise Unforeseen("its last layer is given more than is known here")
     return (), {
         **given,
         "hidden_states": states_at(hidden_BTH, places_BW),
@@ -226,7 +215,7 @@ class _HandedOver(Exception):  # noqa: N818
     """All tokens' keys and values are there."""
 
 
-class _Unforeseen(Exception):  # noqa: N818
+class Unforeseen(RuntimeError):  # noqa: N818
     """The layer keeps no keys and values, or is given what this file does not know."""
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from clbench.architecture import causal_lm
 from clbench.joined import join
-from clbench.last_layer import hidden_at, states_at
+from clbench.last_layer import are_few, hidden_at, states_at
 from clbench.types import Batch
 
 LOGITS = 2**23
@@ -40,7 +40,7 @@ def hidden_states(
 ) -> tuple[Tensor, ...]:
     """Hidden states [B, T, H] of the decoder: every layer's (embeddings first) or only the last, which is always final.
 
-    Rows are padded on the right, where no token of theirs looks, so that attention needs no mask but the causal one. What is there says nothing.
+    Rows are padded on the right, where no token of theirs looks, so that attention needs no mask but the causal one. States there mean nothing.
     """
     decoder = causal_lm(model).get_decoder()
     joined = join(decoder, input_ids, attention_mask)
@@ -94,7 +94,7 @@ class _ChunkedNll(torch.autograd.Function):
 def answer_loss(model: Module, batch: Batch) -> Tensor:
     """This batch's share of the mean negative log-likelihood of the step, in nats per answer token."""
     decoder = causal_lm(model).get_decoder()
-    if not batch.few_answers:
+    if not batch.few_answers or not are_few(batch.read.shape[1], batch.input_ids.shape[1]):
         return weighted_nll(
             model, hidden_states(model, input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0], batch
         )

@@ -5,9 +5,9 @@ Shape suffixes: B rows, T tokens of a row, S tokens it sees, H hidden, N wanted 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,13 +16,12 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import Cache, DynamicCache
 
-from clbench.architecture import causal_lm, sliding_window
+from clbench.architecture import causal_lm, sliding_window, tried
 from clbench.last_layer import are_few, filled, hidden_at, keys_and_values
 from clbench.loss import project
 from clbench.packing import Group, Packed, Read, forwards, groups
 from clbench.types import UserMistake
 
-log = logging.getLogger("clbench")
 _known: WeakKeyDictionary[Module, bool] = WeakKeyDictionary()
 
 
@@ -109,14 +108,8 @@ def branches(model: Module, device: torch.device) -> bool:
     Raises UserMistake for a model whose logits are not its output embedding of the last hidden state, on which all scores and losses rest.
     """
     inner = causal_lm(model)
-    if inner not in _known:
-        was_training = inner.training
-        inner.eval()
-        _known[inner] = _try_out(inner, device)
-        inner.train(was_training)
-        if not _known[inner]:
-            log.info("%s is read one continuation at a time: it does not take trees of tokens", type(inner).__name__)
-    return _known[inner]
+    try_out = partial(_try_out, device=device)
+    return tried(_known, inner, try_out, "is read one continuation at a time: it does not take trees of tokens")
 
 
 @torch.inference_mode()

@@ -20,15 +20,10 @@ from torch import Tensor, distributed
 from torch.nn import Module, ModuleList, Parameter
 from torch.utils.hooks import RemovableHandle
 
-from clbench.architecture import causal_lm
+from clbench.architecture import causal_lm, is_sharded
 
 NONE = -1
 """What a rank waits for that is done."""
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether this rank keeps a slice of it."""
-    return hasattr(parameter, "ds_tensor")
 
 
 def entries(parameter: Tensor) -> int:

@@ -16,7 +16,7 @@ from clbench.protocols import Engine, Method
 from clbench.types import Example, Source, Stage
 
 CPU_TOKENS = 2048
-"""Tokens of a forward that keep the CPU busy and in its caches; more only add padding."""
+"""Tokens of a forward that keep the CPU busy and in its caches (measured)."""
 LOG_EVERY = 10
 """Steps between readings of the loss; reading it makes the host wait for the device, so not every step."""
 

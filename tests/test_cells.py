@@ -1,5 +1,6 @@
 """What was answered once is not computed again, and anything that could change an answer makes it another one."""
 
+import ast
 import copy
 
 import pytest
@@ -108,3 +109,11 @@ def test_half_a_cell_is_no_cell(llama, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*/[!.]*.json"))
     student(llama, tmp_path).log_likelihoods(ASKED)
     assert len(list(tmp_path.glob("*/[!.]*.json"))) == 1
+
+
+def test_all_that_computes_an_answer_is_part_of_its_key():
+    apart = {"adapters", "cur", "data", "sharding", "types"}  # what they give is in the key: weights, token ids
+    for module in cells.COMPUTING:
+        named = {node.module for node in ast.walk(ast.parse(cells.source(module))) if isinstance(node, ast.ImportFrom)}
+        used = {name.split(".")[1] for name in named if name and name.startswith("clbench.")}
+        assert used <= apart | {each.__name__.split(".")[1] for each in cells.COMPUTING}, module

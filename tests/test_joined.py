@@ -5,9 +5,9 @@ import logging
 import pytest
 import torch
 
-from clbench import joined
+from clbench import joined, last_layer
 from clbench.adapters import Lora, trainable
-from clbench.architecture import layers
+from clbench.architecture import layers, sliding_window
 from clbench.data import Encoder
 from clbench.joined import join
 from clbench.loss import answer_loss, hidden_states
@@ -118,3 +118,32 @@ def test_rows_within_a_window_are_joined():
     (found,) = hidden_states(subject, input_ids=IDS, attention_mask=short)
     alone = subject.get_decoder()(input_ids=IDS[:1, :7]).last_hidden_state
     torch.testing.assert_close(found[:1, :7], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_smaller_than_what_is_tried_out_fails_nothing():
+    subject = model("mistral")
+    subject.config.sliding_window = subject.get_decoder().config.sliding_window = 3
+    assert join(subject.get_decoder(), IDS, MASK) is None
+    (found,) = hidden_states(subject, input_ids=IDS, attention_mask=MASK)
+    torch.testing.assert_close(found, subject.get_decoder()(input_ids=IDS).last_hidden_state)
+
+
+def test_a_window_of_nothing_is_none():
+    subject = model("llama")
+    subject.config.sliding_window = 0  # as Qwen2-MoE says it
+    assert sliding_window(subject) is None and join(subject.get_decoder(), IDS, MASK) is not None
+
+
+def test_layers_that_do_not_hold_the_configuration_are_no_attention():
+    subject = model("llama")
+    layers(subject.get_decoder())[0].layer_idx = 0
+    assert join(subject.get_decoder(), IDS, MASK) is not None
+
+
+def test_what_is_right_joined_and_wrong_with_the_last_layer_narrowed_is_padded(monkeypatch):
+    subject = model("llama")
+    monkeypatch.setattr(
+        joined, "hidden_at", lambda decoder, places, **inputs: 2 * last_layer.hidden_at(decoder, places, **inputs)
+    )
+    assert join(subject.get_decoder(), IDS, MASK) is None
+    assert all(part.config is subject.get_decoder().config for part in subject.modules() if "layer_idx" in vars(part))

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    BioGptConfig,
+    BioGptForCausalLM,
     BloomConfig,
     BloomForCausalLM,
     Gemma2Config,
@@ -24,11 +26,11 @@ from transformers.cache_utils import DynamicCache
 
 from clbench import last_layer
 from clbench.adapters import Lora, trainable
-from clbench.architecture import layers
+from clbench.architecture import layers, tried
 from clbench.data import Encoder
 from clbench.last_layer import filled, hidden_at, keep_whole, keys_and_values, places_by_row
 from clbench.loss import answer_loss, hidden_states, weighted_nll
-from clbench.types import Example
+from clbench.types import Example, UserMistake
 from tests.benchmarks.models import words
 
 SIZE = {
@@ -62,6 +64,13 @@ MODELS = {
 IDS = torch.arange(60).reshape(3, 20) * 7 % 60
 PLACES = torch.tensor([[3, 19], [0, 0], [8, 9]])
 ROWS = torch.arange(3)[:, None]
+
+
+ANSWERED = [
+    Example(id="a", prompt="w5 w6 w7 w8 w9 w10 w11 w12", answer="w13"),
+    Example(id="b", prompt="w5 w6 w14 w15", answer="w7 w8 w9"),
+    Example(id="c", prompt="w20 w21 w22 w23 w24 w25", answer="w5 w5"),
+]
 
 
 def model(name, attention=None):
@@ -143,11 +152,7 @@ def test_the_loss_of_answers_is_that_of_whole_rows():
     torch.manual_seed(0)
     tokenizer = words(60)
     encoder = Encoder(tokenizer, max_length=64)
-    rows = [
-        Example(id="a", prompt="w5 w6 w7 w8 w9 w10 w11 w12", answer="w13"),
-        Example(id="b", prompt="w5 w6 w14 w15", answer="w7 w8 w9"),
-        Example(id="c", prompt="w20 w21 w22 w23 w24 w25", answer="w5 w5"),
-    ]
+    rows = ANSWERED
     subject = Lora(rank=2, alpha=4, targets=["q_proj", "v_proj", "down_proj"]).add(model("llama"), seed=0)
     for parameter in trainable(subject).values():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -236,6 +241,46 @@ def test_the_layer_is_read_whole_where_two_calls_would_not_do(reason, monkeypatc
     read = tokens_of_last_mlp(subject)
     torch.testing.assert_close(hidden_at(decoder, PLACES, input_ids=IDS, use_cache=False), expected)
     assert read[-1] == 60
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_that_fails_when_it_is_tried_out_is_read_whole_and_left_as_it_was(training, monkeypatch, caplog):
+    def failing(*args, **kwargs):
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr(last_layer, "_narrow", failing)
+    subject = model("llama").train(training)
+    layers(subject.get_decoder())[1].eval()
+    expected = subject.get_decoder()(input_ids=IDS, use_cache=False).last_hidden_state[ROWS, PLACES]
+    with caplog.at_level(logging.INFO, logger="clbench"):
+        torch.testing.assert_close(hidden_at(subject.get_decoder(), PLACES, input_ids=IDS, use_cache=False), expected)
+    assert [record.message for record in caplog.records] == [
+        "LlamaModel is read whole: its last layer cannot be read at some places alone (KeyError: 'no such thing')"
+    ]
+    assert [layer.training for layer in layers(subject.get_decoder())] == [training, False, training]
+    assert not layers(subject.get_decoder())[-1]._forward_pre_hooks
+
+
+def test_a_users_mistake_is_not_taken_for_a_refusal():
+    def mistaken(model):
+        raise UserMistake("choose another model")
+
+    subject = model("llama")
+    with pytest.raises(UserMistake):
+        tried({}, subject, mistaken, "")
+
+
+def test_a_decoder_that_names_no_layers_is_read_whole():
+    torch.manual_seed(0)
+    config = BioGptConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    subject = BioGptForCausalLM(config).eval()
+    decoder = subject.get_decoder()
+    assert layers(decoder) == []
+    found = hidden_at(decoder, PLACES, input_ids=IDS, use_cache=False)
+    torch.testing.assert_close(found, decoder(input_ids=IDS, use_cache=False).last_hidden_state[ROWS, PLACES])
+    assert torch.isfinite(answer_loss(subject, Encoder(words(60), max_length=64).collate(ANSWERED)))
 
 
 def test_trying_out_leaves_the_model_and_its_random_numbers_as_they_were():

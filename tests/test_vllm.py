@@ -32,6 +32,7 @@ class StandIn:
 
     def reset_prefix_cache(self):
         self.cache.clear()
+        return True
 
     @torch.no_grad()
     def generate(self, asked, greedy, use_tqdm):
@@ -40,13 +41,18 @@ class StandIn:
     def answer(self, prompt, greedy):
         key = (prompt, greedy.max_tokens)
         if key not in self.cache:
-            written, logprobs = [], []
+            written = []
             while len(written) < greedy.max_tokens and not set(written) & set(greedy.stop_token_ids):
                 logits = self.model(input_ids=torch.tensor([[*prompt, *written]])).logits[0, -1].float()
                 written.append(int(logits.argmax()))
-                logprobs.append({written[-1]: SimpleNamespace(logprob=float(logits.log_softmax(-1).max()))})
-            self.cache[key] = SimpleNamespace(outputs=[SimpleNamespace(token_ids=written, logprobs=logprobs)])
+            self.cache[key] = SimpleNamespace(
+                outputs=[SimpleNamespace(token_ids=written)], prompt_logprobs=self.read(prompt)
+            )
         return self.cache[key]
+
+    def read(self, prompt):
+        logprobs = self.model(input_ids=torch.tensor([prompt])).logits[0].float().log_softmax(-1)
+        return [None, *({t: SimpleNamespace(logprob=float(logprobs[i, t]))} for i, t in enumerate(prompt[1:]))]
 
 
 @pytest.fixture
@@ -101,8 +107,9 @@ def test_a_stand_in_for_vllm_writes_what_the_examined_weights_say(name, stand_in
 
 
 @pytest.mark.parametrize("fault", ["kept weights", "kept cache"])
-def test_weights_of_before_are_noticed(fault, stand_in, monkeypatch):
-    toy = methods.lab("seq_full", "engine.generation=vllm", "train.lr=0.05")
+@pytest.mark.parametrize("lr", [1e-3, 0.05])
+def test_weights_of_before_are_noticed(fault, lr, stand_in, monkeypatch):
+    toy = methods.lab("seq_full", "engine.generation=vllm", f"train.lr={lr}")
     writer = VllmWriter({})
     Student(toy.model, toy.run.encoder, writer=writer).write(prompts(toy), max_new_tokens=3)
     toy.train(1)
@@ -130,7 +137,7 @@ def test_the_end_of_an_answer_is_left_out(stand_in, monkeypatch):
     end = toy.run.encoder.tokenizer.eos_token_id
     writer = VllmWriter({})
     student = Student(toy.model, toy.run.encoder, writer=writer)
-    writer.take(student, prompts(toy)[0])
+    writer.take(student, prompts(toy))
     ended = [SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids)]) for ids in ((7, 8, end), (7, 9), (end,))]
     monkeypatch.setattr(StandIn, "generate", lambda *_, **__: ended)
     assert student.write(prompts(toy)[:3], max_new_tokens=3) == [[7, 8], [7, 9], []]
@@ -148,7 +155,8 @@ def test_its_absence_is_said_before_anything_is_loaded(monkeypatch):
         (("engine.generation=sglang",), "choose one of local, vllm"),
         (("engine=deepspeed", "engine.generation=vllm"), "choose engine=local"),
         (("+engine.vllm.enforce_eager=true",), "does nothing; choose engine.generation=vllm"),
-        (("engine.generation=vllm", "+engine.vllm.tensor_parallel_size=2"), "engine.vllm.tensor_parallel_size is set"),
+        (("engine.generation=vllm", "+engine.vllm.hf_overrides={rms_norm_eps:0.1}"), "engine.vllm, of which a key"),
+        (("engine.generation=vllm", "+engine.vllm.tensor_parallel_size=2"), "choose one of gpu_memory_utilization"),
     ],
 )
 def test_what_it_cannot_do_is_refused_in_one_line(overrides, line):
