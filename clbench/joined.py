@@ -20,9 +20,11 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from clbench.architecture import in_slices, is_compiled, sliding_window, tried
-from clbench.last_layer import hidden_at
+from clbench.last_layer import Unforeseen, hidden_at
 
 NAME = "clbench_row_by_row"
+NO_MASK = torch.zeros(1, 1, 1, 1)
+"""Stands where a mask would be, as transformers makes one where there is none."""
 
 _known: WeakKeyDictionary[Module, bool] = WeakKeyDictionary()
 
@@ -44,6 +46,8 @@ def row_by_row(
     """
     if row_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask is not NO_MASK or kwargs.get("position_bias") is not None:
+        raise Unforeseen("its attention makes a mask of its own")
     masks = row_masks or (None,) * len(row_lengths)
     queries = query.split([mask.shape[2] for mask in row_masks] if row_masks else row_lengths, dim=2)
     rows = zip(queries, key.split(row_lengths, dim=2), value.split(row_lengths, dim=2), masks, strict=True)
@@ -66,11 +70,11 @@ class Joined:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What the decoder is called with. The mask is not looked at; without one transformers would make one."""
+        """What the decoder is called with."""
         return {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
-            "attention_mask": torch.zeros(1, 1, 1, 1),
+            "attention_mask": NO_MASK,
             "row_lengths": self.row_lengths,
             "use_cache": False,
         }

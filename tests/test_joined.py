@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from transformers import DogeConfig, DogeForCausalLM
 
 from clbench import joined, last_layer
 from clbench.adapters import Lora, trainable
@@ -13,7 +14,7 @@ from clbench.joined import join
 from clbench.loss import answer_loss, hidden_states
 from clbench.types import Example
 from tests.benchmarks.models import words
-from tests.test_last_layer import IDS, model, tokens_of_last_mlp
+from tests.test_last_layer import IDS, SIZE, model, tokens_of_last_mlp
 
 NAMES = ["llama", "qwen2", "gpt2"]
 LENGTHS = [20, 3, 11]
@@ -147,3 +148,13 @@ def test_what_is_right_joined_and_wrong_with_the_last_layer_narrowed_is_padded(m
     )
     assert join(subject.get_decoder(), IDS, MASK) is None
     assert all(part.config is subject.get_decoder().config for part in subject.modules() if "layer_idx" in vars(part))
+
+
+def test_attention_that_makes_a_mask_of_its_own_is_padded(caplog):
+    """Doge learns one; untrained it changes no output, so that only its gradient would be missed."""
+    config = DogeConfig(**SIZE, head_dim=8)
+    torch.manual_seed(0)
+    subject = DogeForCausalLM(config)
+    with caplog.at_level(logging.INFO, logger="clbench"):
+        assert join(subject.get_decoder(), IDS, MASK) is None
+    assert "its attention makes a mask of its own" in caplog.messages[-1]
