@@ -92,6 +92,8 @@ def main() -> None:
 
     def report(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
         """Writes what ended this rank where the parent looks for it."""
+        # The parent's signal, which may come as soon as another rank has failed, must not cut this short.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         is_mistake = issubclass(kind, UserMistake)
         text = str(value) if is_mistake else "".join(traceback.format_exception(kind, value, trace))
         error.write_text(json.dumps({"time": time.time(), "is_mistake": is_mistake, "text": text}))
