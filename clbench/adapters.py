@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedModel
 
+from clbench.architecture import is_sharded
 from clbench.cur import CurLinear
 from clbench.data import generator
-from clbench.sharding import copied, entries, is_first, is_sharded, stored, whole
+from clbench.sharding import copied, entries, is_first, stored, whole
 from clbench.types import UserMistake
 
 

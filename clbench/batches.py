@@ -64,9 +64,7 @@ def cheapest_bounds(lengths: Sequence[int], *, rows: int, tokens: int) -> list[t
     return bounds[::-1]
 
 
-def collated(
-    rows: Sequence[Drawn], *, pad: int, device: torch.device, source_tokens: tuple[int, ...], few_answers: bool
-) -> Batch:
+def collated(rows: Sequence[Drawn], *, pad: int, device: torch.device, source_tokens: tuple[int, ...]) -> Batch:
     """One micro-batch, padded on the right with `pad`; a row's weight is that of each of its answer tokens."""
     shape = (len(rows), max(len(encoded.ids) for encoded, _, _ in rows))
     input_ids = np.full(shape, pad)
@@ -88,5 +86,4 @@ def collated(
         source_tokens=source_tokens,
         read=torch.from_numpy(read).to(device),
         answers=torch.from_numpy(answers).to(device),
-        few_answers=few_answers,
     )

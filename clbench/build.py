@@ -16,13 +16,14 @@ from hydra.utils import instantiate
 from torch import Tensor
 from torch.nn import Module
 
+from clbench.architecture import is_sharded
 from clbench.config import Config, run_directory
 from clbench.data import Encoder
 from clbench.ledger import Checkpoint, Ledger
 from clbench.manifest import data_contract, manifest
 from clbench.parts import make_method, make_probes, make_tasks
 from clbench.protocols import Method, Probe
-from clbench.sharding import is_sharded, start
+from clbench.sharding import start
 from clbench.stream import Stream, build_stream
 from clbench.student import Writer
 from clbench.types import UserMistake

@@ -23,7 +23,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from clbench.batches import Encoded, collated, cut_rows
-from clbench.last_layer import are_few
 from clbench.tokens import read_tokens, write_tokens
 from clbench.types import Batch, Example, Source, UserMistake
 
@@ -209,8 +208,8 @@ class Encoder:
         own = [[(encoded, source, share[source]) for encoded, source, _ in part] for part in parts[rank]]
         encoded, source, _ = drawn[0]
         own += [[(encoded, source, 0.0)]] * (max(map(len, parts)) - len(own))
-        whole = {"source_tokens": tuple(attended), "few_answers": are_few(sum(answers), sum(attended))}
-        return [collated(part, pad=self.tokenizer.pad_token_id, device=self.device, **whole) for part in own]
+        pad, seen = self.tokenizer.pad_token_id, tuple(attended)
+        return [collated(part, pad=pad, device=self.device, source_tokens=seen) for part in own]
 
 
 def clip_left(ids: tuple[int, ...], length: int) -> tuple[int, ...]:

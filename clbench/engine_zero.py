@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import Parameter
 
+from clbench.architecture import is_sharded
 from clbench.optim import AVERAGES
-from clbench.sharding import is_sharded
 
 Span = tuple[int, int]
 """First and last + 1 of the entries of a flattened tensor."""

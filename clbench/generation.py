@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from clbench.architecture import causal_lm
-from clbench.last_layer import are_few, hidden_at, keys_and_values
+from clbench.last_layer import hidden_at, keys_and_values
 from clbench.loss import project
 
 Ids = tuple[int, ...]
@@ -103,8 +103,6 @@ def forward(decoder: Module, ids_BT: Tensor, mask_BT: Tensor, cache: Cache) -> T
         past_key_values=cache,
         use_cache=True,
     )
-    if not are_few(1, ids_BT.shape[1]):
-        return decoder(**inputs).last_hidden_state[:, -1]
     last_B1 = ids_BT.new_full((len(ids_BT), 1), ids_BT.shape[1] - 1)
     return hidden_at(decoder, last_B1, **inputs)[:, 0]
 

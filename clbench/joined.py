@@ -60,7 +60,7 @@ AttentionInterface.register(NAME, row_by_row)
 
 @dataclass(frozen=True)
 class Joined:
-    """Rows of `row_lengths` tokens, one after another: `input_ids` and `position_ids` [1, N], `starts_B1` where each begins, `shape` [B, T]."""
+    """Rows of `row_lengths` tokens, one after another: `input_ids`, `position_ids` [1, N]; `starts_B1` where each begins, `real_BT` where it was."""
 
     row_lengths: tuple[int, ...]
     input_ids: Tensor

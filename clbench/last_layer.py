@@ -32,11 +32,6 @@ Integers = NDArray[np.int64]
 _known: WeakKeyDictionary[Module, bool] = WeakKeyDictionary()
 
 
-def are_few(wanted: int, tokens: int) -> bool:
-    """Whether a second call of the last layer costs less than what it saves."""
-    return 4 * wanted <= 3 * tokens
-
-
 def filled(rows_N: Integers, places_N: Integers, *, rows: int) -> tuple[Integers, Integers]:
     """Each row's places in a row of their own, filled up with its last one, [B, W]; and where in it, flattened, each of the N is.
 
@@ -59,8 +54,9 @@ def filled(rows_N: Integers, places_N: Integers, *, rows: int) -> tuple[Integers
 
 
 def hidden_at(decoder: Module, places_BW: Tensor, *, input_ids: Tensor, **inputs: Any) -> Tensor:
-    """The decoder's last hidden states [B, W, H] at these places of `input_ids` [B, T], after its last norm; worth it where they are few."""
-    if is_callable_twice(decoder):
+    """The decoder's last hidden states [B, W, H] at these places of `input_ids` [B, T], after its last norm."""
+    # With most places wanted, a second call costs more than it saves.
+    if 4 * places_BW.shape[1] <= 3 * input_ids.shape[1] and is_callable_twice(decoder):
         return _narrowed(decoder, places_BW, input_ids=input_ids, **inputs)
     return states_at(decoder(input_ids=input_ids, **inputs).last_hidden_state, places_BW)
 

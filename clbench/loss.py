@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from clbench.architecture import causal_lm
 from clbench.joined import join
-from clbench.last_layer import are_few, hidden_at, states_at
+from clbench.last_layer import hidden_at, states_at
 from clbench.types import Batch
 
 LOGITS = 2**23
@@ -94,10 +94,6 @@ class _ChunkedNll(torch.autograd.Function):
 def answer_loss(model: Module, batch: Batch) -> Tensor:
     """This batch's share of the mean negative log-likelihood of the step, in nats per answer token."""
     decoder = causal_lm(model).get_decoder()
-    if not batch.few_answers or not are_few(batch.read.shape[1], batch.input_ids.shape[1]):
-        return weighted_nll(
-            model, hidden_states(model, input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0], batch
-        )
     joined = join(decoder, batch.input_ids, batch.attention_mask)
     if joined:
         places_1N = (batch.read + joined.starts_B1).flatten()[batch.answers][None]

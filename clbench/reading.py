@@ -17,7 +17,7 @@ from torch.nn import Module
 from transformers import Cache, DynamicCache
 
 from clbench.architecture import causal_lm, sliding_window, tried
-from clbench.last_layer import are_few, filled, hidden_at, keys_and_values
+from clbench.last_layer import filled, hidden_at, keys_and_values
 from clbench.loss import project
 from clbench.packing import Group, Packed, Read, forwards, groups
 from clbench.types import UserMistake
@@ -60,9 +60,6 @@ class Reader:
         decoder = causal_lm(self.model).get_decoder()
         inputs = {"use_cache": False} if packed.sees_BTS is None else self._tree(packed, beginning)
         inputs["input_ids"] = torch.from_numpy(packed.ids_BT).to(self.device)
-        if not are_few(places_BW.shape[1], length):
-            hidden_BTH = decoder(**inputs).last_hidden_state
-            return hidden_BTH.flatten(0, 1)[torch.from_numpy(packed.wanted).to(self.device)]
         hidden_BWH = hidden_at(decoder, torch.from_numpy(places_BW).to(self.device), **inputs)
         return hidden_BWH.flatten(0, 1)[torch.from_numpy(wanted_N).to(self.device)]
 

@@ -73,7 +73,6 @@ class Batch:
     log-likelihood. `sources`: int64 [rows], index into what `Method.training_set` returned. `source_tokens`: attended tokens of each source in the
     global batch, the denominator of per-token means that are not over answers. `read`: int64 [rows, most answer tokens of a row], the positions whose
     next token is the answer's, each row's filled up with its last; `answers`: int64 [answer tokens], where in the flattened `read` each is predicted.
-    `few_answers`: whether in the whole global batch few enough tokens are answers for the last layer to be read there alone.
     """
 
     input_ids: Tensor
@@ -84,7 +83,6 @@ class Batch:
     source_tokens: tuple[int, ...]
     read: Tensor
     answers: Tensor
-    few_answers: bool
 
 
 @dataclass(frozen=True, kw_only=True)

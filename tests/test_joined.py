@@ -14,7 +14,8 @@ from clbench.joined import join
 from clbench.loss import answer_loss, hidden_states
 from clbench.types import Example
 from tests.benchmarks.models import words
-from tests.test_last_layer import IDS, SIZE, model, tokens_of_last_mlp
+from tests.test_last_layer import IDS, model, tokens_of_last_mlp
+from tests.test_packing import SIZES
 
 NAMES = ["llama", "qwen2", "gpt2"]
 LENGTHS = [20, 3, 11]
@@ -49,7 +50,7 @@ def test_each_row_is_read_as_if_it_stood_alone(name):
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_loss_and_its_gradient_are_those_of_rows_one_by_one(name, recomputed):
-    encoder = Encoder(words(60), max_length=64)
+    encoder = Encoder(words(50), max_length=64)
     found = []
     for rows in (3, 1):
         subject = adapted(name).train()
@@ -70,7 +71,7 @@ def test_the_loss_and_its_gradient_are_those_of_rows_one_by_one(name, recomputed
 
 def test_what_fills_rows_up_is_not_read():
     subject = adapted()
-    batch = Encoder(words(60), max_length=64).collate(ROWS)
+    batch = Encoder(words(50), max_length=64).collate(ROWS)
     answer_loss(subject, batch)
     first, last = [], tokens_of_last_mlp(subject.get_base_model())
     mlp = layers(subject.get_base_model().get_decoder())[0].mlp
@@ -152,7 +153,7 @@ def test_what_is_right_joined_and_wrong_with_the_last_layer_narrowed_is_padded(m
 
 def test_attention_that_makes_a_mask_of_its_own_is_padded(caplog):
     """Doge learns one; untrained it changes no output, so that only its gradient would be missed."""
-    config = DogeConfig(**SIZE, head_dim=8)
+    config = DogeConfig(**SIZES, head_dim=8)
     torch.manual_seed(0)
     subject = DogeForCausalLM(config)
     with caplog.at_level(logging.INFO, logger="clbench"):
