@@ -9,6 +9,7 @@ Shape suffixes: B rows, T positions, N scored positions, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -53,11 +54,10 @@ def hidden_states(
 def token_nll(model: Module, hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
     """Negative log-likelihood in nats of each token [N], a slice of the logits in memory at a time unless the output embedding trains."""
     inner = causal_lm(model)
-    chunk = rows_at_once(model, hidden_NH)
-    head_trains = any(parameter.requires_grad for parameter in inner.get_output_embeddings().parameters())
-    if len(labels_N) <= chunk or head_trains:
+    if any(parameter.requires_grad for parameter in inner.get_output_embeddings().parameters()):
         return F.cross_entropy(project(model, hidden_NH), labels_N, reduction="none")
-    return _ChunkedNll.apply(hidden_NH, labels_N, model, chunk)
+    slices = math.ceil(len(labels_N) / rows_at_once(model, hidden_NH))
+    return _FrozenHeadNll.apply(hidden_NH, labels_N, model, slices)
 
 
 def rows_at_once(model: Module, hidden_NH: Tensor) -> int:
@@ -66,21 +66,20 @@ def rows_at_once(model: Module, hidden_NH: Tensor) -> int:
     return max(1, limit // causal_lm(model).config.vocab_size)
 
 
-class _ChunkedNll(torch.autograd.Function):
+class _FrozenHeadNll(torch.autograd.Function):
     """Cross-entropy a slice at a time. A token's depends on its own hidden state alone, so its gradient is taken at once and the logits let go."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, labels_N: Tensor, model: Module, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden_NH: Tensor, labels_N: Tensor, model: Module, slices: int) -> Tensor:
         """[N], in nats."""
         nll, gradients = [], []
-        for part_NH, part_N in zip(hidden_NH.split(chunk), labels_N.split(chunk), strict=True):
+        for part_NH, part_N in zip(hidden_NH.chunk(slices), labels_N.chunk(slices), strict=True):
             with torch.enable_grad():
                 leaf_NH = part_NH.detach().requires_grad_()
-                found_N = F.cross_entropy(project(model, leaf_NH), part_N, reduction="none")
-                total = found_N.sum()
-            nll.append(found_N.detach())
+                logits_NV = project(model, leaf_NH)
+            nll.append(nll_(logits_NV.detach(), part_N))
             if hidden_NH.requires_grad:
-                gradients += torch.autograd.grad(total, leaf_NH)
+                gradients += torch.autograd.grad(logits_NV, leaf_NH, logits_NV.detach())
         ctx.save_for_backward(*gradients)
         return torch.cat(nll)
 
@@ -89,6 +88,20 @@ class _ChunkedNll(torch.autograd.Function):
         """The kept gradients, each times what comes from above."""
         gradient_NH = torch.cat(ctx.saved_tensors)
         return (gradient_N[:, None] * gradient_NH).to(gradient_NH.dtype), None, None, None
+
+
+def nll_(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Negative log-likelihoods in nats [N]; in place of the logits, their gradient: the probabilities, less one at the label.
+
+    >>> logits_NV = torch.tensor([[1.0, 1.0]])
+    >>> nll_(logits_NV, torch.tensor([1])), logits_NV
+    (tensor([0.6931]), tensor([[ 0.5000, -0.5000]]))
+    """
+    labels_N1 = labels_N[:, None]
+    highest_N1, labelled_N1 = logits_NV.amax(1, keepdim=True), logits_NV.gather(1, labels_N1)
+    total_N1 = logits_NV.sub_(highest_N1).exp_().sum(1, keepdim=True)
+    logits_NV.div_(total_N1).scatter_add_(1, labels_N1, -torch.ones_like(total_N1))
+    return (total_N1.log() + highest_N1 - labelled_N1)[:, 0]
 
 
 def answer_loss(model: Module, batch: Batch) -> Tensor:

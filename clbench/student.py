@@ -170,8 +170,13 @@ class Student:
             logits_NV = project(self.model, states_NH[start : start + chunk])
             at = torch.from_numpy(places[asked] - start).to(logits_NV.device)
             target = torch.from_numpy(targets[asked]).to(logits_NV.device)
-            picked[asked] = (logits_NV[at, target] - logits_NV.logsumexp(-1)[at]).cpu().numpy()
-            best[asked] = logits_NV.argmax(-1)[at].cpu().numpy()
+            best_N = logits_NV.argmax(-1)
+            highest_N1 = logits_NV.gather(1, best_N[:, None])
+            # In place: fresh memory for each temporary of a slice takes as long as the sum.
+            logits_NV.sub_(highest_N1)
+            relative = logits_NV[at, target]
+            picked[asked] = (relative - logits_NV.exp_().sum(-1).log()[at]).cpu().numpy()
+            best[asked] = best_N[at].cpu().numpy()
         return picked, best
 
     def _states(self, reads: Sequence[Read]) -> Iterator[tuple[Packed, Tensor]]:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from clbench import loss
@@ -105,16 +106,20 @@ def test_the_answer_loss_is_transformers_own_loss(model):
     assert (batch.labels != IGNORED).sum() > 0 and math.isfinite(float(ours))
 
 
-@pytest.mark.parametrize("limit", [VOCABULARY, 3 * VOCABULARY])
-def test_the_loss_in_slices_has_the_value_and_the_gradients_of_the_whole(model, monkeypatch, limit):
+@pytest.mark.parametrize("limit", [VOCABULARY, 3 * VOCABULARY, 10**6])
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_the_loss_in_slices_has_the_value_and_the_gradients_of_cross_entropy(model, monkeypatch, limit, cap):
     rng = torch.Generator().manual_seed(0)
     hidden = torch.randn(10, 16, generator=rng, requires_grad=True)
     labels = torch.randint(0, VOCABULARY, (10,), generator=rng)
     weights = torch.rand(10, generator=rng)
+    logits = hidden @ model.get_output_embeddings().weight.detach().T
+    logits = logits if cap is None else torch.tanh(logits / cap) * cap
+    whole = cross_entropy(logits, labels, reduction="none")
+    (expected,) = torch.autograd.grad((whole * weights).sum(), hidden)
+    monkeypatch.setattr(model.config, "final_logit_softcapping", cap, raising=False)
     model.requires_grad_(False)
     try:
-        whole = loss.token_nll(model, hidden, labels)
-        (expected,) = torch.autograd.grad((whole * weights).sum(), hidden)
         sizes = []
         project = loss.project
         monkeypatch.setattr(loss, "project", lambda m, states: sizes.append(len(states)) or project(m, states))

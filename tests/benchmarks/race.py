@@ -54,6 +54,11 @@ def race(
     return taken, theirs, largest
 
 
+def fastest(peers: Mapping[str, Callable[[], Any]], *, clock: Callable[[], float] = time.process_time) -> str:
+    """The peer that takes the least time, each tried once."""
+    return min(peers, key=lambda name: timed(peers[name], clock)[0])
+
+
 def timed(work: Callable[[], Any], clock: Callable[[], float]) -> tuple[float, Any]:
     """Seconds that `work` took, and what it gave."""
     started = clock()

@@ -29,7 +29,7 @@ from clbench.train import plan_stage, train_stage
 from clbench.types import Example, Source, Stage
 from tests.benchmarks.models import random_llama, words
 from tests.benchmarks.race import Figure, figure, race
-from tests.benchmarks.training import LORA, Rows, theirs
+from tests.benchmarks.training import LORA, Rows, padded, theirs
 
 VOCABULARY, TASKS, TRAIN, TEST, OPTIONS, BATCH = 32_000, 4, 48, 24, 4, 8
 CONFIG = TrainConfig(epochs=1.0, batch_size=BATCH, lr=1e-3, schedule="constant", warmup=0.0, clip=1.0)
@@ -105,7 +105,7 @@ def published(folder: Path, encoder: Encoder, order: list[list[Example]], rows: 
         model = PeftModel.from_pretrained(
             LlamaForCausalLM.from_pretrained(folder / "base"), folder / last, is_trainable=True
         )
-        theirs(model, encoder.tokenizer, Rows(encoder, train), batch=BATCH, steps=len(train) // BATCH)
+        theirs(model, Rows(encoder, train), collator=padded(encoder.tokenizer), batch=BATCH, steps=len(train) // BATCH)
         last = f"stage-{number}"
         model.save_pretrained(str(folder / last))
         matrix.append(scored(folder, last, encoder, rows, batch=batch))
