@@ -58,12 +58,24 @@ def decode(
         if not going or step + 1 == max_new_tokens:
             break
         if len(going) < len(live):
-            kept = torch.tensor(going, device=device)
+            order = closed_up(going)
+            kept = torch.tensor(order, device=device)
             cache.batch_select_indices(kept)
-            next_B, mask_BT, live = next_B[kept], mask_BT[kept], [live[place] for place in going]
+            next_B, mask_BT, live = next_B[kept], mask_BT[kept], [live[place] for place in order]
         mask_BT = torch.cat([mask_BT, torch.ones_like(next_B)[:, None]], dim=1)
         state_BH = forward(decoder, next_B[:, None], mask_BT, cache)
     return written
+
+
+def closed_up(going: Sequence[int]) -> list[int]:
+    """The ascending places `going`, the last of them moved to where places are free, so that few rows move.
+
+    >>> closed_up([0, 2, 3, 5])
+    [0, 5, 2, 3]
+    """
+    staying = {place for place in going if place < len(going)}
+    moving = iter(going[len(staying) :])
+    return [place if place in staying else next(moving) for place in range(len(going))]
 
 
 def prefill(
@@ -146,8 +158,12 @@ class Reserved(DynamicLayer):
         return self._look()
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these rows."""
-        self.buffers = (self.buffers[0][indices], self.buffers[1][indices])
+        """Keeps these rows; those that change places come from behind the last place kept, and are all that is copied."""
+        moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
+        assert bool((indices[moved] >= len(indices)).all()), indices
+        for buffer in self.buffers:
+            buffer[moved, :, : self.length] = buffer[indices[moved], :, : self.length]
+        self.buffers = tuple(buffer[: len(indices)] for buffer in self.buffers)
         self._look()
 
     def _look(self) -> tuple[Tensor, Tensor]:

@@ -150,7 +150,7 @@ def run(vocabulary: int = 32_000) -> Iterator[Figure]:
         base = LORA.add(random_llama(vocabulary), seed=0)
         collators = {"padded": padded(tokenizer), "flattened": DataCollatorWithFlattening()}
         peers = {
-            f"Trainer + PEFT, {size} rows a forward, {kind}": partial(_fresh, base, dataset, collators[kind], size)
+            f"Trainer + PEFT, micro-batch {size}, {kind}": partial(_fresh, base, dataset, collators[kind], size)
             for kind, sizes in SIZES.items()
             for size in sizes
         }
