@@ -5,7 +5,7 @@ import math
 import pandas as pd
 
 from tests.benchmarks.__main__ import BEGIN, CSV, END, NAMES, README, table
-from tests.benchmarks.race import figure, race
+from tests.benchmarks.race import fastest, figure, race
 
 
 def test_the_readme_shows_the_table_of_the_csv():
@@ -27,6 +27,11 @@ def test_a_race_is_against_the_fastest_peer_and_in_medians():
     found = figure("b", "c", raced=raced, wanted=">= 1", unit="s")
     assert (found.peer, found.ours, found.theirs, found.ratio) == ("fast", 2, 3, 1.5)
     assert math.isclose(found.ours_spread, 0.75)
+
+
+def test_of_the_peers_that_are_tried_the_one_that_takes_least_is_raced():
+    ticks = iter([0, 5, 10, 12, 20, 23])
+    assert fastest(dict.fromkeys(("a", "b", "c"), lambda: None), clock=lambda: next(ticks)) == "b"
 
 
 def test_a_peer_that_gives_other_results_stops_the_race():
