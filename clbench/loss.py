@@ -10,11 +10,12 @@ Shape suffixes: B rows, T positions, N scored positions, H hidden, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Linear, Module
 from torch.nn import functional as F
 
 from clbench.architecture import causal_lm
@@ -73,13 +74,12 @@ class _FrozenHeadNll(torch.autograd.Function):
     def forward(ctx: Any, hidden_NH: Tensor, labels_N: Tensor, model: Module, slices: int) -> Tensor:
         """[N], in nats."""
         nll, gradients = [], []
+        memory_NV = hidden_NH.new_empty(math.ceil(len(hidden_NH) / slices), causal_lm(model).config.vocab_size)
         for part_NH, part_N in zip(hidden_NH.chunk(slices), labels_N.chunk(slices), strict=True):
-            with torch.enable_grad():
-                leaf_NH = part_NH.detach().requires_grad_()
-                logits_NV = project(model, leaf_NH)
-            nll.append(nll_(logits_NV.detach(), part_N))
+            logits_NV, gradient_of = _projected(model, part_NH, memory_NV[: len(part_NH)])
+            nll.append(nll_(logits_NV, part_N))
             if hidden_NH.requires_grad:
-                gradients += torch.autograd.grad(logits_NV, leaf_NH, logits_NV.detach())
+                gradients.append(gradient_of(logits_NV))
         ctx.save_for_backward(*gradients)
         return torch.cat(nll)
 
@@ -88,6 +88,26 @@ class _FrozenHeadNll(torch.autograd.Function):
         """The kept gradients, each times what comes from above."""
         gradient_NH = torch.cat(ctx.saved_tensors)
         return (gradient_N[:, None] * gradient_NH).to(gradient_NH.dtype), None, None, None
+
+
+def _projected(model: Module, hidden_NH: Tensor, memory_NV: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Logits in float32, outside autograd, and what makes of their gradient that of the hidden states.
+
+    They are written into `memory_NV` where that is all that their output embedding does; fresh memory for every slice takes longer.
+    """
+    inner = causal_lm(model)
+    head = inner.get_output_embeddings()
+    plain = (
+        type(head) is Linear and head.bias is None and getattr(inner.config, "final_logit_softcapping", None) is None
+    )
+    # A weight that is sharded over processes is whole only while its module runs.
+    if plain and head.weight.dtype == memory_NV.dtype == torch.float32 and len(head.weight) == memory_NV.shape[1]:
+        weight_VH = head.weight.detach()
+        return torch.mm(hidden_NH, weight_VH.T, out=memory_NV), lambda gradient_NV: gradient_NV @ weight_VH
+    with torch.enable_grad():
+        leaf_NH = hidden_NH.detach().requires_grad_()
+        logits_NV = project(model, leaf_NH)
+    return logits_NV.detach(), lambda gradient_NV: torch.autograd.grad(logits_NV, leaf_NH, gradient_NV)[0]
 
 
 def nll_(logits_NV: Tensor, labels_N: Tensor) -> Tensor:

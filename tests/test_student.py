@@ -107,26 +107,28 @@ def test_the_answer_loss_is_transformers_own_loss(model):
 
 
 @pytest.mark.parametrize("limit", [VOCABULARY, 3 * VOCABULARY, 10**6])
-@pytest.mark.parametrize("cap", [None, 2.0])
-def test_the_loss_in_slices_has_the_value_and_the_gradients_of_cross_entropy(model, monkeypatch, limit, cap):
+@pytest.mark.parametrize(("cap", "bias"), [(None, False), (2.0, False), (None, True)])
+def test_the_loss_in_slices_has_the_value_and_the_gradients_of_cross_entropy(model, monkeypatch, limit, cap, bias):
     rng = torch.Generator().manual_seed(0)
     hidden = torch.randn(10, 16, generator=rng, requires_grad=True)
     labels = torch.randint(0, VOCABULARY, (10,), generator=rng)
     weights = torch.rand(10, generator=rng)
-    logits = hidden @ model.get_output_embeddings().weight.detach().T
+    usual, head = model.get_output_embeddings(), torch.nn.Linear(16, VOCABULARY, bias=bias)
+    logits = head(hidden)
     logits = logits if cap is None else torch.tanh(logits / cap) * cap
     whole = cross_entropy(logits, labels, reduction="none")
     (expected,) = torch.autograd.grad((whole * weights).sum(), hidden)
     monkeypatch.setattr(model.config, "final_logit_softcapping", cap, raising=False)
+    model.set_output_embeddings(head)
     model.requires_grad_(False)
     try:
-        sizes = []
-        project = loss.project
-        monkeypatch.setattr(loss, "project", lambda m, states: sizes.append(len(states)) or project(m, states))
+        sizes, nll_ = [], loss.nll_
+        monkeypatch.setattr(loss, "nll_", lambda found, wanted: sizes.append(len(found)) or nll_(found, wanted))
         monkeypatch.setattr(loss, "LOGITS", limit)
         sliced = loss.token_nll(model, hidden, labels)
         (found,) = torch.autograd.grad((sliced * weights).sum(), hidden)
     finally:
+        model.set_output_embeddings(usual)
         model.requires_grad_(True)
     torch.testing.assert_close(sliced, whole)
     torch.testing.assert_close(found, expected)
