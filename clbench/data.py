@@ -16,6 +16,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,11 @@ def epoch_indices(size: int, *, start: int, count: int, seed: int, stage: int) -
     indices: list[int] = []
     while len(indices) < count:
         epoch, offset = divmod(start + len(indices), size)
-        order = torch.randperm(size, generator=generator(seed, f"order/{epoch}", stage))
-        indices += order[offset : offset + count - len(indices)].tolist()
+        indices += epoch_order(size, epoch, seed, stage)[offset : offset + count - len(indices)]
     return indices
+
+
+@lru_cache(maxsize=2)
+def epoch_order(size: int, epoch: int, seed: int, stage: int) -> tuple[int, ...]:
+    """The permutation of `size` in one epoch of a stage; asked for by every step of it, and by one that crosses into the next."""
+    return tuple(torch.randperm(size, generator=generator(seed, f"order/{epoch}", stage)).tolist())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,11 @@ def manifest(config: Config, stream: Stream, *, model_label: str, fingerprint: s
 
 def versions() -> Mapping[str, str]:
     """Installed versions of what the numbers depend on."""
-    installed = {
-        distribution.name.lower().replace("-", "_"): distribution.version
-        for distribution in importlib.metadata.distributions()
-    }
-    return {"python": platform.python_version()} | {name: installed[name] for name in VERSIONED if name in installed}
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def hardware() -> dict[str, str | int]:
