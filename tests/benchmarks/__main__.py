@@ -7,6 +7,7 @@ Rows of benchmarks that are not run stay as they are. One thread, repetitions of
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 from dataclasses import asdict
@@ -46,13 +47,20 @@ def main(names: list[str]) -> None:
 
 def record(name: str, found: list[dict[str, object]]) -> None:
     """Puts a benchmark's figures in place of those it had, in the CSV and in the README's table."""
-    kept = pd.read_csv(CSV) if CSV.is_file() else pd.DataFrame(columns=list(found[0]))
-    rows = pd.concat([kept[kept["benchmark"] != name], pd.DataFrame(found)])
+    kept = pd.read_csv(CSV, dtype=str, keep_default_na=False) if CSV.is_file() else pd.DataFrame(columns=list(found[0]))
+    rows = pd.concat([kept[kept["benchmark"] != name], pd.DataFrame(found).map(written)])
     rows["place"] = rows["benchmark"].map(NAMES.index)
-    rows.sort_values("place", kind="stable").drop(columns="place").to_csv(CSV, index=False, float_format="%.4g")
+    rows.sort_values("place", kind="stable").drop(columns="place").to_csv(CSV, index=False)
     text = README.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")
+
+
+def written(value: object) -> object:
+    """A number in four digits, nothing where there is none."""
+    if not isinstance(value, float):
+        return value
+    return "" if math.isnan(value) else f"{value:.4g}"
 
 
 def line(figure: Figure) -> str:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,6 +24,8 @@ from clbench.student import Student
 from tests.benchmarks.race import Figure, spread, timed
 
 ROOT = Path(__file__).resolve().parents[2]
+LIBRARIES = ("torch", "transformers", "peft", "lm_eval.api.task")
+"""What every run imports. It takes a process as long whatever it goes on to do, so the first share is without, the second with it."""
 
 
 def command(*arguments: str) -> None:
@@ -46,20 +49,22 @@ def run() -> Iterator[Figure]:
         ]
         seconds = [timed(partial(command, *nothing, f"seed={n}"), time.perf_counter)[0] for n in range(3)]
         yield plain("a run that trains nothing on one task", seconds, "seconds", "-")
+        for library in LIBRARIES:
+            import_module(library)
         total, working = watched(
             compose([f"results_dir={folder}", "method=seq", "tracking.progress=false", "cache=false"])
         )
     outside = "outside forward, backward, optimizer and scoring, of a run of SEQ"
     yield plain(outside, [total], "share of a run", "<= 0.05", (total - working) / total)
     starting = [timed(started, time.perf_counter)[0] for _ in range(3)]
-    yield plain("Python with torch, transformers and peft, and no more", starting, "seconds", "-")
+    yield plain("Python with torch, transformers, peft and lm-eval, and no more", starting, "seconds", "-")
     whole = total + statistics.median(starting)
     yield plain(f"{outside}, with that", [whole], "share of a run", "-", (whole - working) / whole)
 
 
 def started() -> None:
     """Python and the libraries that every run begins with, in a process of their own."""
-    subprocess.run([sys.executable, "-c", "import torch, transformers, peft"], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", f"import {', '.join(LIBRARIES)}"], check=True, capture_output=True)
 
 
 def watched(config: Any) -> tuple[float, float]:
