@@ -34,6 +34,11 @@ def sliding_window(model: Module) -> int | None:
     return getattr(causal_lm(model).config, "sliding_window", None) or None
 
 
+def soft_cap(model: Module) -> float | None:
+    """What the logits stay within, by a tangent; None where nothing caps them."""
+    return getattr(causal_lm(model).config, "final_logit_softcapping", None)
+
+
 def last_layer(decoder: Module) -> Module | None:
     """The last of `layers`, if it has any; looked for once, as a walk through all modules takes longer than a layer of a small model."""
     if decoder not in _last:

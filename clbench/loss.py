@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Linear, Module
 from torch.nn import functional as F
 
-from clbench.architecture import causal_lm
+from clbench.architecture import causal_lm, soft_cap
 from clbench.joined import join
 from clbench.last_layer import hidden_at, states_at
 from clbench.types import Batch
@@ -31,9 +31,8 @@ ACCELERATOR_LOGITS = 2**27
 
 def project(model: Module, hidden_NH: Tensor) -> Tensor:
     """Logits [..., vocabulary] of last hidden states, in float32."""
-    inner = causal_lm(model)
-    logits = inner.get_output_embeddings()(hidden_NH).float()
-    cap = getattr(inner.config, "final_logit_softcapping", None)
+    logits = causal_lm(model).get_output_embeddings()(hidden_NH).float()
+    cap = soft_cap(model)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
@@ -95,11 +94,8 @@ def _projected(model: Module, hidden_NH: Tensor, memory_NV: Tensor) -> tuple[Ten
 
     They are written into `memory_NV` where that is all that their output embedding does; fresh memory for every slice takes longer.
     """
-    inner = causal_lm(model)
-    head = inner.get_output_embeddings()
-    plain = (
-        type(head) is Linear and head.bias is None and getattr(inner.config, "final_logit_softcapping", None) is None
-    )
+    head = causal_lm(model).get_output_embeddings()
+    plain = type(head) is Linear and head.bias is None and soft_cap(model) is None
     # A weight that is sharded over processes is whole only while its module runs.
     if plain and head.weight.dtype == memory_NV.dtype == torch.float32 and len(head.weight) == memory_NV.shape[1]:
         weight_VH = head.weight.detach()
