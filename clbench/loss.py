@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import Linear, Module
 from torch.nn import functional as F
 
-from clbench.architecture import causal_lm, soft_cap
+from clbench.architecture import causal_lm, is_sharded, soft_cap
 from clbench.joined import join
 from clbench.last_layer import hidden_at, states_at
 from clbench.types import Batch
@@ -73,9 +74,9 @@ class _FrozenHeadNll(torch.autograd.Function):
     def forward(ctx: Any, hidden_NH: Tensor, labels_N: Tensor, model: Module, slices: int) -> Tensor:
         """[N], in nats."""
         nll, gradients = [], []
-        memory_NV = hidden_NH.new_empty(math.ceil(len(hidden_NH) / slices), causal_lm(model).config.vocab_size)
+        project_slice = _projection(model, rows=math.ceil(len(hidden_NH) / slices))
         for part_NH, part_N in zip(hidden_NH.chunk(slices), labels_N.chunk(slices), strict=True):
-            logits_NV, gradient_of = _projected(model, part_NH, memory_NV[: len(part_NH)])
+            logits_NV, gradient_of = project_slice(part_NH)
             nll.append(nll_(logits_NV, part_N))
             if hidden_NH.requires_grad:
                 gradients.append(gradient_of(logits_NV))
@@ -89,17 +90,28 @@ class _FrozenHeadNll(torch.autograd.Function):
         return (gradient_N[:, None] * gradient_NH).to(gradient_NH.dtype), None, None, None
 
 
-def _projected(model: Module, hidden_NH: Tensor, memory_NV: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Logits in float32, outside autograd, and what makes of their gradient that of the hidden states.
+Projected = tuple[Tensor, Callable[[Tensor], Tensor]]
+"""Logits in float32, outside autograd, and what makes of their gradient that of the hidden states."""
 
-    They are written into `memory_NV` where that is all that their output embedding does; fresh memory for every slice takes longer.
-    """
+
+def _projection(model: Module, *, rows: int) -> Callable[[Tensor], Projected]:
+    """What projects slices of up to `rows` hidden states, one after another: each may take the memory of the one before."""
     head = causal_lm(model).get_output_embeddings()
     plain = type(head) is Linear and head.bias is None and soft_cap(model) is None
-    # A weight that is sharded over processes is whole only while its module runs.
-    if plain and head.weight.dtype == memory_NV.dtype == torch.float32 and len(head.weight) == memory_NV.shape[1]:
-        weight_VH = head.weight.detach()
-        return torch.mm(hidden_NH, weight_VH.T, out=memory_NV), lambda gradient_NV: gradient_NV @ weight_VH
+    # A sharded weight is whole only while its module runs.
+    if not plain or head.weight.dtype != torch.float32 or is_sharded(head.weight):
+        return partial(_through_module, model)
+    weight_VH = head.weight.detach()
+    memory_NV = weight_VH.new_empty(rows, len(weight_VH))
+
+    def product(hidden_NH: Tensor) -> Projected:
+        logits_NV = torch.mm(hidden_NH, weight_VH.T, out=memory_NV[: len(hidden_NH)])
+        return logits_NV, lambda gradient_NV: gradient_NV @ weight_VH
+
+    return product
+
+
+def _through_module(model: Module, hidden_NH: Tensor) -> Projected:
     with torch.enable_grad():
         leaf_NH = hidden_NH.detach().requires_grad_()
         logits_NV = project(model, leaf_NH)
