@@ -35,7 +35,7 @@ def sliding_window(model: Module) -> int | None:
 
 
 def soft_cap(model: Module) -> float | None:
-    """What the logits stay within, by a tangent; None where nothing caps them."""
+    """What the logits stay within, by a hyperbolic tangent; None where nothing caps them."""
     return getattr(causal_lm(model).config, "final_logit_softcapping", None)
 
 

@@ -113,6 +113,7 @@ def test_the_loss_in_slices_has_the_value_and_the_gradients_of_cross_entropy(mod
     hidden = torch.randn(10, 16, generator=rng, requires_grad=True)
     labels = torch.randint(0, VOCABULARY, (10,), generator=rng)
     weights = torch.rand(10, generator=rng)
+    torch.manual_seed(0)
     usual, head = model.get_output_embeddings(), torch.nn.Linear(16, VOCABULARY, bias=bias)
     logits = head(hidden)
     logits = logits if cap is None else torch.tanh(logits / cap) * cap

@@ -24,7 +24,7 @@ from clbench.student import Student
 from tests.benchmarks.race import Figure, spread, timed
 
 ROOT = Path(__file__).resolve().parents[2]
-LIBRARIES = ("torch", "transformers", "peft", "lm_eval.api.task")
+IMPORTED = ("torch", "transformers", "peft", "lm_eval.api.task")
 """What every run imports. It takes a process as long whatever it goes on to do, so the first share is without, the second with it."""
 
 
@@ -49,7 +49,7 @@ def run() -> Iterator[Figure]:
         ]
         seconds = [timed(partial(command, *nothing, f"seed={n}"), time.perf_counter)[0] for n in range(3)]
         yield plain("a run that trains nothing on one task", seconds, "seconds", "-")
-        for library in LIBRARIES:
+        for library in IMPORTED:
             import_module(library)
         total, working = watched(
             compose([f"results_dir={folder}", "method=seq", "tracking.progress=false", "cache=false"])
@@ -64,7 +64,7 @@ def run() -> Iterator[Figure]:
 
 def started() -> None:
     """Python and the libraries that every run begins with, in a process of their own."""
-    subprocess.run([sys.executable, "-c", f"import {', '.join(LIBRARIES)}"], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", f"import {', '.join(IMPORTED)}"], check=True, capture_output=True)
 
 
 def watched(config: Any) -> tuple[float, float]:
