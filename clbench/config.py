@@ -7,11 +7,11 @@ No torch here: the command line must answer at once.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,10 @@ CADENCE = r"all|quarters|ends|every:[1-9]\d*"
 # What a run's scores do not depend on, or what names a place on one machine: no part of a run's identity.
 NO_IDENTITY = ("results_dir", "cache_dir", "data_dir", "resume", "cache", "tracking")
 NO_IDENTITY_TRAIN = ("micro_batch_tokens", "checkpoint_steps")
+PLACES = ("results_dir", "cache_dir", "data_dir")
+FREE = ("engine.deepspeed.", "engine.vllm.")
+SEEDS = ("seed", "method.seed")
+"""What a method's replicates differ in."""
 
 
 @dataclass
@@ -129,30 +133,50 @@ def from_plain(plain: dict[str, Any]) -> Config:
     return Config(**{**plain, **{key: shape(**plain[key]) for key, shape in GROUPS.items()}})
 
 
-def config_hash(config: Config, *, without_seed: bool = False) -> str:
-    """SHA-256, in hexadecimal, of all that decides a run's scores. Paths are taken out wherever they were interpolated."""
-    plain = copy.deepcopy(asdict(config))
-    for key in NO_IDENTITY:
-        del plain[key]
-    for key in NO_IDENTITY_ENGINE:
-        del plain["engine"][key]
-    if config.engine.generation == "local":  # as runs were named before there was another
-        del plain["engine"]["generation"]
-    for key in NO_IDENTITY_TRAIN:
-        del plain["train"][key]
-    if without_seed:
-        del plain["seed"]
-        plain["method"].pop("seed", None)
-    text = json.dumps(plain, sort_keys=True)
-    for path in (config.data_dir, config.cache_dir, config.results_dir):
-        if path:
-            text = text.replace(json.dumps(path), '"<path>"')
-    return hashlib.sha256(text.encode()).hexdigest()
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every value that decides a run's scores, by dotted key, of a configuration as nested values.
+
+    Left out are places on one machine and what changes no score; a path that stands inside another value reads "<path>". The ZeRO stage counts
+    below float32, where it changes the numbers.
+    """
+    dropped = {f"engine.{key}" for key in NO_IDENTITY_ENGINE} | {f"train.{key}" for key in NO_IDENTITY_TRAIN}
+    leaves = dict(_leaves(config))
+    if leaves.get("engine.dtype", "float32") != "float32":
+        dropped -= {"engine.name", "engine.zero_stage"}
+    places = {leaves.get(key) for key in PLACES} - {None, ""}
+    return {
+        key: "<path>" if isinstance(value, str) and value in places else value
+        for key, value in leaves.items()
+        if key not in dropped and key.partition(".")[0] not in NO_IDENTITY and not key.startswith(FREE)
+    }
+
+
+def run_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256, in hexadecimal, of a run's identity."""
+    return _sha256(identity(config))
+
+
+def variant(config: Mapping[str, Any]) -> str:
+    """Eight digits of the SHA-256 of what a method's seeds have in common: its runs are one row of the leaderboard."""
+    return _sha256({key: value for key, value in identity(config).items() if key not in SEEDS})[:8]
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every leaf."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _sha256(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def run_name(config: Config) -> str:
     """The run's directory name: `<experiment>-<method>-s<seed>-<hash8>`."""
-    return f"{config.experiment}-{config.method['name']}-s{config.seed}-{config_hash(config)[:8]}"
+    return f"{config.experiment}-{config.method['name']}-s{config.seed}-{run_hash(asdict(config))[:8]}"
 
 
 def run_directory(config: Config) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from clbench.canaries import checked
-from clbench.config import Config, config_hash, run_name
+from clbench.config import Config, run_hash, run_name, variant
 from clbench.contract import overlaps, stream_hash, trained_probes
 from clbench.data import Encoder, fingerprint
 from clbench.protocols import Probe
@@ -50,8 +50,8 @@ def manifest(config: Config, stream: Stream, *, model_label: str, fingerprint: s
         "tasks": [stage.name for stage in stream.stages],
         "metrics": {stage.name: stage.task.metric for stage in stream.stages},
         "config": asdict(config),
-        "config_hash": config_hash(config),
-        "variant": config_hash(config, without_seed=True)[:8],
+        "config_hash": run_hash(asdict(config)),
+        "variant": variant(asdict(config)),
         "model_fingerprint": fingerprint,
         "git": git_state(),
         "versions": versions(),

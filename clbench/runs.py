@@ -10,10 +10,9 @@ Reads manifest.json, status, scores.jsonl, cost.jsonl and items/; never writes. 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from hashlib import sha256
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from clbench.config import NO_IDENTITY, NO_IDENTITY_ENGINE, NO_IDENTITY_TRAIN
 from clbench.metrics import Floats
 from clbench.types import Cost, Score, UserMistake
 
@@ -87,29 +85,10 @@ class Run:
         """Whether the code differed from its commit."""
         return bool((self.manifest["git"] or {}).get("dirty"))
 
-    @cached_property
-    def variant_config(self) -> dict[str, Any]:
-        """The resolved configuration by dotted key, without the seed, places and whatever else changes no score.
-
-        Runs that agree in it differ by seed only. The ZeRO stage counts below float32, where it changes the numbers.
-        """
-        leaves = dict(_flat(self.manifest["config"]))
-        placement = {f"engine.{key}" for key in NO_IDENTITY_ENGINE}
-        if leaves.get("engine.dtype", "float32") != "float32":
-            placement -= {"engine.name", "engine.zero_stage"}
-        dropped = {"seed", "method.seed", *placement, *(f"train.{key}" for key in NO_IDENTITY_TRAIN)}
-        dropped |= {key for key in leaves if key.startswith("engine.deepspeed.")}
-        places = {leaves.get(key) for key in ("results_dir", "cache_dir", "data_dir")} - {None, ""}
-        return {
-            key: "<path>" if isinstance(value, str) and value in places else value
-            for key, value in leaves.items()
-            if key not in dropped and key.partition(".")[0] not in NO_IDENTITY
-        }
-
     @property
     def variant(self) -> str:
-        """Short hash of `variant_config`."""
-        return sha256(json.dumps(self.variant_config, sort_keys=True).encode()).hexdigest()[:8]
+        """What its seeds have in common, as the manifest says (`config.variant`)."""
+        return str(self.manifest["variant"])
 
     @cached_property
     def values(self) -> dict[tuple[int, str, str, str], float]:
@@ -143,15 +122,6 @@ def read_runs(results_dir: Path) -> tuple[Run, ...]:
     return tuple(_read_run(path) for path in sorted((results_dir / "runs").glob("*/")))
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of every leaf of a nested configuration."""
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _read_run(directory: Path) -> Run:
     """One run directory; a manifest or a line that is no record makes it unreadable, not the leaderboard."""
     manifest: dict[str, Any] = {}
@@ -182,7 +152,19 @@ def _read_run(directory: Path) -> Run:
 def _manifest(path: Path) -> dict[str, Any]:
     """The manifest, with every key that the leaderboard reads."""
     manifest = json.loads(path.read_text(encoding="utf-8"))
-    needed = ("stream", "order", "model", "method", "seed", "config", "config_hash", "git", "tasks", "metrics")
+    needed = (
+        "stream",
+        "order",
+        "model",
+        "method",
+        "seed",
+        "variant",
+        "config",
+        "config_hash",
+        "git",
+        "tasks",
+        "metrics",
+    )
     if missing := [key for key in needed if key not in manifest]:
         raise ValueError(f"manifest.json lacks {', '.join(missing)}")
     if missing := [task for task in manifest["tasks"] if task not in manifest["metrics"]]:

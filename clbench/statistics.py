@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from clbench import metrics
+from clbench.config import SEEDS, identity
 from clbench.runs import MATRIX_PROBE, Run, Setting
 
 KNOWLEDGE_PROBE, PERPLEXITY_PROBE, DIVERGENCE_PROBE = "knowledge", "perplexity", "divergence"
@@ -234,9 +235,11 @@ def _notes(runs: Sequence[Run], *, mean: Summary, n_seeds: int, siblings: Sequen
     if isnan(mean.retention):
         yield "retention undefined: see retention.csv"
     if len(siblings) > 1:
-        own, others = runs[0].variant_config, [run.variant_config for run in siblings]
+        own, *others = (identity(run.manifest["config"]) for run in (runs[0], *siblings))
         keys = sorted({key for other in others for key in other})
-        differing = [key for key in keys if any(other.get(key) != own.get(key) for other in others)]
+        differing = [
+            key for key in keys if key not in SEEDS and any(other.get(key) != own.get(key) for other in others)
+        ]
         yield "variant: " + ", ".join(f"{key}={own.get(key)}" for key in differing)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
 
+from clbench.config import identity
 from clbench.runs import Run, read_runs
 from clbench.statistics import summarise
 
@@ -48,7 +49,7 @@ def trials(runs: Sequence[Run]) -> list[Trial]:
             by_method[run.method].append(run)
     found = []
     for method, members in sorted(by_method.items()):
-        flat = [run.variant_config for run in members]
+        flat = [identity(run.manifest["config"]) for run in members]
         varied = sorted(key for key in set().union(*flat) if len({repr(config.get(key)) for config in flat}) > 1)
         for run, config in zip(members, flat, strict=True):
             summary = summarise(run)

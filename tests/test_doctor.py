@@ -49,6 +49,7 @@ def make_run(results: Path, method: str, lr: float, accuracy: float, kept: float
         "metrics": {"t": "accuracy"},
         "config": {"train": {"lr": lr}, "method": {"name": method}, "engine": {}},
         "config_hash": "x",
+        "variant": "x",
         "git": {"commit": "c", "dirty": False},
         "versions": {},
         "command": "",

@@ -4,6 +4,7 @@ import copy
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from clbench import experiment, ledger, optim, train
 from clbench.adapters import trainable
 from clbench.architecture import causal_lm
 from clbench.cli import compose
-from clbench.config import TrainConfig, config_hash
+from clbench.config import TrainConfig, run_hash
 from clbench.engine import LocalEngine
 from clbench.ledger import Checkpoint, Ledger
 from clbench.probes.rolling import rolling_nll
@@ -105,7 +106,7 @@ def test_tensors_of_different_step_counts_are_different_groups():
 
 def test_carrying_is_part_of_a_runs_identity_and_keeping_checkpoints_is_not(overrides):
     plain, carried, kept = (
-        config_hash(compose([*overrides, *more]))
+        run_hash(asdict(compose([*overrides, *more])))
         for more in ((), ("train.carry_optimizer=true",), ("train.checkpoint_steps=2",))
     )
     assert plain == kept != carried
@@ -407,7 +408,7 @@ def test_an_offload_that_no_engine_has_is_refused(overrides, wrong):
 
 def test_where_things_lie_is_no_part_of_a_runs_identity(overrides):
     more = ["engine=deepspeed", "engine.offload=optimizer", "engine.activation_checkpointing=true"]
-    assert config_hash(compose([*overrides, *more])) == config_hash(compose(overrides))
+    assert run_hash(asdict(compose([*overrides, *more]))) == run_hash(asdict(compose(overrides)))
 
 
 # --- compiled layers ----------------------------------------------------------------------------------------------------------

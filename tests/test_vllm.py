@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from clbench.adapters import folded
-from clbench.config import check, config_hash
+from clbench.config import check, run_hash
 from clbench.student import Student
 from clbench.types import UserMistake
 from clbench.vllm_writer import VllmWriter
@@ -167,7 +168,7 @@ def test_what_it_cannot_do_is_refused_in_one_line(overrides, line):
 def test_runs_that_it_wrote_are_other_runs_and_all_others_keep_their_names():
     local, written = methods.composed("seq"), methods.composed("seq", "engine.generation=vllm")
     settings = methods.composed("seq", "engine.generation=vllm", "+engine.vllm.enforce_eager=true")
-    assert config_hash(local) != config_hash(written) == config_hash(settings)
+    assert run_hash(asdict(local)) != run_hash(asdict(written)) == run_hash(asdict(settings))
 
 
 @pytest.mark.parametrize("name", NAMES)
