@@ -63,12 +63,8 @@ def _run(composed: DictConfig) -> None:
     path = _experiment(config, command=shlex.join(["python", "-m", "clbench", *HydraConfig.get().overrides.task]))
     if path is None:
         return
-    from clbench import leaderboard
-
-    results_dir = Path(config.results_dir)
-    leaderboard.refresh(results_dir)
     if HydraConfig.get().mode == RunMode.RUN:
-        show_leaderboard(results_dir)
+        show_leaderboard(Path(config.results_dir))
     else:
         print(f"{path.name} is complete")
 
@@ -119,12 +115,12 @@ def _require_writable(config: DictConfig) -> None:
 
 
 def show_leaderboard(results_dir: Path) -> None:
-    """Prints the leaderboard's table and where its CSV is."""
+    """Writes the leaderboard, prints its table and where its CSV is: once a command, as it reads every run that there is."""
     from rich.console import Console
 
     from clbench import leaderboard
 
-    Console().print(leaderboard.table(results_dir))
+    Console().print(leaderboard.refresh(results_dir))
     print(f"leaderboard: {results_dir / 'leaderboard.csv'}")
 
 

@@ -63,8 +63,8 @@ stages.csv.
 """
 
 
-def refresh(results_dir: Path) -> None:
-    """Writes stages.csv, retention.csv, leaderboard.csv and leaderboard.md from the runs under `results_dir`."""
+def refresh(results_dir: Path) -> Table:
+    """Writes stages.csv, retention.csv, leaderboard.csv and leaderboard.md from the runs under `results_dir`; gives the table to print."""
     runs = read_runs(results_dir)
     readable = [run for run in runs if run.state != "unreadable"]
     rows = entries(readable)
@@ -76,15 +76,14 @@ def refresh(results_dir: Path) -> None:
     }
     for name, text in contents.items():
         replace_file(results_dir / name, text)
+    return table(rows, runs=runs)
 
 
-def table(results_dir: Path) -> Table:
+def table(ranked: Sequence[Entry], *, runs: Sequence[Run]) -> Table:
     """The leaderboard for a terminal, one section per stream, order and model."""
     from rich.table import Table
     from rich.text import Text
 
-    runs = read_runs(results_dir)
-    ranked = entries(runs)
     settings = sorted({entry.setting for entry in ranked})
     title = (
         "Leaderboard"
@@ -141,12 +140,12 @@ def run_command(prog: str, *, about: str, action: Callable[[Path], None]) -> int
 
 def _refresh_and_print(results_dir: Path) -> None:
     """The files, then the table and where it is on standard output."""
-    refresh(results_dir)
+    shown = refresh(results_dir)
     path = results_dir / "leaderboard.csv"
-    if not read_runs(results_dir):
+    if not any((results_dir / "runs").glob("*/")):
         print(f"No runs under {results_dir / 'runs'} yet: wrote the headers of {path}.")
         return
-    _print(table(results_dir))
+    _print(shown)
     print(path)
 
 

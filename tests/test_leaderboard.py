@@ -11,6 +11,7 @@ import pytest
 from pytest import approx
 
 from clbench import leaderboard, report
+from clbench.config import variant
 from clbench.types import Cost, Score, UserMistake
 
 TASKS = ("sums", "food", "rhyme")
@@ -83,7 +84,7 @@ def write_run(results, method, *, seed, matrix, status="complete", stages=3, ste
         "metrics": dict.fromkeys(TASKS, "accuracy"),
         "command": f"python -m clbench method={method} seed={seed}",
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     (folder / "status").write_text(status + "\n")
     with (folder / "scores.jsonl").open("w") as lines, (folder / "cost.jsonl").open("w") as costs:
         for stage in range(stages + 1):
@@ -98,6 +99,11 @@ def write_run(results, method, *, seed, matrix, status="complete", stages=3, ste
             np.savez_compressed(folder / "items" / f"stage-{stage:02d}.npz", **kept)
             costs.write(json.dumps(vars(stage_cost(stage)) | {"joules": None}) + "\n")
     return folder
+
+
+def write_manifest(folder, manifest):
+    """The manifest, its variant as its configuration makes it."""
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"variant": variant(manifest["config"])}))
 
 
 def stage_cost(stage):
@@ -277,7 +283,7 @@ def test_low_precision_runs_of_different_zero_stages_share_no_row(tmp_path):
             folder = write_run(tmp_path / dtype, "alpha", seed=zero_stage, matrix=ALPHA)
             manifest = json.loads((folder / "manifest.json").read_text())
             manifest["config"]["engine"] |= {"dtype": dtype, "zero_stage": zero_stage}
-            (folder / "manifest.json").write_text(json.dumps(manifest))
+            write_manifest(folder, manifest)
         assert len(refreshed(tmp_path / dtype)) == num_rows
 
 
@@ -405,7 +411,7 @@ def test_the_command_prints_the_table_and_the_path(results):
     assert done.returncode == 0, done.stderr
     assert done.stdout.index("alpha") < done.stdout.index("beta")
     assert "0.677 ± 0.025" in done.stdout and done.stdout.strip().endswith("leaderboard.csv")
-    assert leaderboard.table(results).row_count == 2
+    assert leaderboard.refresh(results).row_count == 2
 
 
 def command(module, results):

@@ -1,5 +1,6 @@
 """Whole runs of a tiny model over a tiny stream: the same numbers however they come about."""
 
+import csv
 import json
 import signal
 import subprocess
@@ -10,9 +11,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from clbench import experiment, leaderboard
+from clbench import cli, experiment, leaderboard
 from clbench.cli import compose
 from clbench.ledger import Ledger
+from clbench.runs import read_runs
 from clbench.student import Student
 from clbench.types import UserMistake
 
@@ -48,6 +50,24 @@ def test_a_run_leaves_a_whole_ledger(overrides, method):
         and len(manifest["tasks"]) == 3
         and manifest["data"].keys() == set(manifest["tasks"])
     )
+
+
+def test_the_manifest_and_the_leaderboard_name_one_variant(overrides):
+    path = run(overrides, "method=seq")
+    (row,) = csv.DictReader((path.parents[1] / "leaderboard.csv").open())
+    assert row["variant"] == json.loads((path / "manifest.json").read_text())["variant"]
+    assert run(overrides, "method=seq", "seed=1") != path
+    (row,) = csv.DictReader((path.parents[1] / "leaderboard.csv").open())
+    assert row["n_seeds"] == "2"
+
+
+def test_a_sweep_reads_its_runs_once_however_many_jobs_it_has(overrides, monkeypatch, capsys):
+    read = []
+    monkeypatch.setattr(leaderboard, "read_runs", lambda folder: read.append(folder) or read_runs(folder))
+    few = ["stream.limit=1", "train.steps=0"]
+    monkeypatch.setattr(sys, "argv", ["clbench", "-m", *overrides, *few, "seed=0,1,2"])
+    cli.main()
+    assert len(read) == 1 and capsys.readouterr().out.count("is complete") == 3
 
 
 @pytest.mark.parametrize("method", ["base", "seq", "ilora", "curlora", "dora"])
