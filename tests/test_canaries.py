@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,11 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+import clbench
 import clbench.canaries
 from clbench import generation
 from clbench.batches import Encoded
-from clbench.canaries import check_stream, checked
+from clbench.canaries import check_stream, checked, code_hash
 from clbench.canaries.answers import chance, near_zero
 from clbench.canaries.copying import copies, named_last
 from clbench.config import StreamConfig
@@ -513,3 +515,13 @@ def test_a_changed_scorer_is_checked_again(tmp_path, encoder, monkeypatch):
         module.EXAMPLES = numbers().examples("test")
         checked(stream_of(module.Own(), encoder=encoder), encoder, cache_dir=tmp_path, stream_hash="a")
     assert len(list((tmp_path / "canaries").iterdir())) == 2
+
+
+def test_a_change_of_any_file_that_computes_asks_the_canaries_again(encoder, tmp_path):
+    stream = stream_of(colours(), encoder=encoder)
+    package = tmp_path / "clbench"
+    shutil.copytree(Path(clbench.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    before = code_hash(stream, package)
+    changed = package / "last_layer.py"
+    changed.write_text(changed.read_text().replace("4 * places_BW", "5 * places_BW"))
+    assert code_hash(stream, package) != before

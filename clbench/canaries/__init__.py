@@ -22,23 +22,15 @@ import torch
 import transformers
 from torch.nn import Module
 
+import clbench
 from clbench.adapters import seeded
 from clbench.canaries.answers import Verdict, chance, copier, near_zero, reference, shuffled, swap, wrong_scores
-from clbench.canaries.copying import copies
 from clbench.canaries.tokens import NEW_TOKENS, Watched, invariance, one_bos, same_prompt
 from clbench.data import Encoder, tokenizer_fingerprint
-from clbench.generation import decode
-from clbench.loss import project
 from clbench.model import fresh_llama
-from clbench.packing import Read
-from clbench.probes.matrix import examine
-from clbench.reading import Reader
 from clbench.stream import Stream
-from clbench.student import Student
 from clbench.types import Stage
 
-EXAMINING = (chance, copies, invariance, Encoder, project, fresh_llama, examine, Student, Reader, Read, decode)
-"""One part of each module that has a say in what a canary sees."""
 # A wide initialisation, so that the random model answers different prompts differently.
 ARCHITECTURE = {
     "hidden_size": 64,
@@ -81,12 +73,12 @@ def checked(stream: Stream, encoder: Encoder, *, cache_dir: Path, stream_hash: s
     return found
 
 
-def code_hash(stream: Stream) -> str:
-    """SHA-256, in hexadecimal, of the files that define how the stream is encoded, examined, scored and checked."""
-    classes = [cls for stage in stream.stages for cls in type(stage.task).__mro__]
-    modules = [sys.modules[name] for name in {part.__module__ for part in (*EXAMINING, *classes, Canary)}]
-    files = [Path(module.__file__) for module in modules if "__file__" in vars(module)]  # builtins have none
-    contents = sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+def code_hash(stream: Stream, package: Path = Path(clbench.__file__).parent) -> str:
+    """SHA-256, in hexadecimal, of every source file of `package` and of those that define the stream's tasks."""
+    classes = {cls.__module__ for stage in stream.stages for cls in type(stage.task).__mro__}
+    files = {Path(sys.modules[name].__file__) for name in classes if "__file__" in vars(sys.modules[name])}
+    files = {file for file in files if package not in file.parents}  # builtins have no file
+    contents = sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in {*files, *package.rglob("*.py")})
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
