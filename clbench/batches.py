@@ -17,7 +17,7 @@ from clbench.last_layer import filled
 from clbench.types import IGNORED, Batch
 
 FORWARD = 512
-"""What one more forward costs, in tokens of padding, most of which are not read on the CPU (`joined`; measured)."""
+"""What one more forward costs, in tokens of padding (measured)."""
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,14 @@ import torch
 import transformers
 from torch.nn import Module
 
-from clbench import architecture, generation, joined, last_layer, loss, packing, reading, student, vllm_writer
+from clbench import architecture, generation, last_layer, loss, packing, reading, student, vllm_writer
 from clbench.adapters import is_folded, ordinary_state
 from clbench.architecture import causal_lm
 from clbench.data import Encoder
 from clbench.last_layer import is_callable_twice
 from clbench.student import Ids, Student, Writer
 
-COMPUTING = (architecture, generation, joined, last_layer, loss, packing, reading, student, vllm_writer)
+COMPUTING = (architecture, generation, last_layer, loss, packing, reading, student, vllm_writer)
 """The files whose text decides an answer."""
 
 

@@ -20,7 +20,6 @@ from torch.nn import Linear, Module
 from torch.nn import functional as F
 
 from clbench.architecture import causal_lm, is_sharded, soft_cap
-from clbench.joined import join
 from clbench.last_layer import hidden_at, states_at
 from clbench.types import Batch
 
@@ -45,11 +44,8 @@ def hidden_states(
     Rows are padded on the right, where no token of theirs looks, so that attention needs no mask but the causal one. States there mean nothing.
     """
     decoder = causal_lm(model).get_decoder()
-    joined = join(decoder, input_ids, attention_mask)
-    inputs = joined.inputs if joined else {"input_ids": input_ids, "use_cache": False}
-    output = decoder(**inputs, output_hidden_states=all_layers)
-    found = output.hidden_states if all_layers else (output.last_hidden_state,)
-    return tuple(map(joined.apart, found)) if joined else found
+    output = decoder(input_ids=input_ids, use_cache=False, output_hidden_states=all_layers)
+    return output.hidden_states if all_layers else (output.last_hidden_state,)
 
 
 def token_nll(model: Module, hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
@@ -135,14 +131,8 @@ def nll_(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
 def answer_loss(model: Module, batch: Batch) -> Tensor:
     """This batch's share of the mean negative log-likelihood of the step, in nats per answer token."""
     decoder = causal_lm(model).get_decoder()
-    joined = join(decoder, batch.input_ids, batch.attention_mask)
-    if joined:
-        places_1N = (batch.read + joined.starts_B1).flatten()[batch.answers][None]
-        hidden_NH = hidden_at(decoder, places_1N, **joined.inputs)[0]
-    else:
-        hidden_BWH = hidden_at(decoder, batch.read, input_ids=batch.input_ids, use_cache=False)
-        hidden_NH = hidden_BWH.flatten(0, 1)[batch.answers]
-    return _weighted_nll(model, hidden_NH, batch)
+    hidden_BWH = hidden_at(decoder, batch.read, input_ids=batch.input_ids, use_cache=False)
+    return _weighted_nll(model, hidden_BWH.flatten(0, 1)[batch.answers], batch)
 
 
 def weighted_nll(model: Module, hidden_BTH: Tensor, batch: Batch) -> Tensor:

@@ -17,7 +17,6 @@ ROWS = (
         "data",
         "architecture",
         "last_layer",
-        "joined",
         "loss",
         "sharding",
         "generation",

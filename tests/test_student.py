@@ -1,5 +1,6 @@
 """Scores of the student against the plainest possible computation: one row at a time, no padding, the whole vocabulary everywhere."""
 
+import copy
 import math
 
 import pytest
@@ -142,3 +143,13 @@ def test_an_output_embedding_that_trains_gets_its_gradient(model, monkeypatch):
     weight = model.get_output_embeddings().weight
     (gradient,) = torch.autograd.grad(loss.token_nll(model, hidden, labels).sum(), weight)
     assert float(gradient.abs().max()) > 0
+
+
+def test_scoring_and_training_leave_the_attention_implementation_to_the_user(model):
+    model, encoder = copy.deepcopy(model), Encoder(Words(), max_length=32)
+    examples = [Example(id=str(n), prompt="a " * n, answer="b c") for n in (2, 5)]
+    answer_loss(model, encoder.collate(examples)).backward()
+    Student(model, encoder).log_likelihoods(requests())
+    model.set_attn_implementation("eager")
+    chosen = {part.config._attn_implementation for part in model.modules() if "config" in vars(part)}
+    assert chosen == {"eager"}
