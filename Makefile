@@ -35,7 +35,7 @@ tune: setup ## the search that chose learning rates and strengths, on another wo
 	for search in $(basename $(notdir $(wildcard conf/experiment/tune/*.yaml))); do \
 	  test $$search = common || $(PY) -m clbench +experiment=tune/$$search results_dir=$(RESULTS)/tuning tracking.progress=false $(LAUNCH) || exit 1; \
 	done
-	$(PY) -m clbench.tuning $(RESULTS)/tuning
+	$(PY) -m clbench.leaderboard $(RESULTS)/tuning
 
 reference: setup ## the whole field, bounds and baselines included, three seeds
 	$(PY) -m clbench -m method=$(FIELD) seed=0,1,2 results_dir=$(RESULTS)/reference tracking.progress=false $(LAUNCH)
@@ -43,7 +43,7 @@ reference: setup ## the whole field, bounds and baselines included, three seeds
 test: setup ## the tests that a change must pass
 	$(PY) -m pytest -m "not slow and not gpu and not learnability"
 
-test-slow: setup ## tests that take minutes: many processes, compiled layers
+test-slow: setup ## tests that take minutes: many processes
 	$(PY) -m pytest -m "slow and not gpu"
 
 test-learnability: setup ## that every task of the embedded stream can be learned; its last run is in CHANGELOG.md

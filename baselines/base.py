@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import Module
 
-from clbench.loss import answer_loss
+from clbench.models.loss import answer_loss
 from clbench.protocols import Method
 from clbench.types import Batch, Source, Stage
 

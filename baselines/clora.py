@@ -35,10 +35,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from clbench.adapters import Lora
-from clbench.data import generator
-from clbench.loss import answer_loss
-from clbench.pairs import lora_pairs
+from clbench.data.sampling import generator
+from clbench.models.lora import Lora
+from clbench.models.loss import answer_loss
+from clbench.models.pairs import lora_pairs
 from clbench.protocols import Engine, Method
 from clbench.types import Batch, UserMistake
 

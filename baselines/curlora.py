@@ -35,9 +35,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from clbench import cur
-from clbench.data import generator
-from clbench.loss import answer_loss
+from clbench.data.sampling import generator
+from clbench.models import cur
+from clbench.models.loss import answer_loss
 from clbench.protocols import Method
 from clbench.types import Batch, UserMistake
 

@@ -38,10 +38,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from clbench.adapters import Lora
-from clbench.loss import answer_loss, hidden_states, weighted_nll
-from clbench.memory import Memory
-from clbench.pairs import Pair, holding, lora_pairs, reading
+from clbench.data.memory import Memory
+from clbench.models.lora import Lora
+from clbench.models.loss import answer_loss, hidden_states, weighted_nll
+from clbench.models.pairs import Pair, holding, lora_pairs, reading
 from clbench.protocols import Engine, Method
 from clbench.types import Batch, Source, Stage
 

@@ -41,8 +41,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from clbench import cur
-from clbench.loss import answer_loss
+from clbench.models import cur
+from clbench.models.loss import answer_loss
 from clbench.protocols import Engine, Method
 from clbench.types import Batch, Stage, UserMistake
 

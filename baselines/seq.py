@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import Module
 
-from clbench.adapters import Lora
-from clbench.loss import answer_loss
+from clbench.models.lora import Lora
+from clbench.models.loss import answer_loss
 from clbench.protocols import Method
 from clbench.types import Batch
 

@@ -23,9 +23,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from clbench.adapters import Lora
-from clbench.loss import answer_loss
-from clbench.pairs import Pair, lora_pairs, merge_and_restart, merge_stacks, stack
+from clbench.models.lora import Lora
+from clbench.models.loss import answer_loss
+from clbench.models.pairs import Pair, lora_pairs, merge_and_restart, merge_stacks, stack
 from clbench.protocols import Method
 from clbench.types import Batch
 

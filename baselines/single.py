@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.nn import Module
 
-from clbench.adapters import Lora, load_trainable_state, trainable
-from clbench.loss import answer_loss
+from clbench.models.lora import Lora
+from clbench.models.loss import answer_loss
+from clbench.models.weights import load_trainable_state, trainable
 from clbench.protocols import Method
 from clbench.types import Batch, Stage
 

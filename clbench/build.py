@@ -16,19 +16,16 @@ from hydra.utils import instantiate
 from torch import Tensor
 from torch.nn import Module
 
-from clbench.architecture import is_sharded
 from clbench.config import Config, run_directory
-from clbench.data import Encoder
-from clbench.ledger import Checkpoint, Ledger
-from clbench.manifest import data_contract, manifest
-from clbench.parts import make_method, make_probes, make_tasks
-from clbench.protocols import Method, Probe
-from clbench.sharding import start
-from clbench.stream import Stream, build_stream
-from clbench.student import Writer
+from clbench.data.encoder import Encoder
+from clbench.data.stream import Stream, build_stream
+from clbench.models.architecture import is_sharded
+from clbench.models.sharding import start
+from clbench.protocols import Method, Probe, Task
+from clbench.record.ledger import Checkpoint, Ledger
+from clbench.record.manifest import data_contract, manifest
+from clbench.train.ranks import World
 from clbench.types import UserMistake
-from clbench.vllm_writer import VllmWriter
-from clbench.world import World
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -38,7 +35,7 @@ class Run:
     """Everything a run is made of, complete after `prepare`. `overlapping`: ids of training examples that a test or probe holds, too.
 
     Only the first rank of the world writes: elsewhere there is no ledger. `moments`: the optimizer's state as the last stage left it, where it is
-    carried (`optim`). `within`: where the next stage goes on, if it was begun before. `writer`: writes answers, where transformers does not.
+    carried (`optim`). `within`: where the next stage goes on, if it was begun before.
     """
 
     config: Config
@@ -52,7 +49,6 @@ class Run:
     world: World = field(default_factory=World)
     moments: dict[str, Tensor] = field(default_factory=dict)
     within: Checkpoint | None = None
-    writer: Writer | None = None
 
 
 def set_up_torch(config: Config) -> None:
@@ -82,10 +78,10 @@ def prepare(config: Config, *, command: str, world: World) -> Run:
 
 def sharded_model(config: Config, method: Method) -> Module:
     """The method's model, of whose base each rank holds a slice; all ranks load it together."""
-    from clbench.engine_deepspeed import born_sharded
+    from clbench.train.zero import born_sharded
 
     dtype = DTYPES[config.engine.dtype]
-    with born_sharded(dtype, offload=config.engine.offload, extra=config.engine.deepspeed):
+    with born_sharded(dtype, offload=config.engine.offload):
         model, _ = instantiate(config.model).load(Path(config.cache_dir), dtype=dtype)
         model = method.wrap(model.to(device=device_of(config), dtype=dtype))
     if any(is_sharded(parameter) and parameter.requires_grad for parameter in model.parameters()):
@@ -107,14 +103,12 @@ def build(config: Config, *, command: str, world: World) -> Run:
     """As `prepare`, for one rank; a model that is sharded is not there yet."""
     source = instantiate(config.model)
     method, model, device = make_method(config), Module(), device_of(config)
-    writer = VllmWriter(config.engine.vllm) if config.engine.generation == "vllm" else None
     if config.engine.shard_base:
         tokenizer = source.load_tokenizer(Path(config.cache_dir))
     else:
         model, tokenizer = source.load(Path(config.cache_dir))
         model.to(device=device, dtype=DTYPES[config.engine.dtype])
-    token_dirs = [Path(folder) / "tokens" for folder in (config.data_dir, config.cache_dir) if folder is not None]
-    encoder = Encoder(tokenizer, max_length=config.train.max_length, device=device, token_dirs=token_dirs)
+    encoder = Encoder(tokenizer, max_length=config.train.max_length, device=device)
     tasks = make_tasks(config)
     stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
     probes = make_probes(config)
@@ -135,5 +129,19 @@ def build(config: Config, *, command: str, world: World) -> Run:
         ledger=ledger,
         overlapping=overlapping,
         world=world,
-        writer=writer,
     )
+
+
+def make_tasks(config: Config) -> dict[str, Task]:
+    """The stream's tasks by name, in the order in which the stream lists them."""
+    return {name: instantiate(task, _convert_="all") for name, task in config.tasks.items()}
+
+
+def make_probes(config: Config) -> tuple[Probe, ...]:
+    """The probes, each with its name."""
+    return tuple(instantiate(probe, name=name, _convert_="all") for name, probe in config.probe.probes.items())
+
+
+def make_method(config: Config) -> Method:
+    """The method; `name` is its label and no field of it."""
+    return instantiate({key: value for key, value in config.method.items() if key != "name"}, _convert_="all")

@@ -71,19 +71,19 @@ def _run(composed: DictConfig) -> None:
 
 def _experiment(config: Config, *, command: str) -> Path | None:
     """Runs it in this process, in ranks started here, or as one rank of many; its directory, None where another rank writes."""
-    from clbench.worker import is_first, is_rank, take_part
+    from clbench.train.worker import is_first, is_rank, take_part
 
     joined = config.engine.name == "deepspeed" and is_rank()
     if joined and not is_first():
         take_part(config, command=command)
         return None
-    from clbench.tracking import set_up_logging
+    from clbench.record.tracking import set_up_logging
 
     set_up_logging()
     if joined:
         return take_part(config, command=command)
     if config.engine.name == "deepspeed":
-        from clbench.launch import launch
+        from clbench.train.launch import launch
 
         return launch(config, command=command)
     from clbench.experiment import run
@@ -118,7 +118,7 @@ def show_leaderboard(results_dir: Path) -> None:
     """Writes the leaderboard, prints its table and where its CSV is: once a command, as it reads every run that there is."""
     from rich.console import Console
 
-    from clbench import leaderboard
+    from clbench.report import tables as leaderboard
 
     Console().print(leaderboard.refresh(results_dir))
     print(f"leaderboard: {results_dir / 'leaderboard.csv'}")

@@ -11,26 +11,55 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from clbench.config_engine import NO_IDENTITY_ENGINE, EngineConfig, check_engine, one_of
 from clbench.types import UserMistake
 
+DTYPES = ("float32", "bfloat16")
+ENGINES = ("local", "deepspeed")
+OFFLOADS = {"none": 0, "optimizer": 1, "all": 3}
+"""What can be kept in the host's memory, and the least ZeRO stage that can: the optimizer's state, master weights and gradients; weights too."""
+
+MESSAGE = 50_000_000
+"""Most entries of one message between ranks, and of the buffer for it, unless one tensor has more."""
+
+# What the engine does without changing a score.
+NO_IDENTITY_ENGINE = (
+    *("name", "processes", "zero_stage", "threads"),
+    *("offload", "activation_checkpointing", "shard_base"),
+)
 RESUME = ("auto", "never", "must")
 SCHEDULES = ("linear", "cosine", "constant")
 ORDER = r"default|reversed|latin:\d+|random:\d+"
 CADENCE = r"all|quarters|ends|every:[1-9]\d*"
 
 # What a run's scores do not depend on, or what names a place on one machine: no part of a run's identity.
-NO_IDENTITY = ("results_dir", "cache_dir", "data_dir", "resume", "cache", "tracking")
+NO_IDENTITY = ("results_dir", "cache_dir", "data_dir", "resume", "tracking")
 NO_IDENTITY_TRAIN = ("micro_batch_tokens", "checkpoint_steps")
 PLACES = ("results_dir", "cache_dir", "data_dir")
-FREE = ("engine.deepspeed.", "engine.vllm.")
 SEEDS = ("seed", "method.seed")
 """What a method's replicates differ in."""
+
+
+@dataclass
+class EngineConfig:
+    """Where and in which precision to train. `offload` is one of OFFLOADS.
+
+    With `shard_base` no process ever holds the whole base model.
+    """
+
+    name: str = "local"
+    processes: int = 1
+    zero_stage: int = 0
+    dtype: str = "float32"
+    device: str = "auto"
+    threads: int | None = None
+    offload: str = "none"
+    activation_checkpointing: bool = False
+    shard_base: bool = False
 
 
 @dataclass
@@ -106,7 +135,6 @@ class Config:
     data_dir: str | None = None
     cache_dir: str = ""
     resume: str = "auto"
-    cache: bool = True
     experiment: str = ""
     tasks: dict[str, Any] = field(default_factory=dict)
 
@@ -147,7 +175,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: "<path>" if isinstance(value, str) and value in places else value
         for key, value in leaves.items()
-        if key not in dropped and key.partition(".")[0] not in NO_IDENTITY and not key.startswith(FREE)
+        if key not in dropped and key.partition(".")[0] not in NO_IDENTITY
     }
 
 
@@ -231,6 +259,39 @@ def check(config: Config) -> None:
         )
     for key, value in (("results_dir", config.results_dir), ("cache_dir", config.cache_dir)):
         writable(key, value)
+
+
+def check_engine(engine: EngineConfig) -> None:
+    """Raises UserMistake where the engine cannot do what is asked of it."""
+    one_of("engine.name", engine.name, ENGINES)
+    one_of("engine.dtype", engine.dtype, DTYPES)
+    for key, value in (("engine.processes", engine.processes), ("engine.threads", engine.threads)):
+        if value is not None and value < 1:
+            raise UserMistake(f"{key}={value} is too small; the least allowed is 1")
+    if engine.name == "local" and (engine.processes, engine.zero_stage) != (1, 0):
+        raise UserMistake(
+            f"engine=local with engine.processes={engine.processes}, engine.zero_stage={engine.zero_stage}: "
+            "it is one process and shards nothing; choose engine=deepspeed"
+        )
+    if engine.zero_stage not in range(4):
+        raise UserMistake(f"engine.zero_stage={engine.zero_stage} is unknown; choose one of 0, 1, 2, 3")
+    one_of("engine.offload", engine.offload, OFFLOADS)
+    if engine.offload != "none" and (engine.name == "local" or engine.zero_stage < OFFLOADS[engine.offload]):
+        raise UserMistake(
+            f"engine.offload={engine.offload} with engine={engine.name}, engine.zero_stage={engine.zero_stage}: "
+            "optimizer needs engine=deepspeed and engine.zero_stage 1 to 3, all needs 3"
+        )
+    if engine.shard_base and (engine.name == "local" or engine.zero_stage < 3 or engine.processes < 2):
+        raise UserMistake(
+            f"engine.shard_base=true with engine={engine.name}, engine.zero_stage={engine.zero_stage}, engine.processes={engine.processes}: "
+            "it needs engine=deepspeed, engine.zero_stage=3 and at least 2 processes"
+        )
+
+
+def one_of(key: str, value: str, allowed: Iterable[str]) -> None:
+    """Raises UserMistake where `value` is not among the allowed."""
+    if value not in allowed:
+        raise UserMistake(f"{key}={value!r} is unknown; choose one of {', '.join(allowed)}")
 
 
 def is_due(cadence: str, stage: int, last: int) -> bool:

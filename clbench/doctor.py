@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import logging
 import re
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -19,12 +17,10 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from clbench.build import make_tasks
 from clbench.cli import CONF_DIR, USERS_MISTAKES, compose
-from clbench.estimate import GPUS
-from clbench.forecast import Terms, forecast
-from clbench.parts import make_tasks
+from clbench.data.stream import address
 from clbench.protocols import Task
-from clbench.stream import address
 from clbench.types import UserMistake
 
 PAGE = """# Datasets of the tasks
@@ -117,37 +113,6 @@ def datasets_table(tasks: Mapping[str, Task]) -> Table:
     return table
 
 
-def examine_experiment(arguments: Sequence[str]) -> None:
-    """Prints licences and costs of the experiment that `arguments` compose; gpu=NAME and utilisation=SHARE are ours.
-
-    So is engine.processes=N: the table is for every ZeRO stage, whatever `engine` is.
-    """
-    pairs = (argument.partition("=") for argument in arguments)
-    ours = {key: value for key, _, value in pairs if key in ("gpu", "utilisation", "engine.processes")}
-    rest = [argument for argument in arguments if argument.partition("=")[0] not in ours]
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    config = compose(rest)
-    try:
-        terms = Terms(
-            gpu=ours.get("gpu", "h100"),
-            utilisation=float(ours.get("utilisation", "0.4")),
-            processes=int(ours.get("engine.processes", config.engine.processes)),
-        )
-    except ValueError as error:
-        raise UserMistake(f"{error}: utilisation takes a share, engine.processes a whole number") from error
-    if terms.gpu not in GPUS or not 0 < terms.utilisation <= 1 or terms.processes < 1:
-        raise UserMistake(
-            f"gpu={terms.gpu} utilisation={terms.utilisation} engine.processes={terms.processes}: choose one of {', '.join(GPUS)}, "
-            "a share above 0, at most 1, and at least 1 process"
-        )
-    tasks = make_tasks(config)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(datasets_table(tasks))
-    for part in forecast(config, tasks, rest, terms):
-        console.print(part)
-
-
 def main(arguments: Sequence[str]) -> int:
     """Prints what was asked for; 0, or 2 for a mistake of the user's."""
     if not arguments or "--help" in arguments or "-h" in arguments:
@@ -159,7 +124,7 @@ def main(arguments: Sequence[str]) -> int:
         elif list(arguments) == ["datasets"]:
             print(datasets_page(), end="")
         else:
-            examine_experiment(arguments)
+            Console(highlight=False, soft_wrap=True).print(datasets_table(make_tasks(compose(arguments))))
     except USERS_MISTAKES as error:
         print(f"clbench: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

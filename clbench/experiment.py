@@ -11,7 +11,7 @@ import resource
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,21 +19,21 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from clbench import optim
-from clbench.adapters import describe, folded, load_trainable_state, trainable, trainable_state
-from clbench.architecture import causal_lm
 from clbench.build import Run, prepare, set_up_torch
-from clbench.cells import CachedStudent, model_key
 from clbench.config import Config, TrackingConfig, is_due, run_directory, run_name
-from clbench.engine import LocalEngine, compile_layers
-from clbench.ledger import COMPLETE, Checkpoint
+from clbench.examine.student import Student
+from clbench.examine.student_ranks import RankStudent
+from clbench.models.architecture import causal_lm
+from clbench.models.folding import folded
+from clbench.models.weights import describe, load_trainable_state, trainable, trainable_state
 from clbench.protocols import Engine
-from clbench.student import Student
-from clbench.student_ranks import RankStudent
-from clbench.tracking import Tracker
-from clbench.train import Plan, Trained, plan_stage, train_stage
+from clbench.record.ledger import COMPLETE, Checkpoint
+from clbench.record.tracking import Tracker
+from clbench.train import optimizer as optim
+from clbench.train.local import LocalEngine
+from clbench.train.loop import Plan, Trained, plan_stage, train_stage
+from clbench.train.ranks import World
 from clbench.types import Cost, Score, Source, Stage
-from clbench.world import World
 
 log = logging.getLogger("clbench")
 
@@ -216,8 +216,6 @@ def open_engine(
     """The stage's engine over the tensors that train now, after `done` of its steps. `moments` is what the optimizer starts from."""
     if config.engine.activation_checkpointing:
         causal_lm(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.engine.compile:
-        compile_layers(model)
     if not trainable(model):
         return LocalEngine(model, optimizer=None, schedule=None, clip=0.0)
     moments = optim.fitting(moments or {}, trainable(model))
@@ -225,7 +223,7 @@ def open_engine(
     schedule = optim.schedule(optimizer, config.train, steps=plan.total, done=done)
     if config.engine.name == "local":
         return LocalEngine(model, optimizer=optimizer, schedule=schedule, clip=config.train.clip, moments=moments)
-    from clbench.engine_deepspeed import DeepSpeedEngine
+    from clbench.train.zero import DeepSpeedEngine
 
     return DeepSpeedEngine(
         model,
@@ -234,24 +232,15 @@ def open_engine(
         clip=config.train.clip,
         zero_stage=config.engine.zero_stage,
         offload=config.engine.offload,
-        extra=config.engine.deepspeed,
         moments=moments,
     )
 
 
 def student_of(run: Run) -> Student:
-    """The model as it stands; many processes share its requests, one keeps its answers where its weights say all."""
+    """The model as it stands; many processes share its requests."""
     if run.world.size > 1:
         return RankStudent(run.model, run.encoder, world=run.world)
-    key = model_key(run.model) if run.config.cache else None
-    if key is None:
-        return Student(run.model, run.encoder, writer=run.writer)
-    return CachedStudent(run.model, run.encoder, cells=cells_of(run.config), key=key, writer=run.writer)
-
-
-def cells_of(config: Config) -> Path:
-    """Where answers are kept."""
-    return Path(config.cache_dir) / "cells"
+    return Student(run.model, run.encoder)
 
 
 def examine(run: Run, index: int) -> tuple[list[Score], int]:
@@ -261,18 +250,13 @@ def examine(run: Run, index: int) -> tuple[list[Score], int]:
     last = len(run.stream.stages)
     due = [probe for probe in run.probes if is_due(run.config.probe.cadence.get(probe.name, "all"), index, last)]
     for number, (view, weights) in enumerate(run.method.views(run.model).items()):
-        with weights, folded(run.model) if number == 0 else nullcontext(), uncompiled(run.config):
+        with weights, folded(run.model) if number == 0 else nullcontext():
             student = student_of(run)
             for probe in due:
                 for score in probe.measure(student, run.stream, index):
                     scores.append(score if number == 0 else replace(score, probe=f"{score.probe}@{view}"))
             tokens += student.tokens_scored
     return scores, tokens
-
-
-def uncompiled(config: Config) -> AbstractContextManager:
-    """While it lasts compiled layers run as they are written: folded and in the shapes of an examination they would be compiled anew."""
-    return torch.compiler.set_stance("force_eager") if config.engine.compile else nullcontext()
 
 
 def peak_memory(device: torch.device) -> int:

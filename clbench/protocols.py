@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-    from clbench.data import DatasetSpec
-    from clbench.stream import Stream
-    from clbench.student import Student
+    from clbench.data.rows import DatasetSpec
+    from clbench.data.stream import Stream
+    from clbench.examine.student import Student
 
 
 class Shard(ABC):
@@ -162,10 +162,6 @@ class Task(ABC):
     def examples(self, split: str) -> Sequence[Example]:
         """The examples of `split` ("train" or "test"), in a fixed order."""
 
-    def rows(self, split: str) -> Mapping[int, Mapping[str, Any]]:
-        """The rows of `dataset` behind the examples of `split`, by their index in it; empty where the examples are made here."""
-        return {}
-
     @abstractmethod
     def score(self, example: Example, answer: str) -> float:
         """How right `answer` is, in [0, 1]."""
@@ -194,10 +190,6 @@ class Probe(ABC):
     def datasets(self) -> Sequence[DatasetSpec]:
         """Where its items come from; empty where they are made here."""
         return ()
-
-    def rows(self) -> Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]:
-        """What it reads of datasets, by the dataset's folder and split, and by index, for an offline copy."""
-        return {}
 
     def fingerprints(self) -> Mapping[str, str]:
         """SHA-256 of the ids of its items by task, where it measures a part of a dataset."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from string import Formatter
 from typing import Any
 
-from clbench.data import DatasetSpec, indexed_rows
+from clbench.data.rows import DatasetSpec, load_rows
 from clbench.protocols import Task
 from clbench.types import Example, UserMistake
 
@@ -71,13 +71,9 @@ class HubTask(Task):
     def examples(self, split: str) -> Sequence[Example]:
         """The examples of `split`, capped, in the order of the sampling recipe."""
         rows = self._rows(split)
-        chosen = self._chosen(rows, split)
-        return tuple(self._merged([(index, rows[index]) for index in members], split) for members in chosen)
-
-    def rows(self, split: str) -> Mapping[int, Row]:
-        """The rows behind `examples`, by their index in the file."""
-        rows = self._rows(split)
-        return {index: rows[index] for members in self._chosen(rows, split) for index in members}
+        return tuple(
+            self._merged([(index, rows[index]) for index in members], split) for members in self._chosen(rows, split)
+        )
 
     def _chosen(self, rows: Mapping[int, Row], split: str) -> list[list[int]]:
         """The indices of the rows of each example."""
@@ -113,7 +109,7 @@ class HubTask(Task):
 
     def _rows(self, split: str) -> dict[int, Row]:
         """The rows that belong to `split`, by their index in the file."""
-        rows = indexed_rows(self.dataset, split=split, data_dir=self.data_dir)
+        rows = dict(enumerate(load_rows(self.dataset, split=split, data_dir=self.data_dir)))
         wanted = {column: several(value) for column, value in self.where.items()}
         kept = {i: row for i, row in rows.items() if all(row[column] in values for column, values in wanted.items())}
         if self.hold_out and self.data_dir is None:

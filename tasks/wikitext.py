@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clbench.data import DatasetSpec, load_rows
+from clbench.data.rows import DatasetSpec, load_rows
 from clbench.types import UserMistake
 
 DATASET = DatasetSpec(

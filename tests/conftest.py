@@ -30,7 +30,7 @@ TINY_STREAM = (
     "train.batch_size=4",
     "probe.limit=12",
 )
-QUIET = ("tracking.progress=false", "engine.threads=1", "cache=off")
+QUIET = ("tracking.progress=false", "engine.threads=1")
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from clbench import experiment  # noqa: E402
-from clbench.ledger import Checkpoint, Ledger  # noqa: E402
-from clbench.world import World  # noqa: E402
+from clbench.record.ledger import Checkpoint, Ledger  # noqa: E402
+from clbench.train.ranks import World  # noqa: E402
 from tests import ranks  # noqa: E402
 from tests import test_methods as methods  # noqa: E402
 
@@ -96,7 +96,7 @@ def trained(case: str, *overrides: str, dtype: torch.dtype = torch.float32) -> d
 
 def main(path: Path, *wanted: str) -> None:
     """Runs each `job:zero_stage[:case:more]` of `wanted`; rank 0 writes the outcomes."""
-    from clbench import engine_deepspeed
+    from clbench.train import zero as engine_deepspeed
 
     torch.set_num_threads(1)
     world = engine_deepspeed.join()

@@ -20,16 +20,19 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, distributed  # noqa: E402
 
-from clbench import cli, experiment  # noqa: E402
+from clbench import (
+    cli,  # noqa: E402
+    experiment,  # noqa: E402
+)
 from clbench.config import TrackingConfig, run_directory  # noqa: E402
-from clbench.data import Encoder  # noqa: E402
-from clbench.engine import LocalEngine  # noqa: E402
-from clbench.ledger import Checkpoint, Ledger  # noqa: E402
-from clbench.loss import answer_loss  # noqa: E402
+from clbench.data.encoder import Encoder  # noqa: E402
+from clbench.models.loss import answer_loss  # noqa: E402
 from clbench.protocols import Engine, Method  # noqa: E402
-from clbench.tracking import Tracker  # noqa: E402
+from clbench.record.ledger import Checkpoint, Ledger  # noqa: E402
+from clbench.record.tracking import Tracker  # noqa: E402
+from clbench.train.local import LocalEngine  # noqa: E402
+from clbench.train.ranks import World  # noqa: E402
 from clbench.types import Batch  # noqa: E402
-from clbench.world import World  # noqa: E402
 from tests import test_methods as methods  # noqa: E402
 
 STEPS = 3
@@ -331,7 +334,7 @@ def run(*overrides: str) -> dict[str, object]:
 
 def rejoin(port: str, *overrides: str) -> dict[str, object]:
     """Two stages in a world that was left and joined anew."""
-    from clbench import engine_deepspeed
+    from clbench.train import zero as engine_deepspeed
 
     engine_deepspeed.leave()
     os.environ["MASTER_PORT"] = port
@@ -340,7 +343,7 @@ def rejoin(port: str, *overrides: str) -> dict[str, object]:
 
 
 def main(folder: Path, functions: Sequence[Callable[..., dict]] = (outcome, facts, descent, life, run, rejoin)) -> None:
-    from clbench import engine_deepspeed
+    from clbench.train import zero as engine_deepspeed
 
     torch.set_num_threads(1)
     world = engine_deepspeed.join()

@@ -16,15 +16,22 @@ from torch import distributed  # noqa: E402
 from torch.nn import Module, Parameter  # noqa: E402
 from transformers import modeling_utils  # noqa: E402
 
-from clbench import build, cli, experiment, sharding, student_ranks  # noqa: E402
-from clbench.adapters import describe, export, folded, trainable  # noqa: E402
+from clbench import (
+    build,  # noqa: E402
+    cli,  # noqa: E402
+    experiment,  # noqa: E402
+)
+from clbench.build import make_method  # noqa: E402
 from clbench.config import Config  # noqa: E402
-from clbench.data import Encoder  # noqa: E402
-from clbench.parts import make_method  # noqa: E402
-from clbench.student import Student  # noqa: E402
-from clbench.student_ranks import RankStudent  # noqa: E402
+from clbench.data.encoder import Encoder  # noqa: E402
+from clbench.examine import student_ranks  # noqa: E402
+from clbench.examine.student import Student  # noqa: E402
+from clbench.examine.student_ranks import RankStudent  # noqa: E402
+from clbench.models import sharding  # noqa: E402
+from clbench.models.folding import export, folded  # noqa: E402
+from clbench.models.weights import describe, trainable  # noqa: E402
+from clbench.train.ranks import World  # noqa: E402
 from clbench.types import UserMistake  # noqa: E402
-from clbench.world import World  # noqa: E402
 from tests import ranks  # noqa: E402
 from tests.ranks import run  # noqa: E402
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from task_rows import CASES as OWN
 from task_rows import Case
 
 MATHS = "Solve the following math problem.\nQuestion:\n{}\nAnswer:"
@@ -291,12 +290,6 @@ SECURA_LIKE = {
         prompt="Instruction: Name a fruit.\nInput: \nResponse:",
         answer="A ripe pear.",
         wrong="Blue stones",
-    ),
-    "mbpp_pass": Case(
-        rows=OWN["mbpp"].rows,
-        prompt=OWN["mbpp"].prompt,
-        answer=OWN["mbpp"].answer,
-        wrong="def add2(x):\n\treturn x + 3",
     ),
 }
 

@@ -15,18 +15,19 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import clbench
-import clbench.canaries
-from clbench import generation
-from clbench.batches import Encoded
-from clbench.canaries import check_stream, checked, code_hash
-from clbench.canaries.answers import chance, near_zero
-from clbench.canaries.copying import copies, named_last
+import clbench.examine.canaries
 from clbench.config import StreamConfig
-from clbench.data import DatasetSpec, Encoder
-from clbench.model import bpe_tokenizer, word_tokenizer
+from clbench.data.batches import Encoded
+from clbench.data.encoder import Encoder
+from clbench.data.rows import DatasetSpec
+from clbench.data.stream import build_stream
+from clbench.examine import generation
+from clbench.examine.canaries import check_stream, checked, code_hash
+from clbench.examine.canaries.answers import chance, near_zero
+from clbench.examine.canaries.copying import copies, named_last
+from clbench.examine.student import Student
+from clbench.models.tiny import bpe_tokenizer, word_tokenizer
 from clbench.protocols import Task
-from clbench.stream import build_stream
-from clbench.student import Student
 from clbench.types import Example, Stage
 from tasks.classification import Classification
 from tasks.world_asks import FORMS
@@ -334,14 +335,14 @@ def test_another_prompt_in_training_than_in_examination_is_noticed(task, encoder
 
 @pytest.mark.parametrize("task", [colours(), numbers()], ids=["closed", "generative"])
 def test_a_prompt_that_examination_changes_is_noticed(task, encoder, monkeypatch):
-    plain = clbench.canaries.answers.examine
+    plain = clbench.examine.canaries.answers.examine
     monkeypatch.setattr(
-        clbench.canaries.answers,
+        clbench.examine.canaries.answers,
         "examine" if task.choices == () else "choose",
         lambda student, asked: (
             plain(student, _instructed(asked))
             if task.choices == ()
-            else clbench.probes.matrix.choose(student, [_worded(example) for example in asked])
+            else clbench.examine.matrix.choose(student, [_worded(example) for example in asked])
         ),
     )
     assert failures(task, encoder) == {"prompt"}
@@ -487,7 +488,7 @@ def test_a_result_is_kept_until_its_content_changes(tmp_path, encoder, monkeypat
     streams = [stream_of(*tasks, encoder=encoder), stream_of(*tasks[::-1], encoder=encoder)]
     first = checked(streams[0], encoder, cache_dir=tmp_path, stream_hash="a")
     assert {canary.task for canary in first} == {"made", "world_total"}
-    monkeypatch.setattr(clbench.canaries, "check_stream", lambda stream, encoder: ())
+    monkeypatch.setattr(clbench.examine.canaries, "check_stream", lambda stream, encoder: ())
     assert checked(streams[0], encoder, cache_dir=tmp_path, stream_hash="a") == first
     # Another order of the same tasks is the same stream; the result follows its order.
     turned = checked(streams[1], encoder, cache_dir=tmp_path, stream_hash="a")
@@ -501,7 +502,7 @@ def test_a_result_is_kept_until_its_content_changes(tmp_path, encoder, monkeypat
 
 
 def test_a_changed_scorer_is_checked_again(tmp_path, encoder, monkeypatch):
-    monkeypatch.setattr(clbench.canaries, "check_stream", lambda stream, encoder: ())
+    monkeypatch.setattr(clbench.examine.canaries, "check_stream", lambda stream, encoder: ())
     for body in ("1.0", "0.5", "0.5"):
         (tmp_path / "own_task.py").write_text(
             "from clbench.protocols import Task\nclass Own(Task):\n    name = metric = 'own'\n"
@@ -522,6 +523,6 @@ def test_a_change_of_any_file_that_computes_asks_the_canaries_again(encoder, tmp
     package = tmp_path / "clbench"
     shutil.copytree(Path(clbench.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     before = code_hash(stream, package)
-    changed = package / "last_layer.py"
+    changed = package / "models" / "last_layer.py"
     changed.write_text(changed.read_text().replace("4 * places_BW", "5 * places_BW"))
     assert code_hash(stream, package) != before

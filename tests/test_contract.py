@@ -2,8 +2,8 @@
 
 import pytest
 
-from clbench.contract import Overlap, identity, normalised, overlaps, stream_hash, trained_probes
-from clbench.data import DatasetSpec
+from clbench.data.overlaps import Overlap, identity, normalised, overlaps, stream_hash, trained_probes
+from clbench.data.rows import DatasetSpec
 from clbench.protocols import Task
 from clbench.types import Example, Stage, UserMistake
 

@@ -23,10 +23,12 @@ from transformers import (
 
 from baselines.curlora import CurLora, choose
 from baselines.secura import Secura, magnorm_output_release, magnorm_weight_comment, magnorm_weight_id
-from clbench import cur
-from clbench.adapters import Lora, export, folded, load_trainable_state, trainable, trainable_state
-from clbench.data import generator
-from clbench.engine import LocalEngine
+from clbench.data.sampling import generator
+from clbench.models import cur
+from clbench.models.folding import export, folded
+from clbench.models.lora import Lora
+from clbench.models.weights import load_trainable_state, trainable, trainable_state
+from clbench.train.local import LocalEngine
 from clbench.types import UserMistake
 
 SIZES = {

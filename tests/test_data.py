@@ -6,20 +6,12 @@ from collections import Counter
 import pytest
 import torch
 
-from clbench.batches import FORWARD, cheapest_bounds
-from clbench.data import (
-    DatasetSpec,
-    Encoder,
-    clip_left,
-    draw,
-    epoch_indices,
-    generator,
-    indexed_rows,
-    load_rows,
-    token_key,
-)
-from clbench.memory import Memory
-from clbench.model import bpe_tokenizer, word_tokenizer
+from clbench.data.batches import FORWARD, cheapest_bounds
+from clbench.data.encoder import Encoder, clip_left
+from clbench.data.memory import Memory
+from clbench.data.rows import DatasetSpec, load_rows
+from clbench.data.sampling import draw, epoch_indices, generator
+from clbench.models.tiny import bpe_tokenizer
 from clbench.types import IGNORED, Example, Source, UserMistake
 
 
@@ -193,42 +185,6 @@ def test_rows_come_from_the_folder_or_are_a_mistake(tmp_path):
     assert load_rows(spec, split="train", data_dir=str(tmp_path)) == [{"a": 1}, {"a": 2}]
     with pytest.raises(UserMistake, match="toy/test.jsonl"):
         load_rows(spec, split="test", data_dir=str(tmp_path))
-
-
-def test_a_bundles_rows_keep_the_index_they_had(tmp_path):
-    spec = DatasetSpec(name="toy", hub="nobody/toy")
-    (tmp_path / "toy").mkdir()
-    (tmp_path / "toy" / "train.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
-    assert indexed_rows(spec, split="train", data_dir=str(tmp_path)) == {0: {"a": 1}, 1: {"a": 2}}
-    (tmp_path / "toy" / "train.index.json").write_text("[7, 3]")
-    assert indexed_rows(spec, split="train", data_dir=str(tmp_path)) == {7: {"a": 1}, 3: {"a": 2}}
-
-
-def test_examples_are_tokenised_once_and_read_from_the_first_folder_that_has_them(tmp_path):
-    tokenizer = word_tokenizer(["a", "b", "c"])
-    examples = [example("a b", "c"), example("c", "a a")]
-    first, last = tmp_path / "first", tmp_path / "last"
-    encoder = Encoder(tokenizer, max_length=16, token_dirs=(first, last))
-    encoder.preload(examples)
-    assert not first.exists() and len(list(last.iterdir())) == 1
-    last.rename(first)
-    again = Encoder(tokenizer, max_length=16, token_dirs=(first, last))
-    again.answer = None  # whoever tokenises now fails
-    again.preload(examples)
-    assert [again.example(each) for each in examples] == [encoder.example(each) for each in examples]
-    assert not last.exists()
-
-
-def test_other_rows_tokenizers_and_lengths_have_other_token_files():
-    tokenizer, other = word_tokenizer(["a", "b", "c"]), word_tokenizer(["b", "a", "c"])
-    examples = [example("a b", "c")]
-    keys = {
-        token_key(examples, tokenizer, max_length=16),
-        token_key(examples, tokenizer, max_length=15),
-        token_key(examples, other, max_length=16),
-        token_key([example("a c", "c")], tokenizer, max_length=16),
-    }
-    assert len(keys) == 4
 
 
 def test_a_special_token_spelled_out_in_a_text_is_plain_text():

@@ -24,8 +24,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from clbench import launch
 from clbench.cli import compose
+from clbench.train import launch
 from clbench.types import RankFailed, UserMistake
 from tests import ranks
 from tests.conftest import QUIET, TINY_MODEL, TINY_STREAM

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from clbench import launch
 from clbench.cli import compose
-from clbench.world import World
+from clbench.train import launch
+from clbench.train.ranks import World
 from tests import feature_ranks
 from tests.test_deepspeed import ANSWERS, STAGES, TOLERANCE, distance, scaled
 from tests.test_run import elsewhere, run, scores

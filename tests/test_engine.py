@@ -12,16 +12,19 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from clbench import experiment, ledger, optim, train
-from clbench.adapters import trainable
-from clbench.architecture import causal_lm
+from clbench import experiment
 from clbench.cli import compose
 from clbench.config import TrainConfig, run_hash
-from clbench.engine import LocalEngine
-from clbench.ledger import Checkpoint, Ledger
-from clbench.probes.rolling import rolling_nll
-from clbench.student import Student
-from clbench.student_ranks import RankStudent, dealt
+from clbench.examine.rolling import rolling_nll
+from clbench.examine.student import Student
+from clbench.examine.student_ranks import RankStudent, dealt
+from clbench.models.architecture import causal_lm
+from clbench.models.weights import trainable
+from clbench.record import ledger
+from clbench.record.ledger import Checkpoint, Ledger
+from clbench.train import loop as train
+from clbench.train import optimizer as optim
+from clbench.train.local import LocalEngine
 from clbench.types import UserMistake
 from tests import test_methods as methods
 from tests.test_run import elsewhere, run, scores
@@ -409,32 +412,3 @@ def test_an_offload_that_no_engine_has_is_refused(overrides, wrong):
 def test_where_things_lie_is_no_part_of_a_runs_identity(overrides):
     more = ["engine=deepspeed", "engine.offload=optimizer", "engine.activation_checkpointing=true"]
     assert run_hash(asdict(compose([*overrides, *more]))) == run_hash(asdict(compose(overrides)))
-
-
-# --- compiled layers ----------------------------------------------------------------------------------------------------------
-
-
-def graphs() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ("seq", "curlora", "seq_merge"))
-def test_compiled_layers_train_the_same_weights_and_are_examined_as_they_are_written(method):
-    torch.compiler.reset()
-    plain, compiled = (methods.lab(method, "train.lr=1e-4", *more) for more in ((), ("engine.compile=true",)))
-    for number in (1, 2):
-        plain.train(number)
-        before = graphs()
-        compiled.train(number)
-        assert graphs() > before or number == 2
-    before = graphs()
-    experiment.examine(compiled.run, 2)
-    assert graphs() == before
-    expected, found = methods.everything(plain.model), methods.everything(compiled.model)
-    assert max(float((expected[name] - found[name]).abs().max()) for name in expected) < 1e-6
-
-
-def test_layers_are_compiled_on_one_process_only():
-    with pytest.raises(UserMistake, match="engine.compile=true with engine=deepspeed"):
-        compose(["engine=deepspeed", "engine.compile=true"])

@@ -7,12 +7,11 @@ import pytest
 from hydra.utils import instantiate
 from test_tasks import write, write_cases
 
-from clbench.bundle import main
+from clbench.build import make_tasks
 from clbench.cli import CONF_DIR, compose
-from clbench.data import Encoder
+from clbench.data.encoder import Encoder
+from clbench.data.stream import build_stream
 from clbench.experiment import run
-from clbench.parts import make_tasks
-from clbench.stream import build_stream
 
 REAL = [
     "seq16_llama3",
@@ -101,24 +100,3 @@ def test_an_experiment_runs_to_its_end_offline(experiment, offline, tmp_path):
     rows = [json.loads(line) for line in (path / "scores.jsonl").read_text().splitlines()]
     assert {row["probe"] for row in rows} == {"knowledge", "perplexity", "text_loss", "divergence", "stream"}
     assert {row["stage"] for row in rows} == {0, 1, 2, 3}
-
-
-def test_a_bundle_of_an_experiment_gives_the_same_run(offline, tmp_path):
-    """Rows of tasks and probes, and tokens, are copied; the run on the copy has the same data, items and scores."""
-    out = tmp_path / "bundle"
-    asked = [*arguments("seq16_llama3", offline, tmp_path / "first"), "stream.limit=2"]
-    assert main([*asked, f"out={out}"]) == 0
-    copied = [item for item in asked if not item.startswith(("data_dir=", "results_dir="))] + [
-        f"data_dir={out}",
-        f"results_dir={tmp_path / 'second'}",
-    ]
-    first, second = (run(compose(each)) for each in (asked, copied))
-    assert first.name == second.name
-    manifests = [json.loads((path / "manifest.json").read_text()) for path in (first, second)]
-    for key in ("stream_hash", "probe_data", "probe_items", "overlaps"):
-        assert manifests[0][key] == manifests[1][key]
-    scores = [
-        [{**json.loads(line), "seconds": 0} for line in (path / "scores.jsonl").read_text().splitlines()]
-        for path in (first, second)
-    ]
-    assert scores[0] == scores[1]

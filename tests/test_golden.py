@@ -15,10 +15,11 @@ import torch
 from torch.nn import functional as F
 
 from baselines import clora, curlora, ewc, ilora, secura
-from clbench import cur, metrics
-from clbench.data import Encoder
-from clbench.engine import LocalEngine
-from clbench.model import word_tokenizer
+from clbench.data.encoder import Encoder
+from clbench.models import cur
+from clbench.models.tiny import word_tokenizer
+from clbench.report import metrics
+from clbench.train.local import LocalEngine
 from clbench.types import Example, Stage
 
 HERE = Path(__file__).parent / "golden" / "methods.json"

@@ -10,14 +10,14 @@ import pytest
 from lm_eval.api.instance import Instance
 from omegaconf import OmegaConf
 
-import clbench.student
+import clbench.examine.student
 from clbench.cli import CONF_DIR
-from clbench.generation import decode
-from clbench.probes.items import choose
-from clbench.probes.knowledge import Knowledge
-from clbench.probes.lm import StudentLM, cut, run_task
-from clbench.probes.lm_tasks import Builder, groups
-from clbench.probes.perplexity import Perplexity
+from clbench.examine.generation import decode
+from clbench.examine.items import choose
+from clbench.examine.knowledge import Knowledge
+from clbench.examine.lm import StudentLM, cut, run_task
+from clbench.examine.lm_tasks import Builder, groups
+from clbench.examine.perplexity import Perplexity
 from clbench.types import UserMistake
 from tests.test_probes import SENTENCES, STREAM, tiny_student
 
@@ -253,7 +253,7 @@ def test_requests_of_equal_settings_are_generated_in_one_batch_that_ends_with_it
         calls.append((len(prompts), max(map(len, written))))
         return written
 
-    monkeypatch.setattr(clbench.student, "decode", spy)
+    monkeypatch.setattr(clbench.examine.student, "decode", spy)
     prompts = ["A dog", "She opens", "A man"]
     full = StudentLM(student).generate_until(asked(*prompts, until=[], max_gen_toks=12))
     assert calls == [(3, 12)]

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from pytest import approx
 
-from clbench import leaderboard, report
 from clbench.config import variant
+from clbench.report import html as report
+from clbench.report import tables as leaderboard
 from clbench.types import Cost, Score, UserMistake
 
 TASKS = ("sums", "food", "rhyme")

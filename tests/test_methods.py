@@ -18,20 +18,22 @@ from torch import Tensor, nn
 from baselines import clora, ilora, l2, olora
 from baselines.base import Base
 from clbench import cli, experiment
-from clbench.adapters import folded, load_trainable_state, trainable, trainable_state
+from clbench.build import make_method
 from clbench.config import Config, TrackingConfig, from_plain
-from clbench.data import Encoder, draw
-from clbench.engine import LocalEngine
-from clbench.ledger import Checkpoint, Ledger
-from clbench.loss import answer_loss
-from clbench.memory import Memory
-from clbench.model import fresh_llama, word_tokenizer
-from clbench.pairs import lora_pairs
-from clbench.parts import make_method
+from clbench.data.encoder import Encoder
+from clbench.data.memory import Memory
+from clbench.data.sampling import draw
+from clbench.data.stream import Stream
+from clbench.models.folding import folded
+from clbench.models.loss import answer_loss
+from clbench.models.pairs import lora_pairs
+from clbench.models.tiny import fresh_llama, word_tokenizer
+from clbench.models.weights import load_trainable_state, trainable, trainable_state
 from clbench.protocols import Engine, Method, Task
-from clbench.stream import Stream
-from clbench.tracking import Tracker
-from clbench.train import Plan, global_batch, plan_stage, train_stage
+from clbench.record.ledger import Checkpoint, Ledger
+from clbench.record.tracking import Tracker
+from clbench.train.local import LocalEngine
+from clbench.train.loop import Plan, global_batch, plan_stage, train_stage
 from clbench.types import Batch, Example, Source, Stage, UserMistake
 
 NAMES = sorted(path.stem for path in (cli.CONF_DIR / "method").glob("*.yaml"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pytest import approx
 
-from clbench import metrics
+from clbench.report import metrics
 
 # Three tasks; row 0 is the untouched model, row i the model after stage i, stage j + 1 trains on column j.
 SCORES = np.array(
@@ -206,7 +206,7 @@ def test_interval_of_equal_values_is_that_value():
 
 
 def test_metrics_need_neither_torch_nor_pandas():
-    code = "import json, sys, clbench.metrics; print(json.dumps(sorted(sys.modules)))"
+    code = "import json, sys, clbench.report.metrics; print(json.dumps(sorted(sys.modules)))"
     loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
     assert not {"torch", "pandas", "matplotlib", "scipy.stats"} & set(loaded)
 

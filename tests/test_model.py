@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from clbench.model import Pretrained, Recipe
-from clbench.pretrain import windows
+from clbench.models.pretrained import Pretrained
+from clbench.models.pretraining import windows
+from clbench.models.tiny import Recipe
 from clbench.types import UserMistake
 
 
@@ -52,7 +53,7 @@ def test_a_recipe_is_pretrained_once_and_is_an_ordinary_folder(tmp_path, monkeyp
     assert {"config.json", "model.safetensors", "tokenizer.json", "recipe.json"} <= {
         path.name for path in folder.iterdir()
     }
-    monkeypatch.setattr("clbench.model.pretrain", lambda *_, **__: pytest.fail("pretrained twice"))
+    monkeypatch.setattr("clbench.models.tiny.pretrain", lambda *_, **__: pytest.fail("pretrained twice"))
     again, _ = recipe().load(tmp_path)
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("the dog")["input_ids"]]])
     plain = AutoModelForCausalLM.from_pretrained(folder)

@@ -7,15 +7,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import clbench.student
-from clbench.data import DatasetSpec, Encoder
-from clbench.probes import divergence
-from clbench.probes.divergence import Divergence
-from clbench.probes.matrix import Matrix, choose, examine, floors, item_score
-from clbench.probes.perplexity import MeanTextLoss, Perplexity
+import clbench.examine.student
+from clbench.data.encoder import Encoder
+from clbench.data.rows import DatasetSpec
+from clbench.data.stream import Stream
+from clbench.examine import divergence
+from clbench.examine.divergence import Divergence
+from clbench.examine.matrix import Matrix, choose, examine, floors, item_score
+from clbench.examine.perplexity import MeanTextLoss, Perplexity
+from clbench.examine.student import Student
 from clbench.protocols import Task
-from clbench.stream import Stream
-from clbench.student import Student
 from clbench.types import Example, Stage
 
 SENTENCES = [
@@ -241,9 +242,11 @@ def test_divergence_positions_are_the_middles_of_equal_spans(student):
 def test_divergence_is_zero_for_the_untouched_model_and_exact_for_another(moved, monkeypatch):
     monkeypatch.setattr(divergence, "CHUNK", 3)
     shapes = []
-    projected = clbench.student.project
+    projected = clbench.examine.student.project
     monkeypatch.setattr(
-        clbench.student, "project", lambda model, hidden: shapes.append(hidden.shape) or projected(model, hidden)
+        clbench.examine.student,
+        "project",
+        lambda model, hidden: shapes.append(hidden.shape) or projected(model, hidden),
     )
     probe = Divergence(name="divergence", task="t", texts=TEXTS, window=6, positions=10)
     probe.begin(moved)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from clbench import cli, experiment, leaderboard
+from clbench import cli, experiment
 from clbench.cli import compose
-from clbench.ledger import Ledger
-from clbench.runs import read_runs
-from clbench.student import Student
+from clbench.record.ledger import Ledger
+from clbench.record.runs import read_runs
+from clbench.report import tables as leaderboard
 from clbench.types import UserMistake
 
 
@@ -68,46 +68,6 @@ def test_a_sweep_reads_its_runs_once_however_many_jobs_it_has(overrides, monkeyp
     monkeypatch.setattr(sys, "argv", ["clbench", "-m", *overrides, *few, "seed=0,1,2"])
     cli.main()
     assert len(read) == 1 and capsys.readouterr().out.count("is complete") == 3
-
-
-@pytest.mark.parametrize("method", ["base", "seq", "ilora", "curlora", "dora"])
-def test_kept_answers_change_no_byte_of_a_table(overrides, tmp_path, monkeypatch, method):
-    read = []
-    scored = Student._scores
-    monkeypatch.setattr(Student, "_scores", lambda self, *states: read.append(1) or scored(self, *states))
-    tables, forwards = [], []
-    for name, cache in (("off", "off"), ("first", "on"), ("again", "on")):
-        read.clear()
-        kept = [f"cache={cache}", f"method={method}"]
-        cells = tmp_path / "cells"
-        monkeypatch.setattr(experiment, "cells_of", lambda config, cells=cells: cells)
-        run(elsewhere(overrides, tmp_path, name), *kept)
-        forwards.append(len(read))
-        folder = tmp_path / name
-        tables.append([(folder / table).read_bytes() for table in ("stages.csv", "retention.csv")])
-        tables[-1].append([row["tokens_scored"] for row in costs(folder)])
-    assert tables[0] == tables[1] == tables[2]
-    assert forwards[0] >= forwards[1] > forwards[2]
-    # I-LoRA's second view is examined beside the weights, so no key names it.
-    assert forwards[2] == 0 or method == "ilora"
-
-
-def test_the_untouched_model_is_examined_once_for_all_methods(overrides, tmp_path, monkeypatch):
-    read = []
-    scored = Student._scores
-    monkeypatch.setattr(Student, "_scores", lambda self, *states: read.append(1) or scored(self, *states))
-    monkeypatch.setattr(experiment, "cells_of", lambda config: tmp_path / "cells")
-    nothing = [
-        "cache=on",
-        "train.steps=0",
-        "stream.tasks=[world_job,world_total,world_pet_choice]",
-        "stream.limit=null",
-    ]
-    run(overrides, *nothing, "method=base")
-    alone = len(read)
-    read.clear()
-    run(overrides, *nothing, "method=seq", "order=reversed")
-    assert alone > 0 and len(read) == 0
 
 
 def costs(folder: Path) -> list[dict]:
@@ -203,7 +163,7 @@ def test_resume_must_and_never_mean_what_they_say(overrides):
 
 def test_changed_data_is_refused_on_resume(overrides, monkeypatch):
     run(overrides)
-    monkeypatch.setattr("clbench.stream.fingerprint", lambda rows: "other")
+    monkeypatch.setattr("clbench.data.stream.fingerprint", lambda rows: "other")
     with pytest.raises(UserMistake, match="other data"):
         run(overrides)
 

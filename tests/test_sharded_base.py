@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clbench import launch
 from clbench.cli import compose
+from clbench.train import launch
 from clbench.types import UserMistake
 from tests import sharded_ranks
 from tests.conftest import QUIET, TINY_MODEL, TINY_STREAM

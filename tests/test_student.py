@@ -8,10 +8,10 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from clbench import loss
-from clbench.data import Encoder
-from clbench.loss import answer_loss
-from clbench.student import Student
+from clbench.data.encoder import Encoder
+from clbench.examine.student import Student
+from clbench.models import loss
+from clbench.models.loss import answer_loss
 from clbench.types import IGNORED, Example
 from tests.test_data import Words
 

@@ -23,7 +23,6 @@ from omegaconf import DictConfig, OmegaConf
 from pytest import approx
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import f1_score
-from test_sandbox import REFUSAL
 
 import tasks.hub
 from clbench.types import Example, UserMistake
@@ -41,13 +40,7 @@ OVERLAPPING = {"chrf", "edit_similarity", "sari"}
 """Metrics that score shared characters or words kept, which any two texts have some of."""
 
 
-AS_TEXT = [name for name in REAL if YAMLS[name].metric != "pass_at_1"]
-"""Tasks that are scored without running a program (test_sandbox has the others)."""
-
-
 def load(name: str, data_dir: Path | str | None, **changes: object) -> HubTask:
-    if name not in AS_TEXT and REFUSAL:
-        pytest.skip(REFUSAL)
     config = OmegaConf.create({"data_dir": data_dir and str(data_dir), "task": YAMLS[name]})
     return instantiate(config.task, **changes)
 
@@ -93,7 +86,7 @@ def test_prompt_and_answer_are_exactly_as_documented(name, rows_dir):
         assert not example.choices or example.answer in example.choices
 
 
-@pytest.mark.parametrize("name", AS_TEXT)
+@pytest.mark.parametrize("name", REAL)
 def test_reference_scores_one_wrong_scores_low_and_malformed_is_invalid(name, rows_dir):
     task, case = load(name, rows_dir), CASES[name]
     assert task.name == name
@@ -210,7 +203,7 @@ def test_a_cap_takes_the_first_of_a_fixed_shuffle(data_dir):
 
 def test_one_split_on_the_hub_is_divided_by_prompt(monkeypatch):
     rows = [{"prompt": f"question {i % 200}", "answer": "1"} for i in range(400)]
-    monkeypatch.setattr(tasks.hub, "indexed_rows", lambda spec, *, split, data_dir: dict(enumerate(rows)))
+    monkeypatch.setattr(tasks.hub, "load_rows", lambda spec, *, split, data_dir: rows)
     task = load("trace_numglue_ds", None)
     train, test = ({example.prompt for example in task.examples(split)} for split in ("train", "test"))
     assert len(train) + len(test) == 200 and not train & test
@@ -331,7 +324,7 @@ FOLDERS = {YAMLS[name].dataset.name for name in OmegaConf.load(CONF / "stream" /
 @pytest.mark.skipif(
     "CLBENCH_DATA" not in os.environ, reason="set CLBENCH_DATA to a folder of <task>/<split>.jsonl with real rows"
 )
-@pytest.mark.parametrize("name", [name for name in AS_TEXT if YAMLS[name].dataset.name in FOLDERS])
+@pytest.mark.parametrize("name", [name for name in REAL if YAMLS[name].dataset.name in FOLDERS])
 def test_real_rows(name, record_property):
     task = load(name, os.environ["CLBENCH_DATA"])
     train, test = task.examples("train"), task.examples("test")

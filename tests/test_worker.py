@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from clbench import launch, worker
 from clbench.cli import compose
+from clbench.train import launch, worker
 from tests.conftest import QUIET, TINY_MODEL, TINY_STREAM
 from tests.test_run import scores
 

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch.nn import Module
 
-from clbench.data import Encoder
-from clbench.generation import pad_left
-from clbench.student import Student
+from clbench.data.encoder import Encoder
+from clbench.examine.generation import pad_left
+from clbench.examine.student import Student
 from tests.benchmarks.models import random_llama, words
 from tests.benchmarks.race import Figure, fastest, figure, race
 

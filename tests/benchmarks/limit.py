@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 import torch
 
 from baselines.seq import Seq
-from clbench import optim
-from clbench.adapters import trainable
 from clbench.config import TrainConfig
-from clbench.data import Encoder
-from clbench.engine import LocalEngine
-from clbench.student import Student
-from clbench.train import train_step
+from clbench.data.encoder import Encoder
+from clbench.examine.student import Student
+from clbench.models.weights import trainable
+from clbench.train import optimizer as optim
+from clbench.train.local import LocalEngine
+from clbench.train.loop import train_step
 from clbench.types import Example
 from tests.benchmarks.models import random_llama, words
 from tests.benchmarks.race import Figure, spread, timed

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from clbench.data import Encoder
-from clbench.student import Student
+from clbench.data.encoder import Encoder
+from clbench.examine.student import Student
 from tests.benchmarks.models import random_llama, words
 from tests.benchmarks.race import Figure, fastest, figure, race
 

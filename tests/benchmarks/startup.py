@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from clbench import experiment, student
+from clbench import experiment
 from clbench.cli import compose
-from clbench.engine import LocalEngine
-from clbench.student import Student
+from clbench.examine import student
+from clbench.examine.student import Student
+from clbench.train.local import LocalEngine
 from tests.benchmarks.race import Figure, spread, timed
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,14 +18,15 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from baselines.seq import Seq
-from clbench import optim
-from clbench.adapters import folded, trainable
 from clbench.config import TrainConfig
-from clbench.data import Encoder
-from clbench.engine import LocalEngine
-from clbench.probes.matrix import choose
-from clbench.student import Student
-from clbench.train import plan_stage, train_stage
+from clbench.data.encoder import Encoder
+from clbench.examine.matrix import choose
+from clbench.examine.student import Student
+from clbench.models.folding import folded
+from clbench.models.weights import trainable
+from clbench.train import optimizer as optim
+from clbench.train.local import LocalEngine
+from clbench.train.loop import plan_stage, train_stage
 from clbench.types import Example, Source, Stage
 from tests.benchmarks.models import random_llama, words
 from tests.benchmarks.race import Figure, figure, race
@@ -134,7 +135,7 @@ def scored(folder: Path, adapter: str, encoder: Encoder, rows: list, *, batch: i
 
 def drawn(rows: list[tuple[list[Example], list[Example]]]) -> list[list[Example]]:
     """Each stage's examples in the order in which ours draws them, for the peer to take as they come."""
-    from clbench.train import global_batch
+    from clbench.train.loop import global_batch
 
     order = []
     for number, (train, _) in enumerate(rows, start=1):

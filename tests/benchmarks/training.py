@@ -21,12 +21,13 @@ from transformers import (
 )
 
 from baselines.seq import Seq
-from clbench import optim
-from clbench.adapters import Lora, trainable
 from clbench.config import TrainConfig
-from clbench.data import Encoder
-from clbench.engine import LocalEngine
-from clbench.train import train_step
+from clbench.data.encoder import Encoder
+from clbench.models.lora import Lora
+from clbench.models.weights import trainable
+from clbench.train import optimizer as optim
+from clbench.train.local import LocalEngine
+from clbench.train.loop import train_step
 from clbench.types import Example
 from tests.benchmarks.models import random_llama, words
 from tests.benchmarks.race import Figure, fastest, figure, race

@@ -1,0 +1,162 @@
+"""The data contract: what a stream is made of, as one hash, and which text occurs where it should not.
+
+Duplicates and prompts shared by train and test are exact, after lower-casing and dropping what is no letter or digit. Between tasks and
+probes, whose templates differ, a text overlaps when it shares 13 consecutive words with training text (the unit of arXiv 2005.14165,
+appendix C); texts of fewer words overlap when they are equal. Word sequences that recur in more than one per cent of the rows of a pool,
+and in at least three, are its template and do not count.
+
+>>> normalised("What's  new, Ida?")
+'what s new ida'
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+from clbench.types import Example, Stage, UserMistake
+
+if TYPE_CHECKING:
+    from clbench.data.rows import DatasetSpec
+
+SHINGLE_WORDS = 13
+TEMPLATE_SHARE = 0.01
+TEMPLATE_ROWS = 3
+COLLECTIONS = {"glue", "super_glue", "ai2_arc", "natural-instructions", "bigbench", "trace-train-5000"}
+"""Hub repositories that hold many datasets: there the configuration, or else our folder's name, names the dataset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """`count` of the `of` texts of `where` are also in `also_in`."""
+
+    kind: str
+    where: str
+    also_in: str
+    count: int
+    of: int
+
+
+def stream_hash(fingerprints: Mapping[str, Mapping[str, Any]]) -> str:
+    """12 hexadecimal digits that stand for the rows, prompts and metrics of a stream, whatever the order of its tasks."""
+    return sha256(json.dumps(fingerprints, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def identity(spec: DatasetSpec) -> str:
+    """The dataset behind a hub address, without its owner: `google/boolq` and `aps/super_glue : boolq` are both "boolq"."""
+    repository = spec.hub.rsplit("/", 1)[-1]
+    name = (spec.config or spec.name) if repository.lower() in COLLECTIONS else repository
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def trained_probes(stages: Sequence[Stage], probes: Mapping[str, Sequence[DatasetSpec]], *, allow: bool) -> list[str]:
+    """The probes that measure a dataset which the stream trains on, as "probe: task"; raises UserMistake unless `allow`."""
+    trained = {identity(stage.task.dataset): stage.name for stage in stages if stage.task.dataset is not None}
+    found = sorted(
+        f"{probe} {spec.hub}: {trained[identity(spec)]}"
+        for probe, specs in probes.items()
+        for spec in {spec.hub: spec for spec in specs}.values()
+        if identity(spec) in trained
+    )
+    if found and not allow:
+        raise UserMistake(
+            f"a probe of base knowledge measures what the stream trains on ({'; '.join(found)}); take it out of probe.tasks, or set "
+            "probe.allow_overlap=true, which flags the run on the leaderboard"
+        )
+    return found
+
+
+def overlaps(
+    stages: Sequence[Stage], documents: Mapping[str, Sequence[str]]
+) -> tuple[tuple[Overlap, ...], frozenset[str]]:
+    """What occurs twice in the stream, or in it and in probe `documents` (texts by probe task), where any does.
+
+    Also gives the ids of the training examples that overlap with a test or probe text, for counting them in replay.
+    """
+    found = [overlap for stage in stages for overlap in _inside(stage)]
+    pools = {stage.name: [example.prompt for example in stage.test] for stage in stages}
+    touching = {example.id for stage in stages for example in _seen(stage)}
+    index = _Index({f"test of {name}": texts for name, texts in pools.items()} | dict(documents))
+    for stage in stages:
+        hits: dict[str, set[int]] = {}
+        for example, shingles in zip(stage.train, _shingles([example.prompt for example in stage.train]), strict=True):
+            for pool, row in index.rows(shingles):
+                if pool != f"test of {stage.name}":
+                    hits.setdefault(pool, set()).add(row)
+                    touching.add(example.id)
+        found += [
+            Overlap(
+                kind="test and train of two tasks" if pool.startswith("test of ") else "probe and train",
+                where=pool,
+                also_in=stage.name,
+                count=len(rows),
+                of=index.sizes[pool],
+            )
+            for pool, rows in sorted(hits.items())
+        ]
+    return tuple(found), frozenset(touching)
+
+
+def normalised(text: str) -> str:
+    """The words of `text` in lower case, one space between."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def _inside(stage: Stage) -> Iterable[Overlap]:
+    """Duplicates within train and test, and test prompts seen in train, of one task."""
+    for split, examples in (("train", stage.train), ("test", stage.test)):
+        asked = Counter((normalised(example.prompt), normalised(example.answer)) for example in examples)
+        twice = sum(asked.values()) - len(asked)
+        if twice:
+            yield Overlap(
+                kind="duplicates", where=f"{split} of {stage.name}", also_in="itself", count=twice, of=len(examples)
+            )
+    prompts = {normalised(example.prompt) for example in stage.train}
+    shared = sum(normalised(example.prompt) in prompts for example in stage.test)
+    if shared:
+        yield Overlap(
+            kind="test in train",
+            where=f"test of {stage.name}",
+            also_in=f"train of {stage.name}",
+            count=shared,
+            of=len(stage.test),
+        )
+
+
+def _seen(stage: Stage) -> Iterable[Example]:
+    """The training examples whose prompt is a test prompt of the same task."""
+    prompts = {normalised(example.prompt) for example in stage.test}
+    return (example for example in stage.train if normalised(example.prompt) in prompts)
+
+
+class _Index:
+    """Which rows of which pool hold a shingle."""
+
+    def __init__(self, pools: Mapping[str, Sequence[str]]) -> None:
+        self.sizes = {pool: len(texts) for pool, texts in pools.items()}
+        self._rows: dict[int, list[tuple[str, int]]] = {}
+        for pool, texts in pools.items():
+            for row, shingles in enumerate(_shingles(texts)):
+                for shingle in shingles:
+                    self._rows.setdefault(shingle, []).append((pool, row))
+
+    def rows(self, shingles: Iterable[int]) -> Iterable[tuple[str, int]]:
+        """The (pool, row) of every known one of `shingles`."""
+        return (place for shingle in shingles for place in self._rows.get(shingle, ()))
+
+
+def _shingles(texts: Sequence[str]) -> list[set[int]]:
+    """The hashed word sequences of each text, without those that the pool's template makes common."""
+    hashed = []
+    for text in texts:
+        words = normalised(text).split()
+        last = max(len(words) - SHINGLE_WORDS, 0)
+        hashed.append({hash(tuple(words[start : start + SHINGLE_WORDS])) for start in range(last + 1)})
+    rows = Counter(shingle for shingles in hashed for shingle in shingles)
+    common = max(TEMPLATE_SHARE * len(texts), TEMPLATE_ROWS - 1)
+    return [{shingle for shingle in shingles if rows[shingle] <= common} for shingles in hashed]

@@ -1,0 +1,136 @@
+"""The stream's own tasks as a probe: one row of the matrix R[stage, task], every task of the stream, seen or not yet.
+
+A closed task is answered by its likeliest choice (sum of token log-probabilities), a generative one by greedy decoding. Beside the task's own
+metric stand the share of answers of the right form, and for closed tasks how often greedy decoding itself begins with the right choice
+(`exact_match`) and what that form costs (`format_loss`: the metric less exact_match, item by item).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from clbench.data.stream import Stream
+from clbench.examine.student import Student
+from clbench.protocols import Probe
+from clbench.types import Example, Score, Stage
+
+
+class Matrix(Probe):
+    """Scores every task of the stream. The leaderboard reads the matrix from the probe whose `name` is "stream"."""
+
+    def __init__(self, *, name: str) -> None:
+        self.name = name
+
+    def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:
+        """Per task: its metric, format_validity, for closed tasks exact_match and format_loss, corpus metrics; at stage 0 the floors."""
+        stage_name = stream.stages[stage - 1].name if stage else "base"
+        for examined in stream.stages:
+            started = time.perf_counter()
+            items, extras = examine(student, examined)
+            seconds = time.perf_counter() - started
+            for metric, outcomes in items.items():
+                yield item_score(stage, stage_name, self.name, examined.name, metric, outcomes, seconds=seconds)
+                seconds = 0.0
+            if stage == 0:
+                extras |= floors(examined)
+            for metric, value in extras.items():
+                yield Score(
+                    stage=stage,
+                    stage_name=stage_name,
+                    probe=self.name,
+                    task=examined.name,
+                    metric=metric,
+                    value=value,
+                    n=len(examined.test),
+                    stderr=math.nan,
+                    seconds=0.0,
+                )
+
+
+def item_score(
+    stage: int, stage_name: str, probe: str, task: str, metric: str, outcomes: Sequence[float], *, seconds: float
+) -> Score:
+    """The mean of per-item outcomes with its standard error (sample deviation over the root of n)."""
+    n = len(outcomes)
+    return Score(
+        stage=stage,
+        stage_name=stage_name,
+        probe=probe,
+        task=task,
+        metric=metric,
+        value=float(np.mean(outcomes)),
+        n=n,
+        stderr=float(np.std(outcomes, ddof=1) / math.sqrt(n)) if n > 1 else math.nan,
+        seconds=seconds,
+        items=tuple(float(outcome) for outcome in outcomes),
+    )
+
+
+def examine(student: Student, stage: Stage) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Per-item outcomes by metric, and metrics of the whole test set, of one task."""
+    task, tests = stage.task, stage.test
+    if tests[0].choices:
+        answers, greedy = choose(student, tests)
+        valid = [float(found is not None) for found in greedy]
+        written = [
+            task.score(example, found) if found is not None else 0.0
+            for example, found in zip(tests, greedy, strict=True)
+        ]
+        assert task.metric not in ("format_validity", "exact_match", "format_loss"), task.metric
+        chosen = _scores(stage, answers)
+        lost = [likely - greedy_score for likely, greedy_score in zip(chosen, written, strict=True)]
+        items = {task.metric: chosen, "format_validity": valid, "exact_match": written, "format_loss": lost}
+    else:
+        prompts = [student.encoder.prompt(example.prompt) for example in tests]
+        answers = student.generate(prompts, max_new_tokens=longest_answer(student, stage))
+        valid = [float(task.is_valid(example, answer)) for example, answer in zip(tests, answers, strict=True)]
+        items = {task.metric: _scores(stage, answers), "format_validity": valid}
+    return items, task.corpus_scores(tests, answers)
+
+
+def _scores(stage: Stage, answers: Sequence[str]) -> list[float]:
+    return [stage.task.score(example, answer) for example, answer in zip(stage.test, answers, strict=True)]
+
+
+def choose(student: Student, examples: Sequence[Example]) -> tuple[list[str], list[str | None]]:
+    """The likeliest choice of each example, and the choice that greedy decoding begins with (None: it begins with none of them)."""
+    encoder = student.encoder
+    requests = [
+        (encoder.prompt(example.prompt), encoder.answer(choice)) for example in examples for choice in example.choices
+    ]
+    scored = iter(student.log_likelihoods(requests))
+    likeliest: list[str] = []
+    greedy: list[str | None] = []
+    for example in examples:
+        results = [(choice, *next(scored)) for choice in example.choices]
+        likeliest.append(max(results, key=lambda result: result[1])[0])
+        # One choice may begin another ("card", "card lost"): the longest that greedy decoding spells counts.
+        spelled = [choice for choice, _, is_greedy in results if is_greedy]
+        greedy.append(max(spelled, key=len) if spelled else None)
+    return likeliest, greedy
+
+
+def longest_answer(student: Student, stage: Stage) -> int:
+    """Tokens to generate at most: the training answers' 99th percentile and one for EOS, but no more than the task allows."""
+    lengths = [len(student.encoder.answer(example.answer)) for example in stage.train]
+    usual = int(np.quantile(lengths, 0.99, method="higher")) + 1
+    return min(usual, stage.task.max_new_tokens or usual)
+
+
+def floors(stage: Stage) -> dict[str, float]:
+    """What guessing gives: uniform over the choices (zero for generative tasks), always the commonest test answer, and `format_only`.
+
+    `format_only` is what an answer of the right form scores that knows nothing of the question: test example i gets the answer of
+    training example i (counted round where train is shorter), both in the task's fixed order.
+    """
+    tests = stage.test
+    commonest, _ = Counter(example.answer for example in tests).most_common(1)[0]
+    majority = sum(stage.task.score(example, commonest) for example in tests) / len(tests)
+    chance = sum(1 / len(example.choices) for example in tests) / len(tests) if tests[0].choices else 0.0
+    borrowed = (stage.task.score(example, stage.train[i % len(stage.train)].answer) for i, example in enumerate(tests))
+    return {"chance": chance, "majority": majority, "format_only": sum(borrowed) / len(tests)}

@@ -1,0 +1,131 @@
+"""Pretraining of a tiny model: a stream of token ids, fixed windows, AdamW. A few minutes of a CPU.
+
+Not here: what it is pretrained on and where the result is kept (`clbench.model`).
+
+>>> windows([[1, 2], [3, 4, 5], [6]], length=4, pad=0).tolist()
+[[1, 2, 0, 0], [3, 4, 5, 6]]
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from clbench.data.sampling import generator
+
+log = logging.getLogger(__name__)
+
+WARM_UP_SHARE = 0.05
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def windows(texts: Sequence[Sequence[int]], *, length: int, pad: int) -> Tensor:
+    """Token ids [windows, length]: texts in their order, whole where they fit into a window, padded; longer ones are cut.
+
+    A small model learns what a statement says from statements that it sees whole.
+    """
+    packed: list[list[int]] = [[]]
+    for text in texts:
+        for start in range(0, len(text), length):
+            piece = text[start : start + length]
+            if len(packed[-1]) + len(piece) > length:
+                packed.append([])
+            packed[-1].extend(piece)
+    return torch.tensor([window + [pad] * (length - len(window)) for window in packed])
+
+
+def pretrain(
+    model: PreTrainedModel,
+    texts: Sequence[Sequence[int]],
+    *,
+    label: str,
+    pad: int,
+    steps: int,
+    batch_size: int,
+    length: int,
+    lr: float,
+    seed: int,
+) -> float:
+    """Trains `model` in place on token ids `texts`, `pad` left out of the loss; returns the last loss in nats per token.
+
+    Learning rate: linear warm-up, then a cosine to zero. Each epoch passes the windows in a fresh order.
+    """
+    pieces = windows(texts, length=length, pad=pad)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps=steps))
+    loss = torch.tensor(math.nan)
+    model.train()
+    with Reporter(label, steps=steps) as reporter:
+        for step, rows in zip(range(steps), orders(len(pieces), batch_size=batch_size, seed=seed), strict=False):
+            batch_BT = pieces[rows]
+            logits_BTV = model(input_ids=batch_BT, use_cache=False).logits
+            loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), batch_BT[:, 1:].flatten(), ignore_index=pad)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            reporter.report(step + 1, loss)
+    model.eval()
+    return loss.item()
+
+
+def warm_cosine(step: int, *, steps: int) -> float:
+    """The learning rate of `step` (from 0) as a share of the highest one."""
+    warm_up = max(1, round(steps * WARM_UP_SHARE))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def orders(count: int, *, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Endless batches of window indices; the windows that do not fill an epoch's last batch wait for the next epoch."""
+    assert count >= batch_size, (count, batch_size)
+    epoch = 0
+    while True:
+        order = torch.randperm(count, generator=generator(seed, "pretraining order", epoch))
+        yield from order[: count // batch_size * batch_size].view(-1, batch_size)
+        epoch += 1
+
+
+class Reporter:
+    """Tells how far pretraining is: a bar on a terminal, else a log line every ten seconds."""
+
+    def __init__(self, label: str, *, steps: int) -> None:
+        self.label = label
+        self.steps = steps
+        self.console = Console(file=sys.stderr)
+        self.said = time.monotonic()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.bar = self.progress.add_task(f"pretraining {label} (once)", total=steps)
+
+    def __enter__(self) -> Reporter:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.progress.stop()
+
+    def report(self, step: int, loss: Tensor) -> None:
+        """Shows that `step` steps are done; `loss` in nats per token is the last one's."""
+        self.progress.update(self.bar, completed=step)
+        late = time.monotonic() - self.said > SECONDS_BETWEEN_LINES
+        if not self.console.is_terminal and (late or step == self.steps):
+            log.info("pretraining %s: step %d/%d, loss %.3f", self.label, step, self.steps, loss.item())
+            self.said = time.monotonic()

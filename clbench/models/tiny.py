@@ -1,0 +1,184 @@
+"""Tiny models that are made here from a recipe and kept."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from clbench.data.sampling import generator
+from clbench.models.pretrained import load, log, sha256
+from clbench.models.pretraining import pretrain
+from clbench.types import UserMistake
+
+BOS, EOS, PAD, UNKNOWN = SPECIAL_TOKENS = ("<s>", "</s>", "<pad>", "<unk>")
+
+
+class Corpus(Protocol):
+    """Text that a recipe's model is pretrained on."""
+
+    def texts(self) -> Sequence[str]:
+        """The texts, in the order they are read."""
+
+    def vocabulary(self) -> Sequence[str]:
+        """All words of a word-level tokenizer; empty where the corpus has no such list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A tiny Llama that is pretrained here the first time it is asked for and read from `cache_dir` afterwards.
+
+    `world_seed` is for the tasks that ask about the same world (0 where there is none). `tokenizer` is "words" (the corpus's
+    vocabulary, split at spaces) or "bpe" (byte-level, `vocabulary_size` tokens, trained on the corpus). `architecture` holds
+    fields of LlamaConfig. `length` is the pretraining window in tokens. `note` is said whenever the model is used.
+    """
+
+    label: str
+    corpus: Corpus
+    tokenizer: str
+    architecture: dict[str, int | bool | float]
+    steps: int
+    batch_size: int
+    length: int
+    lr: float
+    seed: int
+    world_seed: int = 0
+    vocabulary_size: int = 0
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.tokenizer not in ("words", "bpe"):
+            raise UserMistake(f"model.tokenizer={self.tokenizer!r} is unknown; choose words or bpe in conf/model")
+
+    def settings(self) -> dict[str, object]:
+        """Everything that determines the weights, as JSON values; the corpus by its content."""
+        unsaid = ("corpus", "architecture", "label", "note", "content")
+        plain = {name: value for name, value in vars(self).items() if name not in unsaid}
+        return {**plain, "architecture": dict(self.architecture), "corpus": self.content}
+
+    @cached_property
+    def content(self) -> str:
+        """SHA-256, in hexadecimal, of the corpus's text and vocabulary."""
+        return sha256([*self.corpus.vocabulary(), "", *self.corpus.texts()])
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of the settings."""
+        return sha256([self.settings()])
+
+    def load(
+        self, cache_dir: Path, *, dtype: torch.dtype = torch.float32
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        """The model in `dtype` on the CPU, in eval mode, and its tokenizer; pretrains them where `cache_dir` lacks them."""
+        folder = cache_dir / "models" / f"{self.label}-{self.fingerprint()[:12]}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Of several processes that need the same model one makes it, the others wait for it.
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.is_dir():
+                log.info("pretraining %s, once; it will be kept in %s", self.label, folder)
+                with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
+                    made = Path(unfinished) / "model"
+                    self.make(made)
+                    os.rename(made, folder)
+        if self.note:
+            log.warning("%s: %s", self.label, self.note)
+        return load(str(folder), revision=None, cache_dir=None, dtype=dtype)
+
+    def configuration(self, cache_dir: Path) -> PretrainedConfig:
+        """The model's configuration; pretrains the model where `cache_dir` lacks it."""
+        return self.load(cache_dir)[0].config
+
+    def load_tokenizer(self, cache_dir: Path) -> PreTrainedTokenizerFast:
+        """The tokenizer; pretrains the model where `cache_dir` lacks it."""
+        return self.load(cache_dir)[1]
+
+    def make(self, folder: Path) -> None:
+        """Pretrains the model and writes it, its tokenizer and recipe.json to `folder`."""
+        texts = self.corpus.texts()
+        tokenizer = (
+            word_tokenizer(self.corpus.vocabulary())
+            if self.tokenizer == "words"
+            else bpe_tokenizer(texts, self.vocabulary_size)
+        )
+        encoded = tokenizer(
+            [f"{BOS}{text}{EOS}" for text in texts], add_special_tokens=False, return_attention_mask=False
+        )
+        model = fresh_llama(tokenizer, architecture=self.architecture, seed=self.seed)
+        loss = pretrain(
+            model,
+            encoded["input_ids"],
+            label=self.label,
+            pad=tokenizer.pad_token_id,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            length=self.length,
+            lr=self.lr,
+            seed=self.seed,
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "recipe.json").write_text(
+            json.dumps({**self.settings(), "last_loss": loss}, indent=1, sort_keys=True) + "\n"
+        )
+
+
+def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per word of `vocabulary`, split at spaces."""
+    words = {word: index for index, word in enumerate((*SPECIAL_TOKENS, *vocabulary))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return ordinary(tokenizer)
+
+
+def bpe_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `size` tokens trained on `texts`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = [BOS, EOS, PAD]
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    return ordinary(tokenizer)
+
+
+def ordinary(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """`tokenizer` as transformers keeps it."""
+    unknown = UNKNOWN if tokenizer.token_to_id(UNKNOWN) is not None else None
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=unknown, padding_side="right"
+    )
+
+
+def fresh_llama(
+    tokenizer: PreTrainedTokenizerFast, *, architecture: dict[str, int | bool | float], seed: int
+) -> LlamaForCausalLM:
+    """An untrained Llama whose weights depend on `seed` alone."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **architecture,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, "initial weights").initial_seed())
+        return LlamaForCausalLM(config)

@@ -1,0 +1,136 @@
+"""Trains one stage: draws the global batch of every step, splits it, and calls the method and the engine in their fixed order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clbench.config import TrainConfig
+from clbench.data.encoder import Encoder
+from clbench.data.sampling import draw, seeded
+from clbench.protocols import Engine, Method
+from clbench.types import Example, Source, Stage
+
+CPU_TOKENS = 2048
+"""Tokens of a forward that keep the CPU busy and in its caches (measured)."""
+LOG_EVERY = 10
+"""Steps between readings of the loss; reading it makes the host wait for the device, so not every step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a stage's training did: optimizer steps, tokens read (padding not counted), mean loss of the last steps in nats per answer token."""
+
+    steps: int
+    tokens_trained: int
+    tokens_replayed: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a stage: `steps` on the mixed sources, then one pass over each source that comes after."""
+
+    mixed: tuple[Source, ...]
+    after: tuple[Source, ...]
+    steps: int
+    after_steps: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """All optimizer steps of the stage."""
+        return self.steps + sum(self.after_steps)
+
+
+def plan_stage(sources: Sequence[Source], config: TrainConfig) -> Plan:
+    """How many steps the stage takes on which sources; none without sources."""
+    mixed = tuple(source for source in sources if not source.after)
+    after = tuple(source for source in sources if source.after and source.examples)
+    if not mixed:
+        return Plan(mixed=(), after=(), steps=0, after_steps=())
+    steps = (
+        config.steps
+        if config.steps is not None
+        else math.ceil(len(mixed[0].examples) * config.epochs / config.batch_size)
+    )
+    passes = tuple(math.ceil(len(source.examples) / config.batch_size) if steps else 0 for source in after)
+    return Plan(mixed=mixed, after=after, steps=steps, after_steps=passes)
+
+
+def global_batch(
+    plan: Plan, step: int, *, config: TrainConfig, seed: int, stage: int
+) -> list[tuple[Example, int, float]]:
+    """The rows of optimizer step `step` (from 0): (example, index of its source, weight of its source)."""
+    if step < plan.steps:
+        return draw(plan.mixed, batch_size=config.batch_size, step=step, seed=seed, stage=stage)
+    step -= plan.steps
+    for index, (source, steps) in enumerate(zip(plan.after, plan.after_steps, strict=True)):
+        if step < steps:
+            rows = range(step * config.batch_size, min((step + 1) * config.batch_size, len(source.examples)))
+            return [(source.examples[row], len(plan.mixed) + index, 1.0) for row in rows]
+        step -= steps
+    raise AssertionError((step, plan.total))
+
+
+def train_stage(
+    stage: Stage,
+    plan: Plan,
+    *,
+    method: Method,
+    engine: Engine,
+    encoder: Encoder,
+    config: TrainConfig,
+    seed: int,
+    report: Callable[[int, int, float], None],
+    first: int = 0,
+    save: Callable[[int], None] = lambda step: None,
+) -> Trained:
+    """Runs the stage's steps from `first` on; `report(step, steps, loss)` is called every few, `save(step)` every `checkpoint_steps`.
+
+    Dropout draws from a generator named by the step, so nothing of it needs to be kept. Raises FloatingPointError for a loss that is not finite.
+    """
+    engine.model.train()
+    losses: list[Tensor] = []
+    tokens = {True: 0, False: 0}
+    mean = math.nan
+    for step in range(plan.total):
+        rows = global_batch(plan, step, config=config, seed=seed, stage=stage.index)
+        for example, source, _ in rows:
+            tokens[source == 0] += len(encoder.example(example).ids)
+        if step < first:
+            continue
+        with seeded(seed, f"dropout/{step}/{engine.rank}", stage.index):
+            losses.append(train_step(rows, method=method, engine=engine, encoder=encoder, config=config))
+        if (step + 1) % LOG_EVERY == 0 or step + 1 == plan.total:
+            mean = float(torch.stack(losses).mean())
+            losses.clear()
+            if not math.isfinite(mean):
+                raise FloatingPointError(
+                    f"loss is {mean} within steps {step + 2 - LOG_EVERY}..{step + 1} of stage {stage.index} ({stage.name})"
+                )
+            report(step + 1, plan.total, mean)
+        if config.checkpoint_steps and (step + 1) % config.checkpoint_steps == 0:
+            save(step + 1)
+    engine.model.eval()
+    return Trained(steps=plan.total, tokens_trained=tokens[True], tokens_replayed=tokens[False], loss=mean)
+
+
+def train_step(
+    rows: list[tuple[Example, int, float]], *, method: Method, engine: Engine, encoder: Encoder, config: TrainConfig
+) -> Tensor:
+    """One optimizer step on `rows`; returns its loss in nats per answer token, the method's penalty included."""
+    micro = config.micro_batch_size or len(rows)
+    budget = config.micro_batch_tokens or (CPU_TOKENS if encoder.device.type == "cpu" else None)
+    total = torch.zeros((), device=encoder.device)
+    for batch in encoder.micro_batches(rows, rows=micro, tokens=budget, rank=engine.rank, world_size=engine.world_size):
+        loss = method.loss(engine.model, batch)
+        engine.backward(loss)
+        total += loss.detach()
+    penalty = method.correct_gradients(engine)
+    engine.step()
+    method.after_step(engine)
+    return engine.total(total) + penalty
