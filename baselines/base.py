@@ -15,12 +15,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
 from torch.nn import Module
 
-from clbench.models.loss import answer_loss
-from clbench.protocols import Method
-from clbench.types import Batch, Source, Stage
+from clbench.protocols import Method, Stage
+from clbench.types import Source
 
 
 @dataclass(kw_only=True)
@@ -34,7 +32,3 @@ class Base(Method):
     def training_set(self, stage: Stage) -> Sequence[Source]:
         """Nothing."""
         return ()
-
-    def loss(self, model: Module, batch: Batch) -> Tensor:
-        """Cross-entropy on the current task's answers, in nats per answer token; nothing minimises it."""
-        return answer_loss(model, batch)

@@ -37,10 +37,9 @@ from torch.nn import Module
 
 from clbench.data.sampling import generator
 from clbench.models.lora import Lora
-from clbench.models.loss import answer_loss
 from clbench.models.pairs import lora_pairs
 from clbench.protocols import Engine, Method
-from clbench.types import Batch, UserMistake
+from clbench.types import UserMistake
 
 BASES = ("random", "svd_major", "svd_minor")
 
@@ -106,21 +105,17 @@ class Clora(Method):
             self.bases |= {pair.A: p_v.contiguous().to(pair.weight), pair.B: p_u.contiguous().to(pair.weight)}
         return wrapped
 
-    def loss(self, model: Module, batch: Batch) -> Tensor:
-        """Cross-entropy on the current task's answers, in nats per answer token; the penalty enters as a gradient."""
-        return answer_loss(model, batch)
-
     def correct_gradients(self, engine: Engine) -> Tensor | float:
         """Adds the penalty's gradient to every factor; returns strength times the penalty."""
         if self.strength == 0:
             return 0.0
         value = 0.0
-        for shard in engine.matrices(self.bases):
-            basis = self.bases[shard.name].to(shard.value.dtype)
+        for tensor in engine.tensors(self.bases):
+            basis = self.bases[tensor.name].to(tensor.value.dtype)
             # The penalty reads B transposed.
-            is_b = ".lora_B." in shard.name
-            factor = shard.value.T if is_b else shard.value
+            is_b = ".lora_B." in tensor.name
+            factor = tensor.value.T if is_b else tensor.value
             gradient = penalty_gradient(factor, basis)
-            shard.grad += self.strength * (gradient.T if is_b else gradient)
+            tensor.grad += self.strength * (gradient.T if is_b else gradient)
             value = value + self.strength * penalty(factor, basis)
         return value

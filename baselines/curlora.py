@@ -37,9 +37,8 @@ from torch.nn import Module
 
 from clbench.data.sampling import generator
 from clbench.models import cur
-from clbench.models.loss import answer_loss
 from clbench.protocols import Method
-from clbench.types import Batch, UserMistake
+from clbench.types import UserMistake
 
 OFFSETS = {"code_eps": 1e-3, "paper": 0.0}
 SELECTIONS = (*OFFSETS, "topk")
@@ -82,10 +81,6 @@ class CurLora(Method):
         return cur.CurLinear(
             base, columns=columns, rows=rows, core=cur.SquareCore(rank=rank, like=weight), scale=self.alpha
         )
-
-    def loss(self, model: Module, batch: Batch) -> Tensor:
-        """Cross-entropy on the current task's answers, in nats per answer token."""
-        return answer_loss(model, batch)
 
     def state_dict(self) -> dict[str, Any]:
         """The hash of what `wrap` chose; U is the checkpoint's own."""

@@ -30,15 +30,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import Module
 
 from clbench.data.memory import Memory
 from clbench.data.sampling import generator
 from clbench.models.lora import Lora
-from clbench.models.loss import answer_loss
-from clbench.protocols import Engine, Method
-from clbench.types import Batch, Source, Stage
+from clbench.protocols import Engine, Method, Stage
+from clbench.types import Source
 
 
 @dataclass(kw_only=True)
@@ -68,10 +66,6 @@ class Er(Method):
             order = torch.randperm(len(past), generator=generator(self.seed, "replay order", stage.index))
             past = [past[i] for i in order.tolist()]
         return (current, Source(examples=past, share=self.ratio, weight=self.weight, after=self.after))
-
-    def loss(self, model: Module, batch: Batch) -> Tensor:
-        """Cross-entropy of current and memory rows, weighted by source, in nats per answer token."""
-        return answer_loss(model, batch)
 
     def end_stage(self, stage: Stage, engine: Engine) -> None:
         """The finished task's examples enter the memory."""

@@ -34,8 +34,8 @@ from torch.nn import Module
 from clbench.data.sampling import generator
 from clbench.models.lora import Lora
 from clbench.models.loss import answer_loss
-from clbench.protocols import Engine, Method
-from clbench.types import IGNORED, Batch, Example, Stage
+from clbench.protocols import Engine, Method, Stage
+from clbench.types import IGNORED, Example
 
 
 def combine(importance: Tensor, centre: Tensor, fisher: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,13 +63,14 @@ def squared_gradients(engine: Engine, losses: Sequence[Callable[[], Tensor]]) ->
     """Mean over `losses` of the squared gradient of each, by trainable tensor: the diagonal empirical Fisher information (nats^2).
 
     One backward per loss, so that squares are taken before any averaging. Every rank passes all losses, and gradients add up over ranks, so
-    each gives its share; what comes back are this rank's slices.
+    each gives its share.
     """
-    squares = {shard.name: torch.zeros_like(shard.value) for shard in engine.shards()}
+    squares: dict[str, Tensor] = {}
     for loss in losses:
         engine.backward(loss() / engine.world_size)
-        for shard in engine.shards():
-            squares[shard.name] += shard.grad.square() / len(losses)
+        for tensor in engine.tensors():
+            square = tensor.grad.square() / len(losses)
+            squares[tensor.name] = squares[tensor.name] + square if tensor.name in squares else square
         engine.clear()
     return squares
 
@@ -98,42 +99,30 @@ class Ewc(Method):
         self.importance = {name: value.to(device) for name, value in self.importance.items()}
         self.centre = {name: value.to(device) for name, value in self.centre.items()}
 
-    def loss(self, model: Module, batch: Batch) -> Tensor:
-        """Cross-entropy on the current task's answers; the penalty enters as a gradient."""
-        return answer_loss(model, batch)
-
     def correct_gradients(self, engine: Engine) -> Tensor | float:
         """Adds the penalty's gradient; returns its value in nats."""
         if not self.importance or self.strength == 0:
             return 0.0
-        value: Tensor | float = 0.0
-        constant = 0.5 * self.strength * self.excess
-        for shard in engine.shards():
-            importance, centre = shard.part(self.importance[shard.name]), shard.part(self.centre[shard.name])
-            quadratic = (shard.value, importance, centre, self.strength)
-            shard.grad += penalty_gradient(*quadratic)
+        value: Tensor | float = 0.5 * self.strength * self.excess
+        for tensor in engine.tensors():
+            quadratic = (tensor.value, self.importance[tensor.name], self.centre[tensor.name], self.strength)
+            tensor.grad += penalty_gradient(*quadratic)
             value = value + penalty_value(*quadratic)
-        return engine.total(value) + constant
+        return value
 
     def end_stage(self, stage: Stage, engine: Engine) -> None:
         """Adds this task's Fisher, taken at its final weights, to the quadratic."""
         fisher = self.fisher(stage, engine)
-        importance: dict[str, Tensor] = {}
-        centre: dict[str, Tensor] = {}
-        excess = torch.zeros(())
-        for shard in engine.shards():
-            name, anchor = shard.name, shard.value.clone()
+        for tensor in engine.tensors():
+            name, anchor = tensor.name, tensor.value.clone()
             if name not in self.importance:
-                importance[name], centre[name] = fisher[name], anchor
+                self.importance[name], self.centre[name] = fisher[name], anchor
             elif self.decay is not None:
-                importance[name], centre[name] = self.decay * shard.part(self.importance[name]) + fisher[name], anchor
+                self.importance[name], self.centre[name] = self.decay * self.importance[name] + fisher[name], anchor
             else:
-                past = shard.part(self.importance[name]), shard.part(self.centre[name])
-                importance[name], centre[name], more = combine(*past, fisher[name], anchor)
-                excess = excess.to(more.device) + more
-        # Kept whole: another number of processes, or another ZeRO stage, cuts other slices.
-        self.importance, self.centre = engine.whole(importance), engine.whole(centre)
-        self.excess += float(engine.total(excess))
+                past = self.importance[name], self.centre[name]
+                self.importance[name], self.centre[name], excess = combine(*past, fisher[name], anchor)
+                self.excess += float(excess)
 
     def fisher(self, stage: Stage, engine: Engine) -> dict[str, Tensor]:
         """Fisher of this task on `fisher_examples` of its examples, of the sum of log p over each answer's tokens, scaled to mean 1."""
@@ -148,26 +137,20 @@ class Ewc(Method):
 
         engine.model.eval()
         squares = squared_gradients(engine, [partial(nll, stage.train[index]) for index in picked])
-        # A rank may own no slice at all.
-        total = engine.total(torch.stack([square.sum() for square in squares.values()]).sum() if squares else 0.0)
-        size = engine.total(float(sum(square.numel() for square in squares.values())))
-        self.raw_means.append(float(total / size))
+        total = torch.stack([square.sum() for square in squares.values()]).sum()
+        self.raw_means.append(float(total) / sum(square.numel() for square in squares.values()))
         return {name: square / self.raw_means[-1] for name, square in squares.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Importance and centre of every trainable tensor."""
         tensors = {f"importance/{name}": value for name, value in self.importance.items()}
-        return (
-            tensors
-            | {f"centre/{name}": value for name, value in self.centre.items()}
-            | {"raw_means": self.raw_means, "excess": self.excess}
-        )
+        tensors |= {f"centre/{name}": value for name, value in self.centre.items()}
+        return tensors | {"raw_means": self.raw_means, "excess": self.excess}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes the quadratic back."""
-        parts = {key: value for key, value in state.items() if "/" in key}
-        self.importance = {
-            key.removeprefix("importance/"): value for key, value in parts.items() if key.startswith("importance/")
-        }
-        self.centre = {key.removeprefix("centre/"): value for key, value in parts.items() if key.startswith("centre/")}
+        self.importance, self.centre = (
+            {key.removeprefix(part): value for key, value in state.items() if key.startswith(part)}
+            for part in ("importance/", "centre/")
+        )
         self.raw_means, self.excess = list(state["raw_means"]), state["excess"]

@@ -42,8 +42,8 @@ from clbench.data.memory import Memory
 from clbench.models.lora import Lora
 from clbench.models.loss import answer_loss, hidden_states, weighted_nll
 from clbench.models.pairs import Pair, holding, lora_pairs, reading
-from clbench.protocols import Engine, Method
-from clbench.types import Batch, Source, Stage
+from clbench.protocols import Engine, Method, Stage
+from clbench.types import Batch, Source
 
 
 def ema(slow: Tensor, fast: Tensor, decay: float) -> Tensor:
@@ -137,8 +137,8 @@ class Ilora(Method):
         """Moves the slow factors towards the fast ones; whole tensors, so that every rank holds the slow adapter."""
         self.steps += 1
         decay = min(self.decay, 1 - 1 / (self.steps + 1)) if self.warm_up else self.decay
-        for shard in engine.matrices(self.slow):
-            self.slow[shard.name] = ema(self.slow[shard.name], shard.value, decay)
+        for tensor in engine.tensors(self.slow):
+            self.slow[tensor.name] = ema(self.slow[tensor.name], tensor.value, decay)
 
     def end_stage(self, stage: Stage, engine: Engine) -> None:
         """The finished task's examples enter the memory."""

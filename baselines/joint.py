@@ -19,13 +19,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
 from torch.nn import Module
 
 from clbench.models.lora import Lora
-from clbench.models.loss import answer_loss
-from clbench.protocols import Method
-from clbench.types import Batch, Source, Stage
+from clbench.protocols import Method, Stage
+from clbench.types import Source
 
 
 @dataclass(kw_only=True)
@@ -42,7 +40,3 @@ class Joint(Method):
     def training_set(self, stage: Stage) -> Sequence[Source]:
         """The training examples of every task."""
         return (Source(examples=stage.whole_stream),)
-
-    def loss(self, model: Module, batch: Batch) -> Tensor:
-        """Cross-entropy on the mixture's answers, in nats per answer token."""
-        return answer_loss(model, batch)

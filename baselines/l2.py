@@ -24,10 +24,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from clbench.models.lora import Lora
-from clbench.models.loss import answer_loss
 from clbench.models.pairs import Pair, lora_pairs
 from clbench.protocols import Engine, Method
-from clbench.types import Batch
 
 
 def gram(factor: Tensor) -> Tensor:
@@ -60,10 +58,6 @@ class L2(Method):
         self.pairs = lora_pairs(wrapped)
         return wrapped
 
-    def loss(self, model: Module, batch: Batch) -> Tensor:
-        """Cross-entropy on the current task's answers, in nats per answer token; the penalty enters as a gradient."""
-        return answer_loss(model, batch)
-
     def correct_gradients(self, engine: Engine) -> Tensor | float:
         """Adds the penalty's gradient to every factor; returns strength times the penalty."""
         if self.strength == 0:
@@ -71,12 +65,12 @@ class L2(Method):
         rows = {pair.A: pair for pair in self.pairs}
         columns = {pair.B: pair for pair in self.pairs}
         # Whole matrices come one at a time, so both Gram matrices are taken before either factor's gradient is touched.
-        grams = {shard.name: gram(shard.value) for shard in engine.matrices(rows)}
-        grams |= {shard.name: gram(shard.value.T) for shard in engine.matrices(columns)}
-        for shard in engine.matrices(rows):
-            pair = rows[shard.name]
-            shard.grad += self.strength * penalty_gradient(shard.value, grams[pair.B], scale=pair.scale)
-        for shard in engine.matrices(columns):
-            pair = columns[shard.name]
-            shard.grad += self.strength * penalty_gradient(shard.value.T, grams[pair.A], scale=pair.scale).T
+        grams = {tensor.name: gram(tensor.value) for tensor in engine.tensors(rows)}
+        grams |= {tensor.name: gram(tensor.value.T) for tensor in engine.tensors(columns)}
+        for tensor in engine.tensors(rows):
+            pair = rows[tensor.name]
+            tensor.grad += self.strength * penalty_gradient(tensor.value, grams[pair.B], scale=pair.scale)
+        for tensor in engine.tensors(columns):
+            pair = columns[tensor.name]
+            tensor.grad += self.strength * penalty_gradient(tensor.value.T, grams[pair.A], scale=pair.scale).T
         return self.strength * sum(penalty(grams[pair.A], grams[pair.B], scale=pair.scale) for pair in self.pairs)

@@ -29,10 +29,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from clbench.models.lora import Lora
-from clbench.models.loss import answer_loss
 from clbench.models.pairs import Pair, lora_pairs, stack
 from clbench.protocols import Method
-from clbench.types import Batch
 
 
 @contextmanager
@@ -67,10 +65,6 @@ class MergeAverage(Method):
         wrapped = self.lora.add(model, seed=self.seed)
         self.pairs = lora_pairs(wrapped)
         return wrapped
-
-    def loss(self, model: Module, batch: Batch) -> Tensor:
-        """Cross-entropy on the current task's answers, in nats per answer token."""
-        return answer_loss(model, batch)
 
     def consolidate(self, model: Module) -> None:
         """Stacks the factors as this stage left them."""

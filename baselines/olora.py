@@ -33,10 +33,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from clbench.models.lora import Lora
-from clbench.models.loss import answer_loss
 from clbench.models.pairs import Pair, lora_pairs, merge_and_restart, merge_stacks, stack
 from clbench.protocols import Engine, Method
-from clbench.types import Batch
 
 
 def penalty(live: Tensor, old: Tensor) -> Tensor:
@@ -68,19 +66,15 @@ class OLora(Method):
         self.pairs = lora_pairs(wrapped)
         return wrapped
 
-    def loss(self, model: Module, batch: Batch) -> Tensor:
-        """Cross-entropy on the current task's answers, in nats per answer token; the penalty enters as a gradient."""
-        return answer_loss(model, batch)
-
     def correct_gradients(self, engine: Engine) -> Tensor | float:
         """Adds the penalty's gradient to every A from the second task on; returns strength times the penalty."""
         if not self.retired or self.strength == 0:
             return 0.0
         value = 0.0
-        for shard in engine.matrices([pair.A for pair in self.pairs]):
-            old = self.retired[shard.name].to(shard.value)
-            shard.grad += self.strength * penalty_gradient(shard.value, old)
-            value = value + self.strength * penalty(shard.value, old)
+        for tensor in engine.tensors([pair.A for pair in self.pairs]):
+            old = self.retired[tensor.name].to(tensor.value)
+            tensor.grad += self.strength * penalty_gradient(tensor.value, old)
+            value = value + self.strength * penalty(tensor.value, old)
         return value
 
     def consolidate(self, model: Module) -> None:

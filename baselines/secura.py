@@ -42,9 +42,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from clbench.models import cur
-from clbench.models.loss import answer_loss
-from clbench.protocols import Engine, Method
-from clbench.types import Batch, Stage, UserMistake
+from clbench.protocols import Engine, Method, Stage
+from clbench.types import UserMistake
 
 EPSILON = 1e-10
 MERGES = ("m1", "m2", "none")
@@ -129,17 +128,13 @@ class Secura(Method):
         """Counts steps anew: what the last stage left over was merged."""
         self.steps = 0
 
-    def loss(self, model: Module, batch: Batch) -> Tensor:
-        """Cross-entropy on the current task's answers, in nats per answer token."""
-        return answer_loss(model, batch)
-
     def after_step(self, engine: Engine) -> None:
         """Merges every `fusion_step` steps; A, beta and the optimizer's moments stay."""
         self.steps += 1
         if self.fusion_step is None or self.merge == "none" or self.steps % self.fusion_step:
             return
         for name, layer in self.layers.items():
-            for factor in engine.matrices((f"{name}.core.A", f"{name}.core.B")):
+            for factor in engine.tensors((f"{name}.core.A", f"{name}.core.B")):
                 if factor.name.endswith(".A"):
                     left = factor.value.clone()
                 else:

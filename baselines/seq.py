@@ -16,13 +16,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
 from torch.nn import Module
 
 from clbench.models.lora import Lora
-from clbench.models.loss import answer_loss
 from clbench.protocols import Method
-from clbench.types import Batch
 
 
 @dataclass(kw_only=True)
@@ -35,7 +32,3 @@ class Seq(Method):
     def wrap(self, model: Module) -> Module:
         """Adds the one adapter that all stages train."""
         return self.lora.add(model, seed=self.seed)
-
-    def loss(self, model: Module, batch: Batch) -> Tensor:
-        """Cross-entropy on the current task's answers, in nats per answer token."""
-        return answer_loss(model, batch)

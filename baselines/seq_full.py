@@ -18,12 +18,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
 from torch.nn import Module
 
-from clbench.models.loss import answer_loss
 from clbench.protocols import Method
-from clbench.types import Batch
 
 
 @dataclass(kw_only=True)
@@ -33,7 +30,3 @@ class SeqFull(Method):
     def wrap(self, model: Module) -> Module:
         """Makes every weight trainable, in float32."""
         return model.float().requires_grad_(True)
-
-    def loss(self, model: Module, batch: Batch) -> Tensor:
-        """Cross-entropy on the current task's answers, in nats per answer token."""
-        return answer_loss(model, batch)

@@ -24,10 +24,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from clbench.models.lora import Lora
-from clbench.models.loss import answer_loss
 from clbench.models.pairs import Pair, lora_pairs, merge_and_restart, merge_stacks, stack
 from clbench.protocols import Method
-from clbench.types import Batch
 
 
 @dataclass(kw_only=True)
@@ -47,10 +45,6 @@ class SeqMerge(Method):
         wrapped = self.lora.add(model, seed=self.seed)
         self.pairs = lora_pairs(wrapped)
         return wrapped
-
-    def loss(self, model: Module, batch: Batch) -> Tensor:
-        """Cross-entropy on the current task's answers, in nats per answer token."""
-        return answer_loss(model, batch)
 
     def consolidate(self, model: Module) -> None:
         """Merges the finished task's adapter and starts the next one's."""

@@ -21,10 +21,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from clbench.models.lora import Lora
-from clbench.models.loss import answer_loss
 from clbench.models.weights import load_trainable_state, trainable
-from clbench.protocols import Method
-from clbench.types import Batch, Stage
+from clbench.protocols import Method, Stage
 
 
 @dataclass(kw_only=True)
@@ -44,7 +42,3 @@ class Single(Method):
     def begin_stage(self, stage: Stage, model: Module) -> None:
         """Forgets the last task."""
         load_trainable_state(model, self.initial)
-
-    def loss(self, model: Module, batch: Batch) -> Tensor:
-        """Cross-entropy on the task's answers, in nats per answer token."""
-        return answer_loss(model, batch)

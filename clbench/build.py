@@ -18,12 +18,12 @@ from torch.nn import Module
 
 from clbench.config import Config, run_directory
 from clbench.data.encoder import Encoder
-from clbench.data.stream import Stream, build_stream
 from clbench.models.architecture import is_sharded
 from clbench.models.sharding import start
-from clbench.protocols import Method, Probe, Task
+from clbench.protocols import Method, Probe, Stream, Task
 from clbench.record.ledger import Checkpoint, Ledger
 from clbench.record.manifest import data_contract, manifest
+from clbench.stream import build_stream
 from clbench.train.ranks import World
 from clbench.types import UserMistake
 

@@ -19,8 +19,8 @@ from rich.table import Table
 
 from clbench.build import make_tasks
 from clbench.cli import CONF_DIR, USERS_MISTAKES, compose
-from clbench.data.stream import address
 from clbench.protocols import Task
+from clbench.stream import address
 from clbench.types import UserMistake
 
 PAGE = """# Datasets of the tasks

@@ -26,14 +26,14 @@ from clbench.examine.student_ranks import RankStudent
 from clbench.models.architecture import causal_lm
 from clbench.models.folding import folded
 from clbench.models.weights import describe, load_trainable_state, trainable, trainable_state
-from clbench.protocols import Engine
+from clbench.protocols import Engine, Stage
 from clbench.record.ledger import COMPLETE, Checkpoint
 from clbench.record.tracking import Tracker
 from clbench.train import optimizer as optim
 from clbench.train.local import LocalEngine
 from clbench.train.loop import Plan, Trained, plan_stage, train_stage
 from clbench.train.ranks import World
-from clbench.types import Cost, Score, Source, Stage
+from clbench.types import Cost, Score, Source
 
 log = logging.getLogger("clbench")
 
@@ -181,10 +181,8 @@ def re_enter(run: Run) -> Checkpoint:
 
 def save_within(run: Run, stage: Stage, engine: Engine, *, step: int, seconds: float) -> None:
     """Keeps a stage as it is after `step` steps; every rank gives its part, the first one writes."""
-    with engine.gathered() if run.method.merges else nullcontext():
-        state = run.method.state_dict()
-    weights = engine.whole({shard.name: shard.value for shard in engine.shards()})
-    whole = {"weights": weights, "state": state, "moments": engine.moments()}
+    weights = {tensor.name: tensor.value for tensor in engine.tensors()}
+    whole = {"weights": weights, "state": run.method.state_dict(), "moments": engine.moments()}
     if run.ledger:
         run.ledger.save(Checkpoint(stage=stage.index, step=step, seconds=seconds, **whole))
 

@@ -1,8 +1,7 @@
-"""The five interfaces of clbench: Method, Task, Probe, Engine and its Shard. Everything concrete is a final class elsewhere.
+"""What clbench is made of: Task, Stage and Stream, Method, Engine, Probe. Everything that implements one of them is a final class elsewhere.
 
-A method never meets DeepSpeed: it sees whole weights before and after a stage, and slices (`Engine.shards`) during it.
-With engine.shard_base those of the base model are slices at all times; `pairs`, `cur` and `sharding.whole` make one of them whole.
-Order of calls in one stage:
+A method never meets DeepSpeed: before and after a stage it sees the model's weights, during it the engine's tensors, always whole.
+The order of calls in one stage:
 
     begin_stage -> training_set -> per step: loss (once a micro-batch) -> correct_gradients -> step -> after_step
                 -> end_stage -> consolidate -> views (while the model is examined)
@@ -11,135 +10,20 @@ Order of calls in one stage:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from clbench.types import Batch, Example, Score, Source, Stage
+from clbench.models.loss import answer_loss
+from clbench.types import Batch, Example, Score, Source
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
     from clbench.data.rows import DatasetSpec
-    from clbench.data.stream import Stream
     from clbench.examine.student import Student
-
-
-class Shard(ABC):
-    """A slice of one trainable tensor that this rank owns; assignment to `value` or `grad` writes through.
-
-    `name` is the tensor's full parameter name; `value` and `grad` have equal shape, which is the tensor's own on one process
-    and a flat piece of it under ZeRO. Elementwise work on shards is therefore the same everywhere.
-    """
-
-    name: str
-    value: Tensor
-    grad: Tensor
-
-    @abstractmethod
-    def part(self, whole: Tensor) -> Tensor:
-        """The entries of `whole`, of the tensor's own shape, that lie where this slice lies; of the slice's shape."""
-
-
-class Engine(ABC):
-    """Runs backward and optimizer steps for one stage, on one process or many."""
-
-    model: Module
-    rank: int
-    world_size: int
-
-    @abstractmethod
-    def backward(self, loss: Tensor) -> None:
-        """Accumulates the gradient of `loss`, this rank's part of the global batch's loss."""
-
-    @abstractmethod
-    def step(self) -> None:
-        """Clips, takes the optimizer and schedule step, clears the gradients."""
-
-    @abstractmethod
-    def clear(self) -> None:
-        """Clears the gradients without a step."""
-
-    @abstractmethod
-    def shards(self) -> Iterator[Shard]:
-        """The slices of the trainable tensors that this rank owns; `grad` is complete once the last micro-batch is in.
-
-        Which slices these are depends on the engine, so a method keeps state whole: `Shard.part` cuts it, `whole` joins it. Iterate to the
-        end, on every rank: that is when what was assigned reaches the others.
-        """
-
-    @abstractmethod
-    def matrices(self, names: Iterable[str]) -> Iterator[Shard]:
-        """The named trainable tensors whole, one at a time, in the order of `names`; writes reach every rank."""
-
-    @abstractmethod
-    def whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The trainable tensors' values of some kind whole, on every rank, from each rank's slices by name (none where it owns none)."""
-
-    @abstractmethod
-    def total(self, value: Tensor | float) -> Tensor | float:
-        """Sum of `value` over ranks."""
-
-    @abstractmethod
-    def moments(self) -> dict[str, Tensor]:
-        """The optimizer's state as `optim` describes it, whole and on the CPU, on every rank."""
-
-    @abstractmethod
-    def gathered(self) -> AbstractContextManager:
-        """While it lasts all weights are whole on every rank, to be read."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Releases the optimizer; afterwards the model's weights are whole and writable."""
-
-
-class Method(ABC):
-    """A continual-learning method. Its keyword-only dataclass fields are its configuration; every default does nothing.
-
-    `merges` declares that it writes into weights that do not train.
-    """
-
-    merges: bool = False
-
-    @abstractmethod
-    def wrap(self, model: Module) -> Module:
-        """Once, on the pretrained model: adds adapters, freezes the rest, returns the model to train."""
-
-    def begin_stage(self, stage: Stage, model: Module) -> None:
-        """No engine is open: weights are whole and writable."""
-
-    def training_set(self, stage: Stage) -> Sequence[Source]:
-        """What the stage trains on; replay adds its memory as a second source."""
-        return (Source(examples=stage.train),)
-
-    @abstractmethod
-    def loss(self, model: Module, batch: Batch) -> Tensor:
-        """This micro-batch's share of the step's loss, in nats per answer token. No arithmetic on parameters here."""
-
-    def correct_gradients(self, engine: Engine) -> Tensor | float:
-        """Edits the complete, averaged gradients before the step; returns the value of the penalty added, for the log."""
-        return 0.0
-
-    def after_step(self, engine: Engine) -> None:
-        """After the optimizer step."""
-
-    def end_stage(self, stage: Stage, engine: Engine) -> None:
-        """After the last step, engine still open: Fisher information, memory."""
-
-    def consolidate(self, model: Module) -> None:
-        """Engine closed: merge, snapshot."""
-
-    def views(self, model: Module) -> dict[str, AbstractContextManager]:
-        """The sets of weights to examine, by name; the first is the primary one."""
-        return {"model": nullcontext()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything besides the trainable weights that resume needs: tensors and JSON values, flat."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave; all of it, as a run that continues within a stage calls it a second time after `begin_stage`."""
 
 
 class Task(ABC):
@@ -179,6 +63,134 @@ class Task(ABC):
         return {}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One task's turn in the stream: `index` counts from 1 (0 is the untouched model).
+
+    `collate` encodes examples into one Batch in which every answer token weighs 1 / (answer tokens in the batch). `whole_stream` is the
+    training examples of all stages: for upper bounds (joint training) only, no continual method may look at it.
+    """
+
+    index: int
+    name: str
+    task: Task
+    train: Sequence[Example]
+    test: Sequence[Example]
+    collate: Callable[[Sequence[Example]], Batch]
+    whole_stream: Sequence[Example]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """The stages in the order in which they are trained."""
+
+    name: str
+    order: str
+    stages: tuple[Stage, ...]
+
+    def stage_name(self, index: int) -> str:
+        """The name of stage `index`; 0 is "base"."""
+        return self.stages[index - 1].name if index else "base"
+
+
+class Trainable(ABC):
+    """One trainable tensor, whole, under its full parameter name; assignment to `value` or `grad` reaches every rank.
+
+    Every rank assigns the same. What is read is a copy or the tensor itself, so edit it and assign (`tensor.grad += ...` does both).
+    """
+
+    name: str
+    value: Tensor
+    grad: Tensor
+
+
+class Engine(ABC):
+    """Runs backward passes and optimizer steps for one stage, on one process or many."""
+
+    model: Module
+    rank: int
+    world_size: int
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Accumulates the gradient of `loss`, this rank's part of the global batch's loss."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Clips, takes the optimizer and schedule step, clears the gradients."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Clears the gradients without a step."""
+
+    @abstractmethod
+    def tensors(self, names: Iterable[str] | None = None) -> Iterator[Trainable]:
+        """The named trainable tensors (None: all) one at a time, in that order; every rank iterates over the same ones.
+
+        `grad` is complete: summed over micro-batches and ranks.
+        """
+
+    @abstractmethod
+    def total(self, value: Tensor | float) -> Tensor | float:
+        """Sum of `value` over ranks."""
+
+    @abstractmethod
+    def moments(self) -> dict[str, Tensor]:
+        """The optimizer's state as `train.optimizer` describes it, whole and on the CPU, on every rank."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Releases the optimizer; afterwards the model's weights are whole and writable."""
+
+
+class Method(ABC):
+    """A continual-learning method. Its keyword-only dataclass fields are its configuration; every default does nothing.
+
+    `merges` declares that it writes into weights that do not train.
+    """
+
+    merges: bool = False
+
+    @abstractmethod
+    def wrap(self, model: Module) -> Module:
+        """Once, on the pretrained model: adds adapters, freezes the rest, returns the model to train."""
+
+    def begin_stage(self, stage: Stage, model: Module) -> None:
+        """No engine is open: weights are whole and writable."""
+
+    def training_set(self, stage: Stage) -> Sequence[Source]:
+        """What the stage trains on; replay adds its memory as a second source."""
+        return (Source(examples=stage.train),)
+
+    def loss(self, model: Module, batch: Batch) -> Tensor:
+        """This micro-batch's share of the step's loss in nats per answer token, by default cross-entropy. No arithmetic on parameters here."""
+        return answer_loss(model, batch)
+
+    def correct_gradients(self, engine: Engine) -> Tensor | float:
+        """Edits the complete, averaged gradients before the step; returns the value of the penalty added, for the log."""
+        return 0.0
+
+    def after_step(self, engine: Engine) -> None:
+        """After the optimizer step."""
+
+    def end_stage(self, stage: Stage, engine: Engine) -> None:
+        """After the last step, engine still open: Fisher information, memory."""
+
+    def consolidate(self, model: Module) -> None:
+        """Engine closed: merge, snapshot."""
+
+    def views(self, model: Module) -> dict[str, AbstractContextManager]:
+        """The sets of weights to examine, by name; the first is the primary one."""
+        return {"model": nullcontext()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything besides the trainable weights that resume needs: tensors and JSON values, flat."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave; all of it, as a run that continues within a stage calls it a second time after `begin_stage`."""
+
+
 class Probe(ABC):
     """A measurement of the model as it is; sees nothing of how it was trained."""
 
@@ -190,10 +202,6 @@ class Probe(ABC):
     def datasets(self) -> Sequence[DatasetSpec]:
         """Where its items come from; empty where they are made here."""
         return ()
-
-    def fingerprints(self) -> Mapping[str, str]:
-        """SHA-256 of the ids of its items by task, where it measures a part of a dataset."""
-        return {}
 
     def documents(self) -> Mapping[str, Sequence[str]]:
         """The text of its items by task, for the search for overlaps with training data."""

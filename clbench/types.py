@@ -9,14 +9,12 @@ transformers, so that the command line can use it at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from clbench.protocols import Task
 
 
 class UserMistake(ValueError):
@@ -83,23 +81,6 @@ class Batch:
     source_tokens: tuple[int, ...]
     read: Tensor
     answers: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One task's turn in the stream: `index` counts from 1 (0 is the untouched model).
-
-    `collate` encodes examples into one Batch in which every answer token weighs 1 / (answer tokens in the batch). `whole_stream` is the
-    training examples of all stages: for upper bounds (joint training) only, no continual method may look at it.
-    """
-
-    index: int
-    name: str
-    task: Task
-    train: Sequence[Example]
-    test: Sequence[Example]
-    collate: Callable[[Sequence[Example]], Batch]
-    whole_stream: Sequence[Example]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,15 +20,15 @@ from clbench.config import StreamConfig
 from clbench.data.batches import Encoded
 from clbench.data.encoder import Encoder
 from clbench.data.rows import DatasetSpec
-from clbench.data.stream import build_stream
 from clbench.examine import generation
 from clbench.examine.canaries import check_stream, checked, code_hash
 from clbench.examine.canaries.answers import chance, near_zero
 from clbench.examine.canaries.copying import copies, named_last
 from clbench.examine.student import Student
 from clbench.models.tiny import bpe_tokenizer, word_tokenizer
-from clbench.protocols import Task
-from clbench.types import Example, Stage
+from clbench.protocols import Stage, Task
+from clbench.stream import build_stream
+from clbench.types import Example
 from tasks.classification import Classification
 from tasks.world_asks import FORMS
 from tasks.world_task import WorldTask

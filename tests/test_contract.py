@@ -2,10 +2,10 @@
 
 import pytest
 
-from clbench.data.overlaps import Overlap, identity, normalised, overlaps, stream_hash, trained_probes
 from clbench.data.rows import DatasetSpec
-from clbench.protocols import Task
-from clbench.types import Example, Stage, UserMistake
+from clbench.protocols import Stage, Task
+from clbench.record.overlaps import Overlap, identity, normalised, overlaps, stream_hash, trained_probes
+from clbench.types import Example, UserMistake
 
 LONG = "the quick brown fox jumps over the lazy dog while seven wizards quietly boil blue soup"
 OTHER = "a completely different sentence about ships harbours sails ropes anchors captains maps storms and cold northern islands"

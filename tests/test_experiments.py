@@ -10,8 +10,8 @@ from test_tasks import write, write_cases
 from clbench.build import make_tasks
 from clbench.cli import CONF_DIR, compose
 from clbench.data.encoder import Encoder
-from clbench.data.stream import build_stream
 from clbench.experiment import run
+from clbench.stream import build_stream
 
 REAL = [
     "seq16_llama3",

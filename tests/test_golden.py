@@ -18,9 +18,10 @@ from baselines import clora, curlora, ewc, ilora, secura
 from clbench.data.encoder import Encoder
 from clbench.models import cur
 from clbench.models.tiny import word_tokenizer
+from clbench.protocols import Stage
 from clbench.report import metrics
 from clbench.train.local import LocalEngine
-from clbench.types import Example, Stage
+from clbench.types import Example
 
 HERE = Path(__file__).parent / "golden" / "methods.json"
 DOUBLE = {"rel": 1e-6, "abs": 1e-12, "nan_ok": True}

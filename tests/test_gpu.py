@@ -20,9 +20,10 @@ from clbench.cli import CONF_DIR, compose
 from clbench.data.encoder import Encoder
 from clbench.experiment import open_engine
 from clbench.models.weights import describe, trainable_state
+from clbench.protocols import Stage
 from clbench.train.launch import free_port
 from clbench.train.loop import global_batch, plan_stage, train_step
-from clbench.types import Example, Stage
+from clbench.types import Example
 from tests.test_methods import ToyTask
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

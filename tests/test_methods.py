@@ -23,18 +23,17 @@ from clbench.config import Config, TrackingConfig, from_plain
 from clbench.data.encoder import Encoder
 from clbench.data.memory import Memory
 from clbench.data.sampling import draw
-from clbench.data.stream import Stream
 from clbench.models.folding import folded
 from clbench.models.loss import answer_loss
 from clbench.models.pairs import lora_pairs
 from clbench.models.tiny import fresh_llama, word_tokenizer
 from clbench.models.weights import load_trainable_state, trainable, trainable_state
-from clbench.protocols import Engine, Method, Task
+from clbench.protocols import Engine, Method, Stage, Stream, Task
 from clbench.record.ledger import Checkpoint, Ledger
 from clbench.record.tracking import Tracker
 from clbench.train.local import LocalEngine
 from clbench.train.loop import Plan, global_batch, plan_stage, train_stage
-from clbench.types import Batch, Example, Source, Stage, UserMistake
+from clbench.types import Batch, Example, Source, UserMistake
 
 NAMES = sorted(path.stem for path in (cli.CONF_DIR / "method").glob("*.yaml"))
 WORDS = [f"w{index}" for index in range(50)]
@@ -243,7 +242,7 @@ def watched(method: Method) -> list[dict[str, Tensor]]:
     follow = method.after_step
 
     def record(engine: Engine) -> None:
-        steps.append({shard.name: shard.value.clone() for shard in engine.shards()})
+        steps.append({tensor.name: tensor.value.clone() for tensor in engine.tensors()})
         follow(engine)
 
     method.after_step = record
@@ -301,7 +300,7 @@ def check_penalty(toy: Lab) -> None:
     toy.model.double()
     engine = LocalEngine(toy.model, optimizer=None, schedule=None, clip=0.0)
     toy.method.correct_gradients(engine)
-    gradients = {shard.name: shard.grad.clone() for shard in engine.shards()}
+    gradients = {tensor.name: tensor.grad.clone() for tensor in engine.tensors()}
     assert sum(gradient.abs().sum() for gradient in gradients.values()) > 0, "the penalty has no gradient"
     rng = torch.Generator().manual_seed(0)
     for name, parameter in trainable(toy.model).items():
@@ -334,10 +333,10 @@ def test_a_detached_penalty_is_noticed(name, monkeypatch):
     attached = method_class(name).correct_gradients
 
     def detached(self: Method, engine: Engine) -> Tensor | float:
-        before = {shard.name: shard.grad.clone() for shard in engine.shards()}
+        before = {tensor.name: tensor.grad.clone() for tensor in engine.tensors()}
         value = attached(self, engine)
-        for shard in engine.shards():
-            shard.grad = before[shard.name]
+        for tensor in engine.tensors():
+            tensor.grad = before[tensor.name]
         return value
 
     monkeypatch.setattr(method_class(name), "correct_gradients", detached)
@@ -429,8 +428,8 @@ def test_the_slow_adapter_is_the_moving_average(overrides):
 
 
 def average_of_itself(self: ilora.Ilora, engine: Engine) -> None:
-    for shard in engine.matrices(self.slow):
-        shard.value = ilora.ema(shard.value, shard.value, self.decay)
+    for tensor in engine.tensors(self.slow):
+        tensor.value = ilora.ema(tensor.value, tensor.value, self.decay)
 
 
 @pytest.mark.parametrize("mutant", [lambda self, engine: None, average_of_itself])
@@ -531,7 +530,7 @@ def gradients(toy: Lab, engine: Engine, batches: list[Batch]) -> dict[str, Tenso
     for batch in batches:
         engine.backward(toy.method.loss(toy.model, batch))
     toy.method.correct_gradients(engine)
-    found = {shard.name: shard.grad.clone() for shard in engine.shards()}
+    found = {tensor.name: tensor.grad.clone() for tensor in engine.tensors()}
     engine.clear()
     return found
 

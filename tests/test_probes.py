@@ -10,14 +10,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import clbench.examine.student
 from clbench.data.encoder import Encoder
 from clbench.data.rows import DatasetSpec
-from clbench.data.stream import Stream
 from clbench.examine import divergence
 from clbench.examine.divergence import Divergence
 from clbench.examine.matrix import Matrix, choose, examine, floors, item_score
 from clbench.examine.perplexity import MeanTextLoss, Perplexity
 from clbench.examine.student import Student
-from clbench.protocols import Task
-from clbench.types import Example, Stage
+from clbench.protocols import Stage, Stream, Task
+from clbench.types import Example
 
 SENTENCES = [
     "A man carries a ladder to the wall and climbs up to clean the gutter.",

@@ -163,7 +163,7 @@ def test_resume_must_and_never_mean_what_they_say(overrides):
 
 def test_changed_data_is_refused_on_resume(overrides, monkeypatch):
     run(overrides)
-    monkeypatch.setattr("clbench.data.stream.fingerprint", lambda rows: "other")
+    monkeypatch.setattr("clbench.stream.fingerprint", lambda rows: "other")
     with pytest.raises(UserMistake, match="other data"):
         run(overrides)
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clbench.data.stream import Stream
 from clbench.examine.matrix import item_score
 from clbench.examine.student import Student
 from clbench.examine.text import TextProbe
+from clbench.protocols import Stream
 from clbench.types import Score
 
 CHUNK = 32

@@ -23,13 +23,12 @@ from lm_eval.api.metrics import mean
 from lm_eval.api.task import Task
 
 from clbench.data.rows import DatasetSpec, fingerprint
-from clbench.data.stream import Stream
 from clbench.examine.items import Wanted, choose, share
 from clbench.examine.lm import Outcomes, StudentLM, by_document, run_task
 from clbench.examine.lm_tasks import Builder, Rows, groups, registered_tasks
 from clbench.examine.matrix import item_score
 from clbench.examine.student import Student
-from clbench.protocols import Probe
+from clbench.protocols import Probe, Stream
 from clbench.types import Score, UserMistake
 
 CERTAIN, RULED_OUT = -1.0, -1e6

@@ -14,10 +14,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from clbench.data.stream import Stream
 from clbench.examine.student import Student
-from clbench.protocols import Probe
-from clbench.types import Example, Score, Stage
+from clbench.protocols import Probe, Stage, Stream
+from clbench.types import Example, Score
 
 
 class Matrix(Probe):

@@ -12,11 +12,11 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from clbench.data.stream import Stream
 from clbench.examine.matrix import item_score
 from clbench.examine.rolling import rolling_nll
 from clbench.examine.student import Student
 from clbench.examine.text import TextProbe
+from clbench.protocols import Stream
 from clbench.types import Score
 
 

@@ -16,11 +16,11 @@ import torch
 
 from clbench.config import Config, run_hash, run_name, variant
 from clbench.data.encoder import Encoder
-from clbench.data.overlaps import overlaps, stream_hash, trained_probes
 from clbench.data.rows import fingerprint
-from clbench.data.stream import Stream
 from clbench.examine.canaries import checked
-from clbench.protocols import Probe
+from clbench.protocols import Probe, Stream
+from clbench.record.overlaps import overlaps, stream_hash, trained_probes
+from clbench.stream import fingerprints
 
 log = logging.getLogger("clbench")
 VERSIONED = (
@@ -102,7 +102,7 @@ def data_contract(
     documents = {f"{probe.name} {task}": texts for probe in probes for task, texts in probe.documents().items()}
     once = {tuple(texts): name for name, texts in reversed(documents.items())}  # several probes may read one text
     found, overlapping = overlaps(stream.stages, {name: texts for texts, name in once.items()})
-    data = stream.fingerprints()
+    data = fingerprints(stream)
     # The hash of the data stands for rows, prompts and metrics; the settings of a scorer count for the canaries, too.
     settings = stream_hash({**data, "settings": config.tasks})
     canaries = checked(stream, encoder, cache_dir=Path(config.cache_dir), stream_hash=settings)
@@ -118,9 +118,6 @@ def data_contract(
         "stream_hash": stream_hash(data),
         "probe_data": {
             task: {"documents": len(texts), "sha256": fingerprint(texts)} for task, texts in documents.items()
-        },
-        "probe_items": {
-            f"{probe.name} {row}": items for probe in probes for row, items in probe.fingerprints().items()
         },
         "overlaps": [asdict(overlap) for overlap in found],
         "trained_probes": trained,

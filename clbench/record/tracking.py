@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from clbench.config import TrackingConfig
-from clbench.types import Score, Stage
+from clbench.protocols import Stage
+from clbench.types import Score
 
 log = logging.getLogger("clbench")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -12,12 +11,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from clbench.models.weights import trainable
-from clbench.protocols import Engine, Shard
+from clbench.protocols import Engine, Trainable
 from clbench.train.optimizer import moments_of, set_moments
 
 
-class ParameterShard(Shard):
-    """A whole parameter as a shard: reads and writes go to the parameter and its gradient (zeros where it has none)."""
+class Local(Trainable):
+    """A parameter and its gradient (zeros where it has none) themselves: edits in place reach the model and the optimizer."""
 
     def __init__(self, name: str, parameter: Parameter) -> None:
         self.name = name
@@ -25,7 +24,7 @@ class ParameterShard(Shard):
 
     @property
     def value(self) -> Tensor:
-        """The parameter's values; in-place edits reach the model."""
+        """The parameter's values."""
         return self._parameter.detach()
 
     @value.setter
@@ -34,7 +33,7 @@ class ParameterShard(Shard):
 
     @property
     def grad(self) -> Tensor:
-        """The parameter's gradient; in-place edits reach the optimizer."""
+        """The parameter's gradient."""
         if self._parameter.grad is None:
             self._parameter.grad = torch.zeros_like(self._parameter)
         return self._parameter.grad
@@ -43,10 +42,6 @@ class ParameterShard(Shard):
     def grad(self, grad: Tensor) -> None:
         if grad is not self._parameter.grad:
             self.grad.copy_(grad)
-
-    def part(self, whole: Tensor) -> Tensor:
-        """All of it."""
-        return whole
 
 
 class LocalEngine(Engine):
@@ -93,17 +88,9 @@ class LocalEngine(Engine):
         for parameter in self._parameters.values():
             parameter.grad = None
 
-    def shards(self) -> Iterator[Shard]:
-        """Every trainable tensor, whole."""
-        return (ParameterShard(name, parameter) for name, parameter in self._parameters.items())
-
-    def matrices(self, names: Iterable[str]) -> Iterator[Shard]:
-        """The named trainable tensors, whole."""
-        return (ParameterShard(name, self._parameters[name]) for name in names)
-
-    def whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parts themselves: they are whole."""
-        return dict(parts)
+    def tensors(self, names: Iterable[str] | None = None) -> Iterator[Trainable]:
+        """The named trainable tensors; all without names."""
+        return (Local(name, self._parameters[name]) for name in (self._parameters if names is None else names))
 
     def total(self, value: Tensor | float) -> Tensor | float:
         """`value` itself: there is one rank."""
@@ -113,10 +100,6 @@ class LocalEngine(Engine):
         """The optimizer's state; none where nothing trains."""
         return moments_of(self.optimizer, self._parameters) if self.optimizer else {}
 
-    def gathered(self) -> AbstractContextManager:
-        """They always are."""
-        return nullcontext()
-
     def close(self) -> None:
-        """Nothing is held beyond the optimizer."""
+        """Drops the gradients; nothing else is held."""
         self.clear()

@@ -12,8 +12,8 @@ from torch import Tensor
 from clbench.config import TrainConfig
 from clbench.data.encoder import Encoder
 from clbench.data.sampling import draw, seeded
-from clbench.protocols import Engine, Method
-from clbench.types import Example, Source, Stage
+from clbench.protocols import Engine, Method, Stage
+from clbench.types import Example, Source
 
 CPU_TOKENS = 2048
 """Tokens of a forward that keep the CPU busy and in its caches (measured)."""

@@ -24,10 +24,11 @@ from clbench.examine.matrix import choose
 from clbench.examine.student import Student
 from clbench.models.folding import folded
 from clbench.models.weights import trainable
+from clbench.protocols import Stage
 from clbench.train import optimizer as optim
 from clbench.train.local import LocalEngine
 from clbench.train.loop import plan_stage, train_stage
-from clbench.types import Example, Source, Stage
+from clbench.types import Example, Source
 from tests.benchmarks.models import random_llama, words
 from tests.benchmarks.race import Figure, figure, race
 from tests.benchmarks.training import LORA, Rows, padded, theirs

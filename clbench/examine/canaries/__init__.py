@@ -25,11 +25,10 @@ from torch.nn import Module
 import clbench
 from clbench.data.encoder import Encoder, tokenizer_fingerprint
 from clbench.data.sampling import seeded
-from clbench.data.stream import Stream
 from clbench.examine.canaries.answers import Verdict, chance, copier, near_zero, reference, shuffled, swap, wrong_scores
 from clbench.examine.canaries.tokens import NEW_TOKENS, Watched, invariance, one_bos, same_prompt
 from clbench.models.tiny import fresh_llama
-from clbench.types import Stage
+from clbench.protocols import Stage, Stream
 
 # A wide initialisation, so that the random model answers different prompts differently.
 ARCHITECTURE = {

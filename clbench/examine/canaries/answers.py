@@ -10,8 +10,8 @@ from math import ceil, sqrt
 from clbench.examine.canaries.copying import copies
 from clbench.examine.matrix import choose, examine
 from clbench.examine.student import Student
-from clbench.protocols import Task
-from clbench.types import Example, Stage
+from clbench.protocols import Stage, Task
+from clbench.types import Example
 
 STANDARD_ERRORS = 4
 NEAR_ZERO = 0.05

@@ -10,7 +10,8 @@ from torch.nn import Module
 from clbench.data.encoder import Encoder, clip_left
 from clbench.examine.canaries.answers import Verdict
 from clbench.examine.student import Ids, Student
-from clbench.types import Example, Stage
+from clbench.protocols import Stage
+from clbench.types import Example
 
 NEW_TOKENS = 16
 """What a random model writes, and what is compared of a continuation, at most, in tokens."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -11,31 +10,23 @@ from clbench.config import StreamConfig
 from clbench.data.encoder import Encoder
 from clbench.data.rows import DatasetSpec, fingerprint
 from clbench.data.sampling import generator
-from clbench.protocols import Task
-from clbench.types import Stage, UserMistake
+from clbench.protocols import Stage, Stream, Task
+from clbench.types import UserMistake
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stream:
-    """The stages in the order in which they are trained."""
-
-    name: str
-    order: str
-    stages: tuple[Stage, ...]
-
-    def fingerprints(self) -> dict[str, dict[str, str | int]]:
-        """Rows and SHA-256 of every task's train and test examples as they are used, where they come from, how they are scored."""
-        return {
-            stage.name: {
-                "dataset": address(stage.task.dataset) if stage.task.dataset else "made here",
-                "metric": f"{stage.task.metric} v{stage.task.metric_version}",
-                "train_rows": len(stage.train),
-                "train_sha256": fingerprint(stage.train),
-                "test_rows": len(stage.test),
-                "test_sha256": fingerprint(stage.test),
-            }
-            for stage in self.stages
+def fingerprints(stream: Stream) -> dict[str, dict[str, str | int]]:
+    """Rows and SHA-256 of every task's train and test examples as they are used, where they come from, how they are scored."""
+    return {
+        stage.name: {
+            "dataset": address(stage.task.dataset) if stage.task.dataset else "made here",
+            "metric": f"{stage.task.metric} v{stage.task.metric_version}",
+            "train_rows": len(stage.train),
+            "train_sha256": fingerprint(stage.train),
+            "test_rows": len(stage.test),
+            "test_sha256": fingerprint(stage.test),
         }
+        for stage in stream.stages
+    }
 
 
 def address(dataset: DatasetSpec) -> str:

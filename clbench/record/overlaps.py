@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from clbench.types import Example, Stage, UserMistake
+from clbench.protocols import Stage
+from clbench.types import Example, UserMistake
 
 if TYPE_CHECKING:
     from clbench.data.rows import DatasetSpec
