@@ -40,8 +40,8 @@ from torch.nn import Module
 
 from clbench.data.memory import Memory
 from clbench.models.lora import Lora
-from clbench.models.loss import answer_loss, hidden_states, weighted_nll
-from clbench.models.pairs import Pair, holding, lora_pairs, reading
+from clbench.models.loss import answer_loss, read, rows_of, weighted_nll
+from clbench.models.pairs import Pair, holding, lora_pairs, using
 from clbench.protocols import Engine, Method, Stage
 from clbench.types import Batch, Source
 
@@ -61,8 +61,8 @@ def consistency(
 ) -> Tensor:
     """Mean squared difference of hidden states over layers, attended tokens and width.
 
-    One [rows, length, width] per layer; `attention_mask` [rows, length]. Where the rows are part of a larger batch,
-    `tokens` is that batch's number of tokens.
+    One [..., width] per layer; `attention_mask` [...] is 1 where a token counts. Where the tokens are part of a larger batch, `tokens` is
+    how many that batch has.
     """
     total = torch.zeros((), device=attention_mask.device)
     for fast, slow in zip(hidden_fast, hidden_slow, strict=True):
@@ -118,20 +118,19 @@ class Ilora(Method):
         rows = torch.nonzero(batch.sources == 1)[:, 0]
         # Every rank makes the same forwards, so a micro-batch without memory rows reads one row and masks it.
         picked = rows if len(rows) else torch.zeros_like(batch.sources[:1])
-        ids, mask = batch.input_ids[picked], batch.attention_mask[picked]
-        with reading(model, self.pairs, self.slow):
-            target = hidden_states(model, input_ids=ids, attention_mask=mask, all_layers=self.all_layers)
-        hidden = hidden_states(
-            model, input_ids=batch.input_ids, attention_mask=batch.attention_mask, all_layers=self.all_layers
-        )
+        with using(model, self.pairs, self.slow):
+            slow = read(model, rows_of(batch, picked), hidden_states=True)
+        fast = read(model, batch, hidden_states=True)
+        both = torch.isin(fast.rows, picked)
+        first = 0 if self.all_layers else -1
         disagreement = consistency(
-            [layer[picked] for layer in hidden],
-            target,
-            mask * (batch.sources[picked] == 1)[:, None],
+            [layer[both] for layer in fast.hidden_states[first:]],
+            slow.hidden_states[first:],
+            (batch.sources[picked] == 1)[slow.rows],
             tokens=batch.source_tokens[1],
             one_sided=self.one_sided,
         )
-        return total_loss(weighted_nll(model, hidden[-1], batch), disagreement, self.consistency)
+        return total_loss(weighted_nll(fast, batch), disagreement, self.consistency)
 
     def after_step(self, engine: Engine) -> None:
         """Moves the slow factors towards the fast ones; whole tensors, so that every rank holds the slow adapter."""

@@ -1,7 +1,7 @@
 """One run, from a typed configuration to a closed ledger: the stage loop.
 
-The path of a stage, downwards: `run` -> `run_stage` (this file) -> `train.train_stage` -> the method -> the engine; then `examine` ->
-the probes -> the student; then the ledger. A kill at any point costs at most the stage it fell into.
+The path of a stage, downwards: `run` -> `run_stage` (this file) -> `train.loop` -> the method -> the engine; then `examine` -> the probes ->
+the student; then the ledger. A kill at any point costs at most the stage it fell into.
 """
 
 from __future__ import annotations
@@ -12,141 +12,239 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from clbench.build import Run, prepare, set_up_torch
-from clbench.config import Config, TrackingConfig, is_due, run_directory, run_name
+from clbench.build import Parts, build, load_model, set_up_torch, wrap
+from clbench.config import Config, TrackingConfig, identity, is_due, run_directory, run_name
+from clbench.examine.canaries import check_stream
 from clbench.examine.student import Student
-from clbench.examine.student_ranks import RankStudent
-from clbench.models.architecture import causal_lm
+from clbench.examine.together import reads_together
 from clbench.models.folding import folded
-from clbench.models.weights import describe, load_trainable_state, trainable, trainable_state
+from clbench.models.loss import causal_lm
+from clbench.models.weights import describe as count_parameters
+from clbench.models.weights import load_trainable_state, trainable, trainable_state
 from clbench.protocols import Engine, Stage
-from clbench.record.ledger import COMPLETE, Checkpoint
+from clbench.record.ledger import COMPLETE, Checkpoint, Ledger, status_of
+from clbench.record.manifest import describe
+from clbench.record.overlaps import check_data
 from clbench.record.tracking import Tracker
+from clbench.record.untouched import Untouched, find, keep, place, source_hash
 from clbench.train import optimizer as optim
 from clbench.train.local import LocalEngine
 from clbench.train.loop import Plan, Trained, plan_stage, train_stage
-from clbench.train.ranks import World
+from clbench.train.ranks import Ranks
 from clbench.types import Cost, Score, Source
 
 log = logging.getLogger("clbench")
 
 
-def run(config: Config, *, command: str = "", world: World | None = None) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run under way. Only the first rank has a ledger. `overlapping`: ids of training examples that a test or probe holds, too."""
+
+    config: Config
+    parts: Parts
+    model: Module
+    ledger: Ledger | None
+    ranks: Ranks
+    overlapping: frozenset[str]
+
+
+def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Path:
     """Runs (or continues) one experiment to its end; gives its directory. A run that is complete is left alone.
 
-    `command` is what the user typed, for the record. `world`: the processes that run it together, each of which calls this.
+    `command` is what the user typed, for the record. `ranks`: the processes that run it together, each of which calls this.
     """
     set_up_torch(config)
-    prepared = prepare(config, command=command, world=world or World())
-    ledger, path = prepared.ledger, run_directory(config)
-    if prepared.world.share(ledger is not None and ledger.status() == COMPLETE):
-        if ledger is not None:
-            log.info("%s is complete already", path)
+    ranks, path = ranks or Ranks(), run_directory(config)
+    parts = ranks.in_turn(lambda: build(config))  # the first rank fills the cache for the others
+    data = check_data(parts.stream, parts.probes, allow_overlap=config.probe.allow_overlap)
+    manifest = describe(config, parts.stream, model_label=parts.source.label, command=command)
+    manifest |= data.record | {"model_fingerprint": parts.source.fingerprint()}
+    if ranks.share(status_of(path, manifest, resume=config.resume) if ranks.is_first else "") == COMPLETE:
+        log.info("%s is complete already", path)
         return path
+    model = load_model(config, parts.source)
+    parts.encoder.together = reads_together(model, parts.encoder)
+    untouched = measure_untouched(config, parts, model, manifest=manifest, ranks=ranks)
+    model = wrap(config, parts.method, model)
     # A polite kill counts as an interruption, like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ledger = None
+    if ranks.is_first:
+        data.warn()
+        evaluation = check_evaluation(parts)
+        ledger = Ledger(path, manifest=manifest | {"canaries": evaluation, "untouched_measured_by": untouched.run})
+    started = Run(config=config, parts=parts, model=model, ledger=ledger, ranks=ranks, overlapping=data.overlapping)
     with ledger or nullcontext():
-        run_stages(prepared)
+        run_stages(started, untouched)
     return path
 
 
-def run_stages(run: Run) -> None:
+def check_evaluation(parts: Parts) -> dict[str, Any]:
+    """What the manifest says of the canaries; a run with a failed one is not ranked."""
+    found = check_stream(parts.stream, parts.encoder)
+    failed = [f"{canary.name} ({canary.task}: {canary.detail})" for canary in found if not canary.passed]
+    if failed:
+        log.warning("the run will not be ranked, its evaluation failed its own tests: %s", "; ".join(failed))
+    return {"checked": len(found), "failed": failed, "results": [asdict(canary) for canary in found]}
+
+
+def measure_untouched(
+    config: Config, parts: Parts, model: Module, *, manifest: Mapping[str, Any], ranks: Ranks
+) -> Untouched:
+    """The untouched model's scores: those that another run has measured, or else measured now and kept for others."""
+    student = Student(model, parts.encoder, ranks=ranks)
+    for probe in parts.probes:
+        probe.begin(student)
+    settings = identity(manifest["config"])
+    shared = (
+        "engine.dtype",
+        "engine.device",
+        "engine.threads",
+        "order",
+        "stream",
+        "tasks",
+        "probe",
+        "train.max_length",
+    )
+    depends_on = {key: value for key, value in settings.items() if key.startswith(shared)}
+    depends_on |= {key: manifest[key] for key in ("model_fingerprint", "data", "probe_data", "versions", "hardware")}
+    depends_on["source"] = source_hash([*(stage.task for stage in parts.stream.stages), *parts.probes])
+    path = place(Path(config.cache_dir), depends_on)
+    kept = ranks.share(find(path) if ranks.is_first else None)
+    if kept is not None:
+        return kept
+    student = Student(model, parts.encoder, ranks=ranks)
+    scores = [score for probe in parts.probes for score in probe.measure(student, parts.stream, 0)]
+    tokens = sum(ranks.gather(student.tokens_scored))
+    measured = Untouched(run=manifest["run"], tokens=tokens, scores=tuple(scores))
+    if ranks.is_first:
+        keep(path, measured)
+    return measured
+
+
+def run_stages(run: Run, untouched: Untouched) -> None:
     """Every stage that the ledger does not hold yet, the untouched model first."""
-    first = run.world.share(run.ledger.finished + 1 if run.ledger else 0)
-    run.model.eval()
-    untouched = student_of(run)
-    for probe in run.probes:
-        probe.begin(untouched)
+    first = run.ranks.share(run.ledger.finished + 1 if run.ledger else 0)
+    moments: dict[str, Tensor] = {}
+    within: Checkpoint | None = None
     if first > 0:
-        go_on(run)
+        moments, within = go_on(run)
     with open_tracker(run, first=max(first - 1, 0)) as tracker:
         if first == 0:
-            run_stage(run, None, tracker)
-        for stage in run.stream.stages[max(first - 1, 0) :]:
-            run_stage(run, stage, tracker)
+            record_untouched(run, untouched, tracker)
+        for stage in run.parts.stream.stages[max(first - 1, 0) :]:
+            moments = run_stage(run, stage, tracker, moments=moments, within=within)
+            within = None
 
 
-def go_on(run: Run) -> None:
-    """Takes back the last finished stage, and whatever of the next was kept."""
-    finished, run.within = run.world.share((run.ledger.load(), run.ledger.load_within()) if run.ledger else None)
+def go_on(run: Run) -> tuple[dict[str, Tensor], Checkpoint | None]:
+    """Takes back the last finished stage; gives the optimizer's state after it, and what was kept within the next one."""
+    finished, within = run.ranks.share((run.ledger.load(), run.ledger.load_within()) if run.ledger else None)
     load_trainable_state(run.model, finished.weights)
-    run.method.load_state_dict(finished.state)
-    run.moments = finished.moments
-    step = f", step {run.within.step} of the next" if run.within else ""
+    run.parts.method.load_state_dict(finished.state)
+    step = f", step {within.step} of the next" if within else ""
     log.info("%s: continuing after stage %d%s", run_name(run.config), finished.stage, step)
+    return finished.moments, within
 
 
 def open_tracker(run: Run, *, first: int) -> Tracker:
     """What a person sees, on the first rank; the others follow the run in silence."""
     return Tracker(
-        run.config.tracking if run.world.is_first else TrackingConfig(progress=False),
+        run.config.tracking if run.ranks.is_first else TrackingConfig(progress=False),
         run=run_name(run.config),
-        stages=run.stream.stages,
+        stages=run.parts.stream.stages,
         manifest={"config": asdict(run.config), "results_dir": run.config.results_dir},
         first=first,
     )
 
 
-def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
-    """Trains and examines `stage` (None: the untouched model); the first rank records, and last of all marks it finished."""
-    started = time.perf_counter() - (run.within.seconds if run.within else 0.0)
-    index, name = (stage.index, stage.name) if stage else (0, "base")
-    trained = Trained(steps=0, tokens_trained=0, tokens_replayed=0, loss=float("nan"))
-    replay: list[Score] = []
-    if stage:
-        sources, trained = train(run, stage, tracker)
-        replay = replay_scores(run, stage, sources[1:])
+def record_untouched(run: Run, untouched: Untouched, tracker: Tracker) -> None:
+    """Stage 0: the untouched model's scores, under the name of each of the method's views."""
+    _, *others = run.parts.method.views(run.model)
+    scores = list(untouched.scores)
+    scores += [replace(score, probe=f"{score.probe}@{view}") for view in others for score in untouched.scores]
+    seconds = sum(score.seconds for score in untouched.scores)
+    cost = cost_of(run, 0, Trained.nothing(), tokens_scored=untouched.tokens, seconds_train=0.0, seconds_probe=seconds)
+    record(run, scores, cost, moments={})
+    tracker.stage(0, "base", scores, loss=float("nan"), seconds=seconds)
+
+
+def run_stage(
+    run: Run, stage: Stage, tracker: Tracker, *, moments: Mapping[str, Tensor], within: Checkpoint | None
+) -> dict[str, Tensor]:
+    """Trains, examines and records `stage`; gives the optimizer's state after it, where that is carried."""
+    started = time.perf_counter() - (within.seconds if within else 0.0)
+    sources, trained, moments = train(run, stage, tracker, moments=moments, within=within)
     after_training = time.perf_counter()
-    examined, tokens = examine(run, index)
-    scores = [*replay, *examined]
-    tokens_scored = sum(run.world.gather(tokens))
-    after_probes = time.perf_counter()
+    examined, tokens = examine(run, stage.index)
+    scores = [*replay_scores(run, stage, sources[1:]), *examined]
+    cost = cost_of(
+        run,
+        stage.index,
+        trained,
+        tokens_scored=sum(run.ranks.gather(tokens)),
+        seconds_train=after_training - started,
+        seconds_probe=time.perf_counter() - after_training,
+    )
+    record(run, scores, cost, moments=moments)
+    tracker.stage(stage.index, stage.name, scores, loss=trained.loss, seconds=time.perf_counter() - started)
+    return moments
+
+
+def record(run: Run, scores: Sequence[Score], cost: Cost, *, moments: Mapping[str, Tensor]) -> None:
+    """Writes a stage to the ledger, on the first rank; the checkpoint, which marks it finished, comes last."""
+    started = time.perf_counter()
     # On every rank: it may take all of them to read a weight.
-    state = run.method.state_dict()
-    if run.ledger is None:
-        return run.world.wait()
-    run.ledger.append(scores)
-    counts = describe(run.model)
+    state = run.parts.method.state_dict()
+    if run.ledger is not None:
+        run.ledger.append(scores)
+        run.ledger.append_cost(replace(cost, seconds_other=time.perf_counter() - started))
+        weights = trainable_state(run.model)
+        run.ledger.save(Checkpoint(stage=cost.stage, weights=weights, state=state, moments=dict(moments)))
+    run.ranks.wait()
+
+
+def cost_of(run: Run, stage: int, trained: Trained, *, tokens_scored: int, **seconds: float) -> Cost:
+    """What a stage cost."""
+    counts = count_parameters(run.model)
     read = trained.tokens_trained + trained.tokens_replayed
-    cost = Cost(
-        stage=index,
+    # Forward 2, activation gradients 2, gradients of trainable weights 2 operations per parameter and token (arXiv 2001.08361).
+    operations = read * (4 * counts["parameters"] + 2 * counts["trainable"]) + 2 * tokens_scored * counts["parameters"]
+    return Cost(
+        stage=stage,
         steps=trained.steps,
         tokens_trained=trained.tokens_trained,
         tokens_replayed=trained.tokens_replayed,
         tokens_scored=tokens_scored,
-        seconds_train=after_training - started,
-        seconds_probe=after_probes - after_training,
         seconds_other=0.0,
         trainable_parameters=counts["trainable"],
-        peak_memory_bytes=peak_memory(run.encoder.device),
-        # Forward 2, activation gradients 2, gradients of trainable weights 2 operations per parameter and token (arXiv 2001.08361).
-        flops=float(
-            read * (4 * counts["parameters"] + 2 * counts["trainable"]) + 2 * tokens_scored * counts["parameters"]
-        ),
+        peak_memory_bytes=peak_memory(run.parts.encoder.device),
+        flops=float(operations),
         joules=float("nan"),
+        **seconds,
     )
-    run.ledger.append_cost(replace(cost, seconds_other=time.perf_counter() - after_probes))
-    whole = {"weights": trainable_state(run.model), "state": state, "moments": run.moments}
-    run.ledger.save(Checkpoint(stage=index, **whole))
-    tracker.stage(index, name, scores, loss=trained.loss, seconds=time.perf_counter() - started)
-    run.world.wait()
 
 
-def train(run: Run, stage: Stage, tracker: Tracker) -> tuple[Sequence[Source], Trained]:
-    """The method's turn: everything between two examinations. Gives what was trained on, too."""
-    config, method = run.config, run.method
+def train(
+    run: Run, stage: Stage, tracker: Tracker, *, moments: Mapping[str, Tensor], within: Checkpoint | None
+) -> tuple[Sequence[Source], Trained, dict[str, Tensor]]:
+    """The method's turn: everything between two examinations. Gives what was trained on and the optimizer's state, too."""
+    config, method = run.config, run.parts.method
     method.begin_stage(stage, run.model)
     # A memory grows when its stage ends; what was trained on is what it held before.
     sources = [replace(source, examples=tuple(source.examples)) for source in method.training_set(stage)]
     plan = plan_stage(sources, config.train)
-    before = re_enter(run) if run.within else Checkpoint(stage=stage.index, weights={}, state={}, moments=run.moments)
+    before = within or Checkpoint(stage=stage.index, weights={}, state={}, moments=dict(moments))
+    if within:
+        re_enter(run, within)
     started = time.perf_counter() - before.seconds
     engine = open_engine(run.model, config, plan, moments=before.moments, done=before.step)
     trained = train_stage(
@@ -154,7 +252,7 @@ def train(run: Run, stage: Stage, tracker: Tracker) -> tuple[Sequence[Source], T
         plan,
         method=method,
         engine=engine,
-        encoder=run.encoder,
+        encoder=run.parts.encoder,
         config=config.train,
         seed=config.seed,
         report=lambda step, steps, loss: tracker.step(stage, step, steps, loss),
@@ -162,27 +260,24 @@ def train(run: Run, stage: Stage, tracker: Tracker) -> tuple[Sequence[Source], T
         save=lambda step: save_within(run, stage, engine, step=step, seconds=time.perf_counter() - started),
     )
     method.end_stage(stage, engine)
-    run.moments = engine.moments() if config.train.carry_optimizer else {}
+    carried = engine.moments() if config.train.carry_optimizer else {}
     engine.close()
     method.consolidate(run.model)
-    return sources, trained
+    return sources, trained, carried
 
 
-def re_enter(run: Run) -> Checkpoint:
+def re_enter(run: Run, within: Checkpoint) -> None:
     """Puts back what a stage that has just begun was in the middle of."""
-    before, run.within = run.within, None
-    assert before is not None
-    load_trainable_state(run.model, before.weights)
-    device = run.encoder.device
-    here = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in before.state.items()}
-    run.method.load_state_dict(here)
-    return before
+    load_trainable_state(run.model, within.weights)
+    device = run.parts.encoder.device
+    here = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in within.state.items()}
+    run.parts.method.load_state_dict(here)
 
 
 def save_within(run: Run, stage: Stage, engine: Engine, *, step: int, seconds: float) -> None:
-    """Keeps a stage as it is after `step` steps; every rank gives its part, the first one writes."""
+    """Keeps a stage as it is after `step` steps; every rank takes part, the first one writes."""
     weights = {tensor.name: tensor.value for tensor in engine.tensors()}
-    whole = {"weights": weights, "state": run.method.state_dict(), "moments": engine.moments()}
+    whole = {"weights": weights, "state": run.parts.method.state_dict(), "moments": engine.moments()}
     if run.ledger:
         run.ledger.save(Checkpoint(stage=stage.index, step=step, seconds=seconds, **whole))
 
@@ -192,20 +287,9 @@ def replay_scores(run: Run, stage: Stage, memory: Sequence[Source]) -> list[Scor
     replayed = {example.id for source in memory for example in source.examples}
     if not replayed:
         return []
-    shared = len(replayed & run.overlapping)
-    return [
-        Score(
-            stage=stage.index,
-            stage_name=stage.name,
-            probe="data",
-            task="replay",
-            metric="test_or_probe_overlap",
-            value=float(shared),
-            n=len(replayed),
-            stderr=float("nan"),
-            seconds=0.0,
-        )
-    ]
+    counted = {"task": "replay", "metric": "test_or_probe_overlap", "value": float(len(replayed & run.overlapping))}
+    unknown = {"stderr": float("nan"), "seconds": 0.0}
+    return [Score(stage=stage.index, stage_name=stage.name, probe="data", n=len(replayed), **counted, **unknown)]
 
 
 def open_engine(
@@ -219,40 +303,26 @@ def open_engine(
     moments = optim.fitting(moments or {}, trainable(model))
     optimizer = optim.optimizer(trainable(model), config.train, moments)
     schedule = optim.schedule(optimizer, config.train, steps=plan.total, done=done)
+    both = {"optimizer": optimizer, "schedule": schedule, "clip": config.train.clip, "moments": moments}
     if config.engine.name == "local":
-        return LocalEngine(model, optimizer=optimizer, schedule=schedule, clip=config.train.clip, moments=moments)
+        return LocalEngine(model, **both)
     from clbench.train.zero import DeepSpeedEngine
 
-    return DeepSpeedEngine(
-        model,
-        optimizer=optimizer,
-        schedule=schedule,
-        clip=config.train.clip,
-        zero_stage=config.engine.zero_stage,
-        offload=config.engine.offload,
-        moments=moments,
-    )
-
-
-def student_of(run: Run) -> Student:
-    """The model as it stands; many processes share its requests."""
-    if run.world.size > 1:
-        return RankStudent(run.model, run.encoder, world=run.world)
-    return Student(run.model, run.encoder)
+    return DeepSpeedEngine(model, zero_stage=config.engine.zero_stage, offload=config.engine.offload, **both)
 
 
 def examine(run: Run, index: int) -> tuple[list[Score], int]:
     """Every probe on every view of the model, and the tokens that were read; a secondary view's probes are named `probe@view`."""
     run.model.eval()
     scores, tokens = [], 0
-    last = len(run.stream.stages)
-    due = [probe for probe in run.probes if is_due(run.config.probe.cadence.get(probe.name, "all"), index, last)]
-    for number, (view, weights) in enumerate(run.method.views(run.model).items()):
+    last, cadence = len(run.parts.stream.stages), run.config.probe.cadence
+    due = [probe for probe in run.parts.probes if is_due(cadence.get(probe.name, "all"), index, last)]
+    for number, (view, weights) in enumerate(run.parts.method.views(run.model).items()):
         with weights, folded(run.model) if number == 0 else nullcontext():
-            student = student_of(run)
+            student = Student(run.model, run.parts.encoder, ranks=run.ranks)
             for probe in due:
-                for score in probe.measure(student, run.stream, index):
-                    scores.append(score if number == 0 else replace(score, probe=f"{score.probe}@{view}"))
+                found = probe.measure(student, run.parts.stream, index)
+                scores += [replace(score, probe=f"{score.probe}@{view}") if number else score for score in found]
             tokens += student.tokens_scored
     return scores, tokens
 

@@ -63,14 +63,13 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Encoded rows of a micro-batch, right-padded.
+    """Encoded rows of a micro-batch, padded on the right.
 
     `input_ids`, `attention_mask`, `labels`: int64 [rows, length]; `labels` hold the answer's token ids at the answer's own
     positions and -100 elsewhere. `weights`: float32 [rows], the weight of each answer token of that row; over the global batch the
     weights of all answer tokens add to 1, so that the sum over micro-batches and ranks of `answer_loss` is the mean negative
-    log-likelihood. `sources`: int64 [rows], index into what `Method.training_set` returned. `source_tokens`: attended tokens of each source in the
-    global batch, the denominator of per-token means that are not over answers. `read`: int64 [rows, most answer tokens of a row], the positions whose
-    next token is the answer's, each row's filled up with its last; `answers`: int64 [answer tokens], where in the flattened `read` each is predicted.
+    log-likelihood. `sources`: int64 [rows], index into what `Method.training_set` returned. `source_tokens`: attended tokens of each
+    source in the global batch, the denominator of per-token means that are not over answers.
     """
 
     input_ids: Tensor
@@ -79,8 +78,6 @@ class Batch:
     weights: Tensor
     sources: Tensor
     source_tokens: tuple[int, ...]
-    read: Tensor
-    answers: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

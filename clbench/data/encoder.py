@@ -1,21 +1,30 @@
-"""Examples to token ids, and token ids to batches."""
+"""Examples to token ids, and token ids to the batches of one optimizer step."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from clbench.data.batches import Encoded, collated, cut_rows
-from clbench.types import Batch, Example, UserMistake
+from clbench.types import IGNORED, Batch, Example, UserMistake
+
+Ids = tuple[int, ...]
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256, in hexadecimal, of everything that decides a text's ids."""
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    return hashlib.sha256(f"{tokenizer.backend_tokenizer.to_str()}{special}".encode()).hexdigest()
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one example: `ids[:answer_start]` is the prompt (one BOS first), the rest the answer and EOS."""
+
+    ids: Ids
+    answer_start: int
+
+
+Drawn = tuple[Encoded, int, float]
+"""A row of a step: its ids, the index of its source, a weight."""
 
 
 class Encoder:
@@ -23,7 +32,7 @@ class Encoder:
 
     The prompt and the answer are tokenised apart, so a prompt has the same ids in training and in examination. The answer is set off by
     one space. When the whole is longer than `max_length`, the prompt loses tokens from its left, after the BOS; the answer never does
-    (UserMistake where it alone is too long).
+    (UserMistake where it alone is too long). Without `together` a batch has one row (`examine.together`).
     """
 
     def __init__(
@@ -32,25 +41,27 @@ class Encoder:
         *,
         max_length: int,
         device: torch.device | str = "cpu",
+        together: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.device = torch.device(device)
+        self.together = together
         self._encoded: dict[tuple[str, str], Encoded] = {}
-        self._prompts: dict[str, tuple[int, ...]] = {}
-        self._answers: dict[str, tuple[int, ...]] = {}
+        self._prompts: dict[str, Ids] = {}
+        self._answers: dict[str, Ids] = {}
 
     def text(self, text: str) -> list[int]:
         """Token ids of bare text, without special tokens; one that is spelled out in the text (`<s>` in a program) is plain characters."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
-    def prompt(self, prompt: str) -> tuple[int, ...]:
+    def prompt(self, prompt: str) -> Ids:
         """BOS and the prompt's token ids, untruncated."""
         if prompt not in self._prompts:
             self._prompts[prompt] = (self.tokenizer.bos_token_id, *self.text(prompt))
         return self._prompts[prompt]
 
-    def answer(self, answer: str) -> tuple[int, ...]:
+    def answer(self, answer: str) -> Ids:
         """The answer's token ids as they follow a prompt, without EOS."""
         if answer not in self._answers:
             self._answers[answer] = tuple(self.text(" " + answer))
@@ -71,7 +82,8 @@ class Encoder:
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """One batch of `examples` in which every answer token weighs the same."""
-        return self.micro_batches(((example, 0, 1.0) for example in examples), rows=len(examples))[0]
+        (batch,) = self.micro_batches([(example, 0, 1.0) for example in examples], rows=len(examples))
+        return batch
 
     def micro_batches(
         self,
@@ -82,13 +94,11 @@ class Encoder:
         rank: int = 0,
         world_size: int = 1,
     ) -> list[Batch]:
-        """Splits this rank's part of one step's (example, source, weight of its source) into batches of at most `rows` rows.
-
-        `tokens` bounds rows times padded length of a batch of more than one row.
+        """Splits this rank's part of one step's (example, source, weight of its source) into batches of at most `rows` rows and `tokens` tokens.
 
         An answer token's weight is its source's normalised weight over the answer tokens of that source in the whole step, over all
-        ranks, so the split changes no gradient. Rows of similar length go together. Every rank gets as many batches, as sharded weights
-        need equal numbers of forwards: where rows run out, one row of weight 0 stands in.
+        ranks, so the split changes no gradient. Every rank gets as many batches, as sharded weights need equal numbers of forwards:
+        where rows run out, one row of weight 0 stands in.
         """
         drawn = [(self.example(example), source, weight) for example, source, weight in global_batch]
         sources = max(source for _, source, _ in drawn) + 1
@@ -97,17 +107,53 @@ class Encoder:
             answers[source] += len(encoded.ids) - encoded.answer_start
             attended[source] += len(encoded.ids)
             weights[source] = weight
-        total = sum(weights)
-        parts = [cut_rows(drawn[first::world_size], rows=rows, tokens=tokens) for first in range(world_size)]
-        share = [weights[source] / total / answers[source] if answers[source] else 0.0 for source in range(sources)]
-        own = [[(encoded, source, share[source]) for encoded, source, _ in part] for part in parts[rank]]
+        shares = [
+            weight / sum(weights) / count if count else 0.0 for weight, count in zip(weights, answers, strict=True)
+        ]
+        weighted = [(encoded, source, shares[source]) for encoded, source, _ in drawn]
+        rows = rows if self.together else 1
+        parts = [split_rows(weighted[first::world_size], rows=rows, tokens=tokens) for first in range(world_size)]
         encoded, source, _ = drawn[0]
-        own += [[(encoded, source, 0.0)]] * (max(map(len, parts)) - len(own))
-        pad, seen = self.tokenizer.pad_token_id, tuple(attended)
-        return [collated(part, pad=pad, device=self.device, source_tokens=seen) for part in own]
+        parts[rank] += [[(encoded, source, 0.0)]] * (max(map(len, parts)) - len(parts[rank]))
+        return [self._collated(part, source_tokens=tuple(attended)) for part in parts[rank]]
+
+    def _collated(self, rows: Sequence[Drawn], *, source_tokens: tuple[int, ...]) -> Batch:
+        ids = [torch.tensor(encoded.ids) for encoded, _, _ in rows]
+        labels = [row.clone() for row in ids]
+        for label, (encoded, _, _) in zip(labels, rows, strict=True):
+            label[: encoded.answer_start] = IGNORED
+        mask = [torch.ones_like(row) for row in ids]
+        return Batch(
+            input_ids=pad_sequence(ids, True, self.tokenizer.pad_token_id).to(self.device),
+            attention_mask=pad_sequence(mask, True).to(self.device),
+            labels=pad_sequence(labels, True, IGNORED).to(self.device),
+            weights=torch.tensor([weight for _, _, weight in rows]).to(self.device),
+            sources=torch.tensor([source for _, source, _ in rows]).to(self.device),
+            source_tokens=source_tokens,
+        )
 
 
-def clip_left(ids: tuple[int, ...], length: int) -> tuple[int, ...]:
+def split_rows(drawn: Sequence[Drawn], *, rows: int, tokens: int | None) -> list[list[Drawn]]:
+    """`drawn` by length in parts of at most `rows` rows and `tokens` tokens; a row that is longer is a part of its own."""
+    parts: list[list[Drawn]] = []
+    held = 0
+    for row in sorted(drawn, key=lambda row: len(row[0].ids)):
+        length = len(row[0].ids)
+        if not parts or len(parts[-1]) == rows or (tokens is not None and held + length > tokens):
+            parts.append([])
+            held = 0
+        parts[-1].append(row)
+        held += length
+    return parts
+
+
+def clip_left(ids: Ids, length: int) -> Ids:
     """`ids` cut to `length` by dropping what follows the first (BOS)."""
     assert length >= 1, length
     return ids if len(ids) <= length else (ids[0], *ids[len(ids) - length + 1 :])
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256, in hexadecimal, of everything that decides a text's ids."""
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return hashlib.sha256(f"{tokenizer.backend_tokenizer.to_str()}{special}".encode()).hexdigest()

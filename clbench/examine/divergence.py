@@ -62,7 +62,8 @@ class Divergence(TextProbe):
         """Log-probabilities [N, V] of the token after each context, in chunks of at most CHUNK contexts, in the order of the text."""
         contexts = self.contexts(student)
         for first in range(0, len(contexts), CHUNK):
-            yield student.next_log_probs(contexts[first : first + CHUNK])
+            chunk = contexts[first : first + CHUNK]
+            yield torch.cat(student.log_probs([(ids, [len(ids) - 1]) for ids in chunk]))
 
     def contexts(self, student: Student) -> list[tuple[int, ...]]:
         """What is read before each chosen token: BOS and the tokens of its window so far.

@@ -119,7 +119,6 @@ class Knowledge(Probe):
                 make = item_score if aggregation is mean else partial(corpus_score, aggregation=aggregation)
                 yield make(stage, stage_name, self.name, row.name, metric, values, seconds=seconds)
                 seconds = 0.0
-        student.tokens_scored += model.student.tokens_scored
 
 
 def check_items(wanted: Mapping[str, Wanted], *, tasks: Sequence[str], measured: Mapping[str, object]) -> None:

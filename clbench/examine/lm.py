@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -19,7 +18,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import PreTrainedTokenizerBase
 
 from clbench.data.encoder import clip_left
-from clbench.examine.rolling import Ids, reader, rolling_nll
+from clbench.examine.rolling import Ids, rolling_nll
 from clbench.examine.student import Student
 from clbench.types import UserMistake
 
@@ -36,7 +35,7 @@ class StudentLM(TemplateLM):
         super().__init__()
         self.encoder = student.encoder
         self.max_length = student.positions if max_length is None else min(max_length, student.positions)
-        self.student = reader(student, max_length=self.max_length)
+        self.student = student
 
     @property
     def eot_token_id(self) -> int:
@@ -56,7 +55,8 @@ class StudentLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         return self.student.log_likelihoods(
-            [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+            [(tuple(context), tuple(continuation)) for _, context, continuation in requests],
+            max_length=self.max_length,
         )
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -72,8 +72,8 @@ class StudentLM(TemplateLM):
             groups[self._settings(request.args[1])].append(index)
         for (stops, max_new_tokens), members in groups.items():
             prompts = [self.encoder.prompt(requests[index].args[0]) for index in members]
-            write = partial(self._generate, stops=stops, max_new_tokens=max_new_tokens)
-            for index, answer in zip(members, self.student.share(write, prompts, by=prompts), strict=True):
+            found = self._generate(prompts, stops=stops, max_new_tokens=max_new_tokens)
+            for index, answer in zip(members, found, strict=True):
                 answers[index] = answer
         return answers
 

@@ -6,21 +6,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 
-from clbench.data.encoder import Encoder
 from clbench.examine.student import Student
 
 Ids = tuple[int, ...]
-
-
-def reader(student: Student, *, max_length: int) -> Student:
-    """The same model, reading up to `max_length` tokens: what a probe reads may not depend on train.max_length."""
-    reading = copy.copy(student)
-    reading.encoder = Encoder(student.encoder.tokenizer, max_length=max_length, device=student.encoder.device)
-    reading.tokens_scored = 0
-    return reading
 
 
 def windows(ids: Ids, *, bos: int, length: int) -> Iterator[tuple[Ids, Ids]]:
@@ -36,12 +26,10 @@ def windows(ids: Ids, *, bos: int, length: int) -> Iterator[tuple[Ids, Ids]]:
 
 def rolling_nll(student: Student, texts: Sequence[Ids], *, window: int) -> list[float]:
     """Negative log-likelihood in nats of each text (its token ids without BOS; at least one) in windows of `window` tokens."""
-    reading = reader(student, max_length=window)
     bos = student.encoder.tokenizer.bos_token_id
     pairs = [(index, pair) for index, ids in enumerate(texts) for pair in windows(ids, bos=bos, length=window)]
-    scored = reading.log_likelihoods([pair for _, pair in pairs])
+    scored = student.log_likelihoods([pair for _, pair in pairs], max_length=window)
     totals = [0.0] * len(texts)
     for (index, _), (value, _) in zip(pairs, scored, strict=True):
         totals[index] -= value
-    student.tokens_scored += reading.tokens_scored
     return totals

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedModel
 
-from clbench.models.architecture import is_sharded
 from clbench.models.cur import CurLinear
-from clbench.models.sharding import copied, is_first, stored, whole
+from clbench.models.sharding import copied, is_first, is_sharded, stored, whole
 from clbench.types import UserMistake
 
 

@@ -109,7 +109,7 @@ def merge_stacks(pairs: Sequence[Pair], stacks: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def reading(model: Module, pairs: Sequence[Pair], factors: Mapping[str, Tensor]) -> Iterator[None]:
+def using(model: Module, pairs: Sequence[Pair], factors: Mapping[str, Tensor]) -> Iterator[None]:
     """Forwards use `factors`, without dropout or gradient. Parameters are not touched, so they may be sharded."""
 
     def substitute(weight: Tensor, module: Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Pretraining of a tiny model: a stream of token ids, fixed windows, AdamW. A few minutes of a CPU.
 
-Not here: what it is pretrained on and where the result is kept (`clbench.model`).
+Not here: what it is pretrained on and where the result is kept (`models.tiny`).
 
 >>> windows([[1, 2], [3, 4, 5], [6]], length=4, pad=0).tolist()
 [[1, 2, 0, 0], [3, 4, 5, 6]]
@@ -8,25 +8,18 @@ Not here: what it is pretrained on and where the result is kept (`clbench.model`
 
 from __future__ import annotations
 
-import logging
 import math
-import sys
-import time
 from collections.abc import Iterator, Sequence
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from clbench.data.sampling import generator
-
-log = logging.getLogger(__name__)
+from clbench.progress import Line
 
 WARM_UP_SHARE = 0.05
-SECONDS_BETWEEN_LINES = 10.0
 
 
 def windows(texts: Sequence[Sequence[int]], *, length: int, pad: int) -> Tensor:
@@ -65,7 +58,7 @@ def pretrain(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps=steps))
     loss = torch.tensor(math.nan)
     model.train()
-    with Reporter(label, steps=steps) as reporter:
+    with Line(f"pretraining {label} (once)", total=steps) as line:
         for step, rows in zip(range(steps), orders(len(pieces), batch_size=batch_size, seed=seed), strict=False):
             batch_BT = pieces[rows]
             logits_BTV = model(input_ids=batch_BT, use_cache=False).logits
@@ -75,7 +68,7 @@ def pretrain(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            reporter.report(step + 1, loss)
+            line.show(step + 1, f"pretraining {label} (once): step {step + 1}/{steps}, loss {loss.item():.3f}")
     model.eval()
     return loss.item()
 
@@ -96,36 +89,3 @@ def orders(count: int, *, batch_size: int, seed: int) -> Iterator[Tensor]:
         order = torch.randperm(count, generator=generator(seed, "pretraining order", epoch))
         yield from order[: count // batch_size * batch_size].view(-1, batch_size)
         epoch += 1
-
-
-class Reporter:
-    """Tells how far pretraining is: a bar on a terminal, else a log line every ten seconds."""
-
-    def __init__(self, label: str, *, steps: int) -> None:
-        self.label = label
-        self.steps = steps
-        self.console = Console(file=sys.stderr)
-        self.said = time.monotonic()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(),
-        )
-        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        self.bar = self.progress.add_task(f"pretraining {label} (once)", total=steps)
-
-    def __enter__(self) -> Reporter:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self.progress.stop()
-
-    def report(self, step: int, loss: Tensor) -> None:
-        """Shows that `step` steps are done; `loss` in nats per token is the last one's."""
-        self.progress.update(self.bar, completed=step)
-        late = time.monotonic() - self.said > SECONDS_BETWEEN_LINES
-        if not self.console.is_terminal and (late or step == self.steps):
-            log.info("pretraining %s: step %d/%d, loss %.3f", self.label, step, self.steps, loss.item())
-            self.said = time.monotonic()

@@ -20,10 +20,15 @@ from torch import Tensor, distributed
 from torch.nn import Module, ModuleList, Parameter
 from torch.utils.hooks import RemovableHandle
 
-from clbench.models.architecture import causal_lm, is_sharded
+from clbench.models.loss import causal_lm
 
 NONE = -1
 """What a rank waits for that is done."""
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether this rank keeps a slice of it."""
+    return hasattr(parameter, "ds_tensor")
 
 
 def entries(parameter: Tensor) -> int:

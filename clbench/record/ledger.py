@@ -11,7 +11,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +32,7 @@ STAGE, WITHIN = "stage.safetensors", "within.safetensors"
 class Checkpoint:
     """Where a run continues: after stage `stage`, or, with `step` not 0, within it after that many optimizer steps.
 
-    `weights`: the trainable tensors by name. `state`: the method's, tensors and JSON values. `moments`: the optimizer's (`optim`).
+    `weights`: the trainable tensors by name. `state`: the method's, tensors and JSON values. `moments`: the optimizer's (`train.optimizer`).
     `seconds`: of training within the stage so far.
     """
 
@@ -47,15 +47,8 @@ class Checkpoint:
 class Ledger:
     """One run's directory. `finished` is the last stage that is wholly recorded, -1 when none is."""
 
-    def __init__(self, path: Path, *, manifest: dict[str, Any], resume: str) -> None:
+    def __init__(self, path: Path, *, manifest: dict[str, Any]) -> None:
         self.path = path
-        existed = (path / "manifest.json").is_file()
-        if resume == "must" and not existed:
-            raise UserMistake(f"resume=must, but there is no run at {path}; use resume=auto to start it")
-        if resume == "never" and existed:
-            raise UserMistake(
-                f"resume=never, but {path} holds this very run ({self.status()}); remove it, or use resume=auto"
-            )
         (path / "items").mkdir(parents=True, exist_ok=True)
         (path / "checkpoint").mkdir(exist_ok=True)
         self._lock = (path / "lock").open("w")
@@ -65,18 +58,10 @@ class Ledger:
             raise UserMistake(
                 f"{path} is being written by another process; wait for it, or change the seed or the configuration"
             ) from error
-        if existed:
-            self._same_data(manifest)
-        else:
+        if not (path / "manifest.json").is_file():
             _replace(path / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
-        self.finished = self._finished()
-        if self.status() != COMPLETE:
-            self._drop_after(self.finished)
-
-    def status(self) -> str:
-        """One word: running, complete, failed or interrupted."""
-        path = self.path / "status"
-        return path.read_text().strip() if path.is_file() else RUNNING
+        self.finished = _stage(path / "checkpoint" / STAGE)
+        self._drop_after(self.finished)
 
     def set_status(self, status: str) -> None:
         """Records the run's state."""
@@ -115,16 +100,6 @@ class Ledger:
         path = self.path / "checkpoint" / WITHIN
         return _read(path) if path.is_file() else None
 
-    def scores(self) -> list[Score]:
-        """All recorded scores, without their items."""
-        rows = _read_lines(self.path / "scores.jsonl")
-        return [Score(**{key: math.nan if value is None else value for key, value in row.items()}) for row in rows]
-
-    def costs(self) -> list[Cost]:
-        """All recorded costs."""
-        rows = _read_lines(self.path / "cost.jsonl")
-        return [Cost(**{key: math.nan if value is None else value for key, value in row.items()}) for row in rows]
-
     def __enter__(self) -> Ledger:
         self.set_status(RUNNING)
         return self
@@ -137,9 +112,6 @@ class Ledger:
         self.set_status(COMPLETE if kind is None else INTERRUPTED if interrupted else FAILED)
         self._lock.close()
 
-    def _finished(self) -> int:
-        return _stage(self.path / "checkpoint" / STAGE)
-
     def _drop_after(self, stage: int) -> None:
         for name in ("scores.jsonl", "cost.jsonl"):
             kept = [row for row in _read_lines(self.path / name) if row["stage"] <= stage]
@@ -151,22 +123,35 @@ class Ledger:
         if _stage(within) != stage + 1:
             within.unlink(missing_ok=True)
 
-    def _same_data(self, manifest: dict[str, Any]) -> None:
-        before = json.loads((self.path / "manifest.json").read_text())
-        for key in ("data", "probe_data", "model_fingerprint"):
-            now = json.loads(json.dumps(manifest[key]))
-            if before[key] != now:
-                changed = sorted(k for k in now if before[key].get(k) != now[k]) if isinstance(now, dict) else [key]
-                raise UserMistake(
-                    f"{self.path} was begun on other data ({key} differs: {', '.join(changed)}); restore the data, or remove the directory"
-                )
-
     def _lines(self, name: str, rows: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(_null_nan(row)) + "\n" for row in rows)
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+
+
+def status_of(path: Path, manifest: Mapping[str, Any], *, resume: str) -> str:
+    """How far the run at `path` is: "" where it is not begun, else one word (running, complete, failed, interrupted).
+
+    Raises UserMistake where `resume` does not allow what is there, or where the run was begun on other data or another model than `manifest`.
+    """
+    if not (path / "manifest.json").is_file():
+        if resume == "must":
+            raise UserMistake(f"resume=must, but there is no run at {path}; use resume=auto to start it")
+        return ""
+    status = (path / "status").read_text().strip() if (path / "status").is_file() else RUNNING
+    if resume == "never":
+        raise UserMistake(f"resume=never, but {path} holds this very run ({status}); remove it, or use resume=auto")
+    before = json.loads((path / "manifest.json").read_text())
+    for key in ("data", "probe_data", "model_fingerprint"):
+        now = json.loads(json.dumps(manifest[key]))
+        if before[key] != now:
+            changed = sorted(k for k in now if before[key].get(k) != now[k]) if isinstance(now, dict) else [key]
+            raise UserMistake(
+                f"{path} was begun on other data ({key} differs: {', '.join(changed)}); restore the data, or remove the directory"
+            )
+    return status
 
 
 def mark_interrupted(path: Path) -> None:

@@ -1,11 +1,10 @@
-"""What a run's manifest says: the configuration, the data and what is wrong with it, the canaries, versions, machine, commit."""
+"""What a run's manifest says: configuration, data, evaluation, versions, machine, commit. It is written once, when the run begins."""
 
 from __future__ import annotations
 
-import logging
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -15,30 +14,17 @@ from typing import Any
 import torch
 
 from clbench.config import Config, run_hash, run_name, variant
-from clbench.data.encoder import Encoder
-from clbench.data.rows import fingerprint
-from clbench.examine.canaries import checked
-from clbench.protocols import Probe, Stream
-from clbench.record.overlaps import overlaps, stream_hash, trained_probes
-from clbench.stream import fingerprints
+from clbench.protocols import Stream
 
-log = logging.getLogger("clbench")
 VERSIONED = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "peft",
-    "datasets",
-    "lm_eval",
-    "deepspeed",
-    "numpy",
-    "sacrebleu",
-    "rouge_score",
+    *("torch", "transformers", "tokenizers", "peft", "datasets", "lm_eval", "deepspeed", "numpy", "scikit-learn"),
+    *("sacrebleu", "rouge_score", "rapidfuzz"),
 )
 
 
-def manifest(config: Config, stream: Stream, *, model_label: str, fingerprint: str, command: str) -> dict[str, Any]:
-    """What was run, on what, with which versions: written once, when the run begins."""
+def describe(config: Config, stream: Stream, *, model_label: str, command: str) -> dict[str, Any]:
+    """What was run, with which versions, on which machine."""
+    plain = asdict(config)
     return {
         "run": run_name(config),
         "experiment": config.experiment,
@@ -49,10 +35,9 @@ def manifest(config: Config, stream: Stream, *, model_label: str, fingerprint: s
         "seed": config.seed,
         "tasks": [stage.name for stage in stream.stages],
         "metrics": {stage.name: stage.task.metric for stage in stream.stages},
-        "config": asdict(config),
-        "config_hash": run_hash(asdict(config)),
-        "variant": variant(asdict(config)),
-        "model_fingerprint": fingerprint,
+        "config": plain,
+        "config_hash": run_hash(plain),
+        "variant": variant(plain),
         "git": git_state(),
         "versions": versions(),
         "hardware": hardware(),
@@ -77,54 +62,13 @@ def hardware() -> dict[str, str | int]:
 
 def git_state() -> dict[str, str | bool]:
     """Commit of the code, and whether tracked files differ from it; "unknown" outside a checkout."""
-    here = Path(__file__).resolve().parent
-    if not (here.parent / ".git").exists():
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
         return {"commit": "unknown", "dirty": False}
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=False
-        ).stdout.strip()
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    return {
-        "commit": git("rev-parse", "HEAD") or "unknown",
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-    }
-
-
-def data_contract(
-    config: Config, stream: Stream, probes: Sequence[Probe], encoder: Encoder
-) -> tuple[dict[str, Any], frozenset[str]]:
-    """What the manifest says of the data and of the canaries, and the ids of training examples that are also in a test or probe."""
-    trained = trained_probes(
-        stream.stages, {probe.name: probe.datasets() for probe in probes}, allow=config.probe.allow_overlap
-    )
-    documents = {f"{probe.name} {task}": texts for probe in probes for task, texts in probe.documents().items()}
-    once = {tuple(texts): name for name, texts in reversed(documents.items())}  # several probes may read one text
-    found, overlapping = overlaps(stream.stages, {name: texts for texts, name in once.items()})
-    data = fingerprints(stream)
-    # The hash of the data stands for rows, prompts and metrics; the settings of a scorer count for the canaries, too.
-    settings = stream_hash({**data, "settings": config.tasks})
-    canaries = checked(stream, encoder, cache_dir=Path(config.cache_dir), stream_hash=settings)
-    for overlap in found:
-        log.warning(
-            "%s: %d of %d of %s are also in %s", overlap.kind, overlap.count, overlap.of, overlap.where, overlap.also_in
-        )
-    failed = [f"{canary.name} ({canary.task}: {canary.detail})" for canary in canaries if not canary.passed]
-    if failed:
-        log.warning("the run will not be ranked, its evaluation failed its own tests: %s", "; ".join(failed))
-    contract = {
-        "data": data,
-        "stream_hash": stream_hash(data),
-        "probe_data": {
-            task: {"documents": len(texts), "sha256": fingerprint(texts)} for task, texts in documents.items()
-        },
-        "overlaps": [asdict(overlap) for overlap in found],
-        "trained_probes": trained,
-        "canaries": {
-            "checked": len(canaries),
-            "failed": failed,
-            "results": [asdict(canary) for canary in canaries],
-        },
-    }
-    return contract, overlapping
+    dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
+    return {"commit": git("rev-parse", "HEAD") or "unknown", "dirty": dirty}

@@ -12,19 +12,20 @@ and in at least three, are its template and do not count.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from clbench.protocols import Stage
+from clbench.data.rows import DatasetSpec, fingerprint
+from clbench.protocols import Probe, Stage, Stream
+from clbench.stream import fingerprints
 from clbench.types import Example, UserMistake
 
-if TYPE_CHECKING:
-    from clbench.data.rows import DatasetSpec
-
+log = logging.getLogger("clbench")
 SHINGLE_WORDS = 13
 TEMPLATE_SHARE = 0.01
 TEMPLATE_ROWS = 3
@@ -41,6 +42,39 @@ class Overlap:
     also_in: str
     count: int
     of: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCheck:
+    """What was found in the data: `record` is what the manifest says of it, `overlapping` the ids of training examples in a test or probe, too."""
+
+    record: Mapping[str, Any]
+    found: tuple[Overlap, ...]
+    overlapping: frozenset[str]
+
+    def warn(self) -> None:
+        """Says each overlap in a line of the log."""
+        for one in self.found:
+            log.warning("%s: %d of %d of %s are also in %s", one.kind, one.count, one.of, one.where, one.also_in)
+
+
+def check_data(stream: Stream, probes: Sequence[Probe], *, allow_overlap: bool) -> DataCheck:
+    """Fingerprints and overlaps of the stream's and the probes' data; raises UserMistake where a probe measures what is trained on."""
+    trained = trained_probes(stream.stages, {probe.name: probe.datasets() for probe in probes}, allow=allow_overlap)
+    documents = {f"{probe.name} {task}": texts for probe in probes for task, texts in probe.documents().items()}
+    once = {tuple(texts): name for name, texts in reversed(documents.items())}  # several probes may read one text
+    found, overlapping = overlaps(stream.stages, {name: texts for texts, name in once.items()})
+    data = fingerprints(stream)
+    record = {
+        "data": data,
+        "stream_hash": stream_hash(data),
+        "probe_data": {
+            name: {"documents": len(texts), "sha256": fingerprint(texts)} for name, texts in documents.items()
+        },
+        "overlaps": [asdict(overlap) for overlap in found],
+        "trained_probes": trained,
+    }
+    return DataCheck(record=record, found=found, overlapping=overlapping)
 
 
 def stream_hash(fingerprints: Mapping[str, Mapping[str, Any]]) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed
 from torch.nn import Parameter
 
-from clbench.models.architecture import is_sharded
+from clbench.models.sharding import is_sharded
 from clbench.train.optimizer import AVERAGES
 
 Span = tuple[int, int]

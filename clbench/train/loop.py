@@ -15,7 +15,7 @@ from clbench.data.sampling import draw, seeded
 from clbench.protocols import Engine, Method, Stage
 from clbench.types import Example, Source
 
-CPU_TOKENS = 2048
+CPU_TOKENS = 256
 """Tokens of a forward that keep the CPU busy and in its caches (measured)."""
 LOG_EVERY = 10
 """Steps between readings of the loss; reading it makes the host wait for the device, so not every step."""
@@ -29,6 +29,11 @@ class Trained:
     tokens_trained: int
     tokens_replayed: int
     loss: float
+
+    @classmethod
+    def nothing(cls) -> Trained:
+        """Of a stage that trains nothing."""
+        return cls(steps=0, tokens_trained=0, tokens_replayed=0, loss=math.nan)
 
 
 @dataclass(frozen=True)
@@ -95,12 +100,13 @@ def train_stage(
     """
     engine.model.train()
     losses: list[Tensor] = []
-    tokens = {True: 0, False: 0}
+    trained = replayed = 0
     mean = math.nan
     for step in range(plan.total):
         rows = global_batch(plan, step, config=config, seed=seed, stage=stage.index)
-        for example, source, _ in rows:
-            tokens[source == 0] += len(encoder.example(example).ids)
+        lengths = [(len(encoder.example(example).ids), source) for example, source, _ in rows]
+        trained += sum(length for length, source in lengths if source == 0)
+        replayed += sum(length for length, source in lengths if source)
         if step < first:
             continue
         with seeded(seed, f"dropout/{step}/{engine.rank}", stage.index):
@@ -116,7 +122,7 @@ def train_stage(
         if config.checkpoint_steps and (step + 1) % config.checkpoint_steps == 0:
             save(step + 1)
     engine.model.eval()
-    return Trained(steps=plan.total, tokens_trained=tokens[True], tokens_replayed=tokens[False], loss=mean)
+    return Trained(steps=plan.total, tokens_trained=trained, tokens_replayed=replayed, loss=mean)
 
 
 def train_step(

@@ -35,7 +35,7 @@ from clbench.protocols import Engine, Shard
 from clbench.train.engine_shards import Matrix, Slice
 from clbench.train.engine_zero import STORAGES, assembled, release
 from clbench.train.optimizer import AVERAGES
-from clbench.train.ranks import World
+from clbench.train.ranks import Ranks
 
 PATIENCE = timedelta(days=1)
 """How long a rank waits for another, which may be pretraining or loading. A rank that died is the launcher's to notice, not a timeout's."""
@@ -45,7 +45,7 @@ HOOKED = "_output_capturing_hooks_installed"
 """Set by transformers when it first gives out hidden states, beside hooks that stay; without it there would be more of them each stage."""
 
 
-def join() -> World:
+def join() -> Ranks:
     """Makes this process a rank of the world that its environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -54,7 +54,7 @@ def join() -> World:
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=PATIENCE, verbose=False)
-    return World(rank=comm.get_rank(), size=comm.get_world_size())
+    return Ranks(rank=comm.get_rank(), size=comm.get_world_size())
 
 
 def leave() -> None:

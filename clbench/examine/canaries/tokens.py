@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from torch.nn import Module
 
-from clbench.data.encoder import Encoder, clip_left
+from clbench.data.encoder import Encoder, Ids, clip_left
 from clbench.examine.canaries.answers import Verdict
-from clbench.examine.student import Ids, Student
+from clbench.examine.student import Student
 from clbench.protocols import Stage
 from clbench.types import Example
 
@@ -23,22 +24,23 @@ TOLERANCE = 1e-4
 """Nats between two ways of computing one log-likelihood in float32."""
 
 
-class Watched(Student):
+class Watched:
     """A student that keeps the (context, continuation) ids it is given and writes at most NEW_TOKENS tokens."""
 
-    def __init__(self, model: Module, encoder: Encoder) -> None:
-        super().__init__(model, encoder)
+    def __init__(self, student: Student) -> None:
+        self.student = student
+        self.encoder = student.encoder
         self.asked: set[tuple[Ids, Ids]] = set()
 
     def log_likelihoods(self, requests: Sequence[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
         """As the student's own."""
         self.asked.update(requests)
-        return super().log_likelihoods(requests)
+        return self.student.log_likelihoods(requests)
 
     def generate(self, prompts: Sequence[Ids], *, max_new_tokens: int) -> list[str]:
         """As the student's own, but shorter."""
         self.asked.update((prompt, ()) for prompt in prompts)
-        return super().generate(prompts, max_new_tokens=min(max_new_tokens, NEW_TOKENS))
+        return self.student.generate(prompts, max_new_tokens=min(max_new_tokens, NEW_TOKENS))
 
 
 def encodable(stage: Stage, encoder: Encoder) -> list[Example]:
@@ -58,13 +60,12 @@ def one_bos(stage: Stage, encoder: Encoder) -> Verdict:
     return good == len(encoded) > 0, f"{good} of {len(encoded)} examples have one BOS, at the start"
 
 
-def same_prompt(stage: Stage, student: Watched) -> Verdict:
+def same_prompt(stage: Stage, encoder: Encoder, *, asked: set[tuple[Ids, Ids]]) -> Verdict:
     """Whether prompts and answers have the same ids in training and in examination, and examination did read them so.
 
     A prompt that training cuts must be BOS and the end of the one examined, and more than the BOS. Of closed tasks the right answer must
-    have been scored, too.
+    have been scored, too. `asked` is what the student was given for `chance`.
     """
-    encoder = student.encoder
     examples = encodable(stage, encoder)
     same = cut = lost = 0
     for example in examples:
@@ -74,7 +75,7 @@ def same_prompt(stage: Stage, student: Watched) -> Verdict:
         same += encoded.ids == (*kept, *answer, encoder.tokenizer.eos_token_id) and encoded.answer_start == len(kept)
         cut += kept != context
         lost += len(context) > 1 == len(kept)
-    asked = student.asked | {(context, ()) for context, _ in student.asked}
+    asked = asked | {(context, ()) for context, _ in asked}
     read = sum(
         (encoder.prompt(example.prompt), encoder.answer(example.answer) if example.choices else ()) in asked
         for example in stage.test
@@ -91,7 +92,7 @@ def invariance(stage: Stage, model: Module, encoder: Encoder) -> Verdict:
     """Whether log-likelihoods and the first token written depend on nothing but the ids.
 
     Log-likelihoods in one batch, alone, and in reverse order agree to 1e-4 nats. The likeliest token of a forward of one unpadded row is
-    the one that `log_likelihoods` (padded on the right) calls greedy and that `generate` (padded on the left) writes.
+    the one that `log_likelihoods` (rows packed) calls greedy and that `generate` (padded on the left) writes.
     """
     tests = stage.test[:COMPARED_ROWS]
     prompts = [encoder.prompt(example.prompt) for example in tests]
@@ -103,8 +104,10 @@ def invariance(stage: Stage, model: Module, encoder: Encoder) -> Verdict:
     tokens = [likeliest(model, clip_left(prompt, encoder.max_length)) for prompt in prompts]
     requests = [request for request in continuations if request[1]]
     requests += [(prompt, (token,)) for prompt, token in zip(prompts, tokens, strict=True)]
-    together = Student(model, encoder, tokens_per_batch=EVERYTHING).log_likelihoods(requests)
-    alone = Student(model, encoder, tokens_per_batch=1, branching=False).log_likelihoods(requests)
+    one_by_one = copy.copy(encoder)
+    one_by_one.together = False
+    together = Student(model, encoder, tokens=EVERYTHING).log_likelihoods(requests)
+    alone = Student(model, one_by_one).log_likelihoods(requests)
     backwards = Student(model, encoder).log_likelihoods(requests[::-1])[::-1]
     gap = max(
         abs(value - other[0])
@@ -114,12 +117,12 @@ def invariance(stage: Stage, model: Module, encoder: Encoder) -> Verdict:
     same = [flag for _, flag in together] == [flag for _, flag in alone] == [flag for _, flag in backwards]
     written = Student(model, encoder).generate(prompts, max_new_tokens=1)
     texts = [encoder.tokenizer.decode([token], skip_special_tokens=True).strip() for token in tokens]
-    right_padded = sum(flag for _, flag in together[-len(tokens) :])
-    left_padded = sum(text == answer for text, answer in zip(texts, written, strict=True))
+    packed = sum(flag for _, flag in together[-len(tokens) :])
+    padded = sum(text == answer for text, answer in zip(texts, written, strict=True))
     return (
-        gap <= TOLERANCE and same and right_padded == left_padded == len(tokens),
+        gap <= TOLERANCE and same and packed == padded == len(tokens),
         f"{len(requests)} log-likelihoods differ by {gap:.1e} nats at most with batch and order; of {len(tokens)} first tokens "
-        f"{right_padded} are the likeliest when padded on the right, {left_padded} when padded on the left",
+        f"{packed} are the likeliest in a packed row, {padded} in a padded batch",
     )
 
 
