@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.nn import Module
 
 from clbench.build import Parts, build, load_model, set_up_torch, wrap
 from clbench.config import Config, TrackingConfig, identity, is_due, run_directory, run_name
+from clbench.data.encoder import Encoder
 from clbench.examine.canaries import check_stream
 from clbench.examine.student import Student
 from clbench.examine.together import reads_together
@@ -29,7 +30,7 @@ from clbench.models.folding import folded
 from clbench.models.loss import causal_lm
 from clbench.models.weights import describe as count_parameters
 from clbench.models.weights import load_trainable_state, trainable, trainable_state
-from clbench.protocols import Engine, Stage
+from clbench.protocols import Engine, Method, Probe, Stage, Stream
 from clbench.record.ledger import COMPLETE, Checkpoint, Ledger, status_of
 from clbench.record.manifest import describe
 from clbench.record.overlaps import check_data
@@ -49,11 +50,14 @@ class Run:
     """A run under way. Only the first rank has a ledger. `overlapping`: ids of training examples that a test or probe holds, too."""
 
     config: Config
-    parts: Parts
+    method: Method
     model: Module
-    ledger: Ledger | None
-    ranks: Ranks
-    overlapping: frozenset[str]
+    stream: Stream
+    probes: tuple[Probe, ...]
+    encoder: Encoder
+    ledger: Ledger | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    overlapping: frozenset[str] = frozenset()
 
 
 def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Path:
@@ -81,7 +85,17 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
         data.warn()
         evaluation = check_evaluation(parts)
         ledger = Ledger(path, manifest=manifest | {"canaries": evaluation, "untouched_measured_by": untouched.run})
-    started = Run(config=config, parts=parts, model=model, ledger=ledger, ranks=ranks, overlapping=data.overlapping)
+    started = Run(
+        config=config,
+        method=parts.method,
+        model=model,
+        stream=parts.stream,
+        probes=parts.probes,
+        encoder=parts.encoder,
+        ledger=ledger,
+        ranks=ranks,
+        overlapping=data.overlapping,
+    )
     with ledger or nullcontext():
         run_stages(started, untouched)
     return path
@@ -140,7 +154,7 @@ def run_stages(run: Run, untouched: Untouched) -> None:
     with open_tracker(run, first=max(first - 1, 0)) as tracker:
         if first == 0:
             record_untouched(run, untouched, tracker)
-        for stage in run.parts.stream.stages[max(first - 1, 0) :]:
+        for stage in run.stream.stages[max(first - 1, 0) :]:
             moments = run_stage(run, stage, tracker, moments=moments, within=within)
             within = None
 
@@ -149,7 +163,7 @@ def go_on(run: Run) -> tuple[dict[str, Tensor], Checkpoint | None]:
     """Takes back the last finished stage; gives the optimizer's state after it, and what was kept within the next one."""
     finished, within = run.ranks.share((run.ledger.load(), run.ledger.load_within()) if run.ledger else None)
     load_trainable_state(run.model, finished.weights)
-    run.parts.method.load_state_dict(finished.state)
+    run.method.load_state_dict(finished.state)
     step = f", step {within.step} of the next" if within else ""
     log.info("%s: continuing after stage %d%s", run_name(run.config), finished.stage, step)
     return finished.moments, within
@@ -160,7 +174,7 @@ def open_tracker(run: Run, *, first: int) -> Tracker:
     return Tracker(
         run.config.tracking if run.ranks.is_first else TrackingConfig(progress=False),
         run=run_name(run.config),
-        stages=run.parts.stream.stages,
+        stages=run.stream.stages,
         manifest={"config": asdict(run.config), "results_dir": run.config.results_dir},
         first=first,
     )
@@ -168,7 +182,7 @@ def open_tracker(run: Run, *, first: int) -> Tracker:
 
 def record_untouched(run: Run, untouched: Untouched, tracker: Tracker) -> None:
     """Stage 0: the untouched model's scores, under the name of each of the method's views."""
-    _, *others = run.parts.method.views(run.model)
+    _, *others = run.method.views(run.model)
     scores = list(untouched.scores)
     scores += [replace(score, probe=f"{score.probe}@{view}") for view in others for score in untouched.scores]
     seconds = sum(score.seconds for score in untouched.scores)
@@ -203,7 +217,7 @@ def record(run: Run, scores: Sequence[Score], cost: Cost, *, moments: Mapping[st
     """Writes a stage to the ledger, on the first rank; the checkpoint, which marks it finished, comes last."""
     started = time.perf_counter()
     # On every rank: it may take all of them to read a weight.
-    state = run.parts.method.state_dict()
+    state = run.method.state_dict()
     if run.ledger is not None:
         run.ledger.append(scores)
         run.ledger.append_cost(replace(cost, seconds_other=time.perf_counter() - started))
@@ -226,7 +240,7 @@ def cost_of(run: Run, stage: int, trained: Trained, *, tokens_scored: int, **sec
         tokens_scored=tokens_scored,
         seconds_other=0.0,
         trainable_parameters=counts["trainable"],
-        peak_memory_bytes=peak_memory(run.parts.encoder.device),
+        peak_memory_bytes=peak_memory(run.encoder.device),
         flops=float(operations),
         joules=float("nan"),
         **seconds,
@@ -237,7 +251,7 @@ def train(
     run: Run, stage: Stage, tracker: Tracker, *, moments: Mapping[str, Tensor], within: Checkpoint | None
 ) -> tuple[Sequence[Source], Trained, dict[str, Tensor]]:
     """The method's turn: everything between two examinations. Gives what was trained on and the optimizer's state, too."""
-    config, method = run.config, run.parts.method
+    config, method = run.config, run.method
     method.begin_stage(stage, run.model)
     # A memory grows when its stage ends; what was trained on is what it held before.
     sources = [replace(source, examples=tuple(source.examples)) for source in method.training_set(stage)]
@@ -252,7 +266,7 @@ def train(
         plan,
         method=method,
         engine=engine,
-        encoder=run.parts.encoder,
+        encoder=run.encoder,
         config=config.train,
         seed=config.seed,
         report=lambda step, steps, loss: tracker.step(stage, step, steps, loss),
@@ -269,15 +283,15 @@ def train(
 def re_enter(run: Run, within: Checkpoint) -> None:
     """Puts back what a stage that has just begun was in the middle of."""
     load_trainable_state(run.model, within.weights)
-    device = run.parts.encoder.device
+    device = run.encoder.device
     here = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in within.state.items()}
-    run.parts.method.load_state_dict(here)
+    run.method.load_state_dict(here)
 
 
 def save_within(run: Run, stage: Stage, engine: Engine, *, step: int, seconds: float) -> None:
     """Keeps a stage as it is after `step` steps; every rank takes part, the first one writes."""
     weights = {tensor.name: tensor.value for tensor in engine.tensors()}
-    whole = {"weights": weights, "state": run.parts.method.state_dict(), "moments": engine.moments()}
+    whole = {"weights": weights, "state": run.method.state_dict(), "moments": engine.moments()}
     if run.ledger:
         run.ledger.save(Checkpoint(stage=stage.index, step=step, seconds=seconds, **whole))
 
@@ -315,13 +329,13 @@ def examine(run: Run, index: int) -> tuple[list[Score], int]:
     """Every probe on every view of the model, and the tokens that were read; a secondary view's probes are named `probe@view`."""
     run.model.eval()
     scores, tokens = [], 0
-    last, cadence = len(run.parts.stream.stages), run.config.probe.cadence
-    due = [probe for probe in run.parts.probes if is_due(cadence.get(probe.name, "all"), index, last)]
-    for number, (view, weights) in enumerate(run.parts.method.views(run.model).items()):
+    last, cadence = len(run.stream.stages), run.config.probe.cadence
+    due = [probe for probe in run.probes if is_due(cadence.get(probe.name, "all"), index, last)]
+    for number, (view, weights) in enumerate(run.method.views(run.model).items()):
         with weights, folded(run.model) if number == 0 else nullcontext():
-            student = Student(run.model, run.parts.encoder, ranks=run.ranks)
+            student = Student(run.model, run.encoder, ranks=run.ranks)
             for probe in due:
-                found = probe.measure(student, run.parts.stream, index)
+                found = probe.measure(student, run.stream, index)
                 scores += [replace(score, probe=f"{score.probe}@{view}") if number else score for score in found]
             tokens += student.tokens_scored
     return scores, tokens

@@ -1,11 +1,8 @@
 """Canaries: sound streams pass, and every canary is shown to bite by planting its fault in a tiny task of ours."""
 
-import importlib.util
 import json
 import os
 import random
-import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,15 +10,15 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from torch.nn.utils.rnn import pad_sequence
 
 import clbench
 import clbench.examine.canaries
 from clbench.config import StreamConfig
-from clbench.data.batches import Encoded
-from clbench.data.encoder import Encoder
+from clbench.data.encoder import Encoded, Encoder
 from clbench.data.rows import DatasetSpec
-from clbench.examine import generation
-from clbench.examine.canaries import check_stream, checked, code_hash
+from clbench.examine import writing
+from clbench.examine.canaries import check_stream
 from clbench.examine.canaries.answers import chance, near_zero
 from clbench.examine.canaries.copying import copies, named_last
 from clbench.examine.student import Student
@@ -382,30 +379,28 @@ def _unencoded_stream(task):
     return stream_of(task, encoder=Encoder(word_tokenizer([]), max_length=10**6))
 
 
-def attend_everywhere(ids_BT, mask_BT):
-    return ids_BT, torch.ones_like(mask_BT)
+def attend_everywhere(rows, padding, side):
+    return pad_sequence(rows, True, padding or 1, side)
 
 
-def pad_on_the_right(ids_BT, mask_BT):
-    turned = [torch.cat([ids[mask == 1], ids[mask == 0]]) for ids, mask in zip(ids_BT, mask_BT, strict=True)]
-    return torch.stack(turned), mask_BT.flip(1)
+def pad_on_the_right(rows, padding, side):
+    return pad_sequence(rows, True, padding, "right")
 
 
 @pytest.mark.parametrize("fault", [attend_everywhere, pad_on_the_right])
 def test_padding_that_changes_what_is_written_is_noticed(fault, encoder, monkeypatch):
-    plain = generation.pad_left
-    monkeypatch.setattr(generation, "pad_left", lambda rows, **how: fault(*plain(rows, **how)))
+    monkeypatch.setattr(writing, "pad_sequence", lambda rows, first, padding, side: fault(rows, padding, side))
     assert failures(numbers(), encoder) == {"invariance"}
 
 
-def test_a_score_that_depends_on_the_batch_is_noticed(encoder, monkeypatch):
-    plain = Student._scores
+def test_a_score_that_depends_on_the_row_is_noticed(encoder, monkeypatch):
+    plain = clbench.examine.student.scored
 
-    def scores(self, states, places, targets):
-        picked, best = plain(self, states, places, targets)
-        return picked + 1e-3 * len(states), best
+    def scored(logits, places, targets):
+        picked, best = plain(logits, places, targets)
+        return picked + 1e-3 * len(logits), best
 
-    monkeypatch.setattr(Student, "_scores", scores)
+    monkeypatch.setattr(clbench.examine.student, "scored", scored)
     assert failures(colours(), encoder) == {"invariance"}
 
 
@@ -481,48 +476,3 @@ def test_the_runs_device_is_not_used(encoder):
     elsewhere = Encoder(encoder.tokenizer, max_length=128, device="meta")
     assert failures(colours(), elsewhere) == set()
     assert elsewhere.device == torch.device("meta")
-
-
-def test_a_result_is_kept_until_its_content_changes(tmp_path, encoder, monkeypatch):
-    tasks = colours(), WorldTask(skill="total", seed=0)
-    streams = [stream_of(*tasks, encoder=encoder), stream_of(*tasks[::-1], encoder=encoder)]
-    first = checked(streams[0], encoder, cache_dir=tmp_path, stream_hash="a")
-    assert {canary.task for canary in first} == {"made", "world_total"}
-    monkeypatch.setattr(clbench.examine.canaries, "check_stream", lambda stream, encoder: ())
-    assert checked(streams[0], encoder, cache_dir=tmp_path, stream_hash="a") == first
-    # Another order of the same tasks is the same stream; the result follows its order.
-    turned = checked(streams[1], encoder, cache_dir=tmp_path, stream_hash="a")
-    assert [canary.task for canary in turned] == [canary.task for canary in first][::-1]
-    assert checked(streams[0], encoder, cache_dir=tmp_path, stream_hash="b") == ()
-    longer = Encoder(encoder.tokenizer, max_length=129)
-    assert checked(streams[0], longer, cache_dir=tmp_path, stream_hash="a") == ()
-    other = Encoder(bpe_tokenizer(LINES, 301), max_length=128)
-    assert checked(streams[0], other, cache_dir=tmp_path, stream_hash="a") == ()
-    assert len(list((tmp_path / "canaries").glob("*.json"))) == len(list((tmp_path / "canaries").iterdir())) == 4
-
-
-def test_a_changed_scorer_is_checked_again(tmp_path, encoder, monkeypatch):
-    monkeypatch.setattr(clbench.examine.canaries, "check_stream", lambda stream, encoder: ())
-    for body in ("1.0", "0.5", "0.5"):
-        (tmp_path / "own_task.py").write_text(
-            "from clbench.protocols import Task\nclass Own(Task):\n    name = metric = 'own'\n"
-            "    def examples(self, split): return EXAMPLES\n"
-            f"    def score(self, example, answer): return {body}\n"
-        )
-        spec = importlib.util.spec_from_file_location("own_task", tmp_path / "own_task.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, "own_task", module)
-        spec.loader.exec_module(module)
-        module.EXAMPLES = numbers().examples("test")
-        checked(stream_of(module.Own(), encoder=encoder), encoder, cache_dir=tmp_path, stream_hash="a")
-    assert len(list((tmp_path / "canaries").iterdir())) == 2
-
-
-def test_a_change_of_any_file_that_computes_asks_the_canaries_again(encoder, tmp_path):
-    stream = stream_of(colours(), encoder=encoder)
-    package = tmp_path / "clbench"
-    shutil.copytree(Path(clbench.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    before = code_hash(stream, package)
-    changed = package / "models" / "last_layer.py"
-    changed.write_text(changed.read_text().replace("4 * places_BW", "5 * places_BW"))
-    assert code_hash(stream, package) != before

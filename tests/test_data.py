@@ -1,12 +1,10 @@
 """Batches, draws and memories, against numbers worked out by hand."""
 
-import itertools
 from collections import Counter
 
 import pytest
 import torch
 
-from clbench.data.batches import FORWARD, cheapest_bounds
 from clbench.data.encoder import Encoder, clip_left
 from clbench.data.memory import Memory
 from clbench.data.rows import DatasetSpec, load_rows
@@ -59,30 +57,10 @@ def test_micro_batches_keep_to_their_rows_and_tokens_and_change_no_weight():
     lengths = [len(encoder.example(example).ids) for example, _, _ in rows]
     assert lengths == [12, 4, 4, 8, 5, 23]
     parts = encoder.micro_batches(rows, rows=3, tokens=16)
-    # By length: 4 4 5 fit into three rows of five; 8 alone with 12 would take 24; 23 is more than 16 by itself.
+    # By length: 4 + 4 + 5 tokens; 8 and 12 would be 20; 23 is more than 16 by itself.
     assert [tuple(part.input_ids.shape) for part in parts] == [(3, 5), (1, 8), (1, 12), (1, 23)]
     (whole,) = encoder.micro_batches(rows, rows=6)
     assert sorted(torch.cat([part.weights for part in parts]).tolist()) == sorted(whole.weights.tolist())
-
-
-def test_no_way_to_cut_rows_costs_less():
-    rng = torch.Generator().manual_seed(0)
-    for _ in range(50):
-        lengths = sorted(torch.randint(1, 700, (7,), generator=rng).tolist())
-        cuts = itertools.chain.from_iterable(itertools.combinations(range(1, 7), count) for count in range(7))
-        ways = [list(itertools.pairwise((0, *cut, 7))) for cut in cuts]
-        allowed = [way for way in ways if all(fits(lengths[first:last]) for first, last in way)]
-        found = cheapest_bounds(lengths, rows=3, tokens=1024)
-        assert found in allowed
-        assert price(lengths, found) == min(price(lengths, way) for way in allowed)
-
-
-def fits(part: list[int]) -> bool:
-    return len(part) == 1 or (len(part) <= 3 and len(part) * part[-1] <= 1024)
-
-
-def price(lengths: list[int], way: list[tuple[int, int]]) -> int:
-    return sum((last - first) * lengths[last - 1] + FORWARD for first, last in way)
 
 
 @pytest.mark.parametrize(("micro", "ranks"), [(1, 1), (2, 1), (3, 2), (16, 4)])

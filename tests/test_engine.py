@@ -1,10 +1,11 @@
 """The engine of one process: what the optimizer carries from stage to stage, and checkpoints within a stage."""
 
 import copy
+import json
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,14 @@ from clbench.cli import compose
 from clbench.config import TrainConfig, run_hash
 from clbench.examine.rolling import rolling_nll
 from clbench.examine.student import Student
-from clbench.examine.student_ranks import RankStudent, dealt
-from clbench.models.architecture import causal_lm
+from clbench.models.loss import causal_lm
 from clbench.models.weights import trainable
 from clbench.record import ledger
 from clbench.record.ledger import Checkpoint, Ledger
 from clbench.train import loop as train
 from clbench.train import optimizer as optim
 from clbench.train.local import LocalEngine
+from clbench.train.ranks import Ranks, dealt
 from clbench.types import UserMistake
 from tests import test_methods as methods
 from tests.test_run import elsewhere, run, scores
@@ -140,7 +141,7 @@ def test_a_run_that_carries_goes_on_after_a_stage_to_the_same_bytes(overrides, t
 
 def lab(name: str, folder: Path, *overrides: str) -> methods.Lab:
     toy = methods.lab(name, "train.checkpoint_steps=2", "train.carry_optimizer=true", *overrides)
-    toy.run.ledger = Ledger(folder, manifest=SAME, resume="auto")
+    toy.run = replace(toy.run, ledger=Ledger(folder, manifest=SAME))
     return toy
 
 
@@ -148,7 +149,7 @@ def finish(toy: methods.Lab, number: int) -> None:
     """Stage `number` and its record."""
     toy.train(number)
     whole = {"weights": methods.trainable_state(toy.model), "state": toy.method.state_dict()}
-    toy.run.ledger.save(Checkpoint(stage=number, moments=toy.run.moments, **whole))
+    toy.run.ledger.save(Checkpoint(stage=number, moments=toy.moments, **whole))
 
 
 def die_after(step: int, monkeypatch) -> None:
@@ -165,7 +166,7 @@ def die_after(step: int, monkeypatch) -> None:
 
 def everything(toy: methods.Lab) -> dict[str, object]:
     state = {f"state/{key}": value for key, value in toy.method.state_dict().items()}
-    return methods.everything(toy.model) | state | toy.run.moments
+    return methods.everything(toy.model) | state | toy.moments
 
 
 def dropout(name: str) -> tuple[str, ...]:
@@ -186,8 +187,8 @@ def test_a_stage_killed_within_goes_on_to_the_same_bytes(name, tmp_path, monkeyp
             killed.train(2)
     killed.run.ledger._lock.close()
     again = lab(name, tmp_path / "killed", *overrides)
-    experiment.go_on(again.run)
-    assert again.run.within.step == 4 and again.run.within.stage == 2
+    again.moments, again.within = experiment.go_on(again.run)
+    assert again.within.step == 4 and again.within.stage == 2
     finish(again, 2)
     assert methods.same(everything(again), everything(whole))
 
@@ -206,7 +207,7 @@ def test_merges_within_a_stage_survive_a_kill_between_them(tmp_path, monkeypatch
             killed.train(1)
     killed.run.ledger._lock.close()
     again = lab("secura", tmp_path / "killed", *merging)
-    experiment.go_on(again.run)
+    again.moments, again.within = experiment.go_on(again.run)
     finish(again, 1)
     assert methods.same(everything(again), everything(whole))
 
@@ -232,13 +233,15 @@ def test_a_kill_within_a_stage_costs_at_most_the_steps_since_the_checkpoint(over
     assert len(taken) == 3 + 5
     for name in ("stages.csv", "retention.csv"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    costs = [[(row.steps, row.tokens_trained, row.tokens_replayed) for row in costs_of(at)] for at in (path, whole)]
+    costs = [
+        [(row["steps"], row["tokens_trained"], row["tokens_replayed"]) for row in costs_of(at)] for at in (path, whole)
+    ]
     assert costs[0] == costs[1]
     assert [item.name for item in (path / "checkpoint").iterdir()] == [ledger.STAGE]
 
 
-def costs_of(path: Path) -> list:
-    return Ledger.costs(type("Reader", (), {"path": path}))
+def costs_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in (path / "cost.jsonl").read_text().splitlines()]
 
 
 def test_a_checkpoint_within_a_stage_holds_no_base_weights(tmp_path, monkeypatch):
@@ -258,7 +261,7 @@ def test_a_checkpoint_within_a_stage_holds_no_base_weights(tmp_path, monkeypatch
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch):
-    record = Ledger(tmp_path, manifest=SAME, resume="auto")
+    record = Ledger(tmp_path, manifest=SAME)
     weights = {"w": torch.ones(2)}
     record.save(Checkpoint(stage=1, weights=weights, state={}, moments={}))
     record.save(Checkpoint(stage=2, step=2, weights=weights, state={}, moments={}, seconds=1.5))
@@ -267,13 +270,13 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, mo
         with pytest.raises(Killed):
             record.save(Checkpoint(stage=2, step=4, weights={"w": torch.zeros(2)}, state={}, moments={}))
     record._lock.close()
-    again = Ledger(tmp_path, manifest=SAME, resume="auto")
+    again = Ledger(tmp_path, manifest=SAME)
     kept = again.load_within()
     assert (kept.stage, kept.step, kept.seconds) == (2, 2, 1.5) and torch.equal(kept.weights["w"], torch.ones(2))
 
 
 def test_what_was_kept_within_a_stage_goes_when_the_stage_is_finished(tmp_path):
-    record = Ledger(tmp_path, manifest=SAME, resume="auto")
+    record = Ledger(tmp_path, manifest=SAME)
     empty = {"weights": {}, "state": {}, "moments": {}}
     record.save(Checkpoint(stage=1, **empty))
     record.save(Checkpoint(stage=2, step=2, **empty))
@@ -282,7 +285,7 @@ def test_what_was_kept_within_a_stage_goes_when_the_stage_is_finished(tmp_path):
     # A kill between the two leaves what the next opening drops.
     record.save(Checkpoint(stage=2, step=4, **empty))
     record._lock.close()
-    assert Ledger(tmp_path, manifest=SAME, resume="auto").load_within() is None
+    assert Ledger(tmp_path, manifest=SAME).load_within() is None
 
 
 # --- requests shared among ranks ----------------------------------------------------------------------------------------
@@ -297,14 +300,13 @@ class Threads:
 
     def both(self, work) -> list:
         with ThreadPoolExecutor(2) as pool:
-            return [future.result() for future in [pool.submit(work, Meeting(self, rank)) for rank in range(2)]]
+            meetings = [Meeting(rank=rank, size=2, threads=self) for rank in range(2)]
+            return [future.result() for future in [pool.submit(work, meeting) for meeting in meetings]]
 
 
-class Meeting:
-    size = 2
-
-    def __init__(self, threads: Threads, rank: int) -> None:
-        self.threads, self.rank = threads, rank
+@dataclass(frozen=True, kw_only=True)
+class Meeting(Ranks):
+    threads: Threads
 
     def gather(self, value):
         self.threads.given[self.rank] = value
@@ -322,7 +324,7 @@ def asked(toy: methods.Lab, student: Student) -> dict[str, object]:
     return {
         "likelihoods": student.log_likelihoods([(context, choice) for context in contexts for choice in choices]),
         "answers": student.generate(contexts, max_new_tokens=4),
-        "distributions": student.next_log_probs(contexts),
+        "distributions": torch.cat(student.log_probs([(ids, [len(ids) - 1]) for ids in contexts])),
         "text": rolling_nll(student, [context[1:] for context in contexts], window=3),
         "one": student.log_likelihoods([(contexts[0], choices[0])]),
         "none": student.log_likelihoods([]),
@@ -333,9 +335,7 @@ def asked(toy: methods.Lab, student: Student) -> dict[str, object]:
 def test_ranks_that_share_requests_get_the_answers_of_one():
     toy = methods.lab("base")
     alone = asked(toy, Student(toy.model, toy.run.encoder))
-    ranks = Threads().both(
-        lambda world: asked(toy, RankStudent(copy.deepcopy(toy.model), toy.run.encoder, world=world))
-    )
+    ranks = Threads().both(lambda ranks: asked(toy, Student(copy.deepcopy(toy.model), toy.run.encoder, ranks=ranks)))
     for found in ranks:
         assert found["answers"] == alone["answers"] and found["none"] == []
         torch.testing.assert_close(found["distributions"], alone["distributions"], rtol=0, atol=1e-5)
@@ -346,22 +346,6 @@ def test_ranks_that_share_requests_get_the_answers_of_one():
             assert greedy == tuple(is_greedy for _, is_greedy in alone[key])
     tokens = [found["tokens"] for found in ranks]
     assert min(tokens) > 0.3 * sum(tokens) and sum(tokens) == pytest.approx(alone["tokens"], rel=0.1)
-
-
-def test_what_a_shared_piece_of_work_asks_of_its_student_is_its_own():
-    toy = methods.lab("base")
-    contexts = [toy.run.encoder.prompt(example.prompt) for example in toy.stage(1).train[:3]]
-    answer = toy.run.encoder.answer("w1")
-
-    def one_by_one(student: Student) -> list[float]:
-        work = lambda mine: [student.log_likelihoods([(context, answer)])[0][0] for context in mine]  # noqa: E731
-        return student.share(work, contexts, by=contexts)
-
-    alone = one_by_one(Student(toy.model, toy.run.encoder))
-    for found in Threads().both(
-        lambda world: one_by_one(RankStudent(copy.deepcopy(toy.model), toy.run.encoder, world=world))
-    ):
-        assert found == pytest.approx(alone, abs=1e-5)
 
 
 def test_requests_of_one_context_stay_together():

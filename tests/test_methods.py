@@ -5,7 +5,7 @@ A new yaml is tested because it exists. Every check that could pass for want of 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import pytest
@@ -112,6 +112,8 @@ class Lab:
     run: experiment.Run
     base: set[int]
     untouched: dict[int, Tensor]
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    within: Checkpoint | None = None
 
     @property
     def method(self) -> Method:
@@ -128,7 +130,10 @@ class Lab:
         """Stage `number`, by the very function that an experiment calls."""
         stages = self.run.stream.stages
         tracker = Tracker(TrackingConfig(progress=False), run="toy", stages=stages, manifest={}, first=0)
-        experiment.train(self.run, self.stage(number), tracker)
+        *_, self.moments = experiment.train(
+            self.run, self.stage(number), tracker, moments=self.moments, within=self.within
+        )
+        self.within = None
         self.model.eval()
 
     def open(self, number: int) -> tuple[Plan, Engine]:
@@ -181,7 +186,6 @@ def lab(name: str, *overrides: str, dtype: torch.dtype = torch.float32) -> Lab:
         stream=Stream(name="toy", order="default", stages=stages),
         probes=(),
         encoder=encoder,
-        ledger=None,
     )
     return Lab(run=run, base={id(parameter) for parameter in base}, untouched=untouched)
 

@@ -1,16 +1,16 @@
 """Scores of the student against the plainest possible computation: one row at a time, no padding, the whole vocabulary everywhere."""
 
 import copy
+import itertools
 import math
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from clbench.data.encoder import Encoder
 from clbench.examine.student import Student
-from clbench.models import loss
+from clbench.examine.together import reads_together
 from clbench.models.loss import answer_loss
 from clbench.types import IGNORED, Example
 from tests.test_data import Words
@@ -51,10 +51,10 @@ def requests():
     return [*drawn, *((shared, (token,)) for token in range(3, 9))]
 
 
-@pytest.mark.parametrize("tokens_per_batch", [1, 20, 4096])
-def test_log_likelihoods_equal_one_plain_forward_each(model, tokens_per_batch):
+@pytest.mark.parametrize("tokens", [1, 20, 4096])
+def test_log_likelihoods_equal_one_plain_forward_each(model, tokens):
     asked = requests()
-    scored = Student(model, Encoder(Words(), max_length=32), tokens_per_batch=tokens_per_batch).log_likelihoods(asked)
+    scored = Student(model, Encoder(Words(), max_length=32), tokens=tokens).log_likelihoods(asked)
     for (context, continuation), (value, greedy) in zip(asked, scored, strict=True):
         log_probs = plain_log_probs(model, [*context, *continuation])
         steps = range(len(context) - 1, len(context) + len(continuation) - 1)
@@ -71,16 +71,14 @@ def test_a_context_is_read_once_for_all_its_one_token_continuations(model):
     assert student.tokens_scored == 3
 
 
-@pytest.mark.parametrize("tokens_per_batch", [1, 4096])
-def test_generation_equals_greedy_decoding_of_one_prompt(model, tokens_per_batch):
+@pytest.mark.parametrize("tokens", [1, 4096])
+def test_generation_equals_greedy_decoding_of_one_prompt(model, tokens):
     class Decodable(Words):
         def decode(self, ids, skip_special_tokens):
             return " ".join(str(token) for token in ids if token > 2)
 
     prompts = [context for context, _ in requests()[:6]]
-    answers = Student(model, Encoder(Decodable(), max_length=32), tokens_per_batch=tokens_per_batch).generate(
-        prompts, max_new_tokens=5
-    )
+    answers = Student(model, Encoder(Decodable(), max_length=32), tokens=tokens).generate(prompts, max_new_tokens=5)
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = list(prompt)
         for _ in range(5):
@@ -90,11 +88,11 @@ def test_generation_equals_greedy_decoding_of_one_prompt(model, tokens_per_batch
         assert answer == " ".join(str(token) for token in ids[len(prompt) :] if token > 2)
 
 
-def test_next_log_probs_are_those_of_plain_forwards_in_the_order_asked(model):
-    contexts = [(1, 5, 6), (1,), (1, 7, 8, 9, 10)]
-    found = Student(model, Encoder(Words(), max_length=32), tokens_per_batch=6).next_log_probs(contexts)
-    for ids, row in zip(contexts, found, strict=True):
-        torch.testing.assert_close(row, plain_log_probs(model, list(ids))[-1], atol=1e-5, rtol=0)
+def test_log_probs_are_those_of_plain_forwards_in_the_order_asked(model):
+    texts = [((1, 5, 6), (2,)), ((1,), (0,)), ((1, 7, 8, 9, 10), (1, 4))]
+    found = Student(model, Encoder(Words(), max_length=32), tokens=6).log_probs(texts)
+    for (ids, places), rows in zip(texts, found, strict=True):
+        torch.testing.assert_close(rows, plain_log_probs(model, list(ids))[list(places)], atol=1e-5, rtol=0)
 
 
 def test_the_answer_loss_is_transformers_own_loss(model):
@@ -107,44 +105,6 @@ def test_the_answer_loss_is_transformers_own_loss(model):
     assert (batch.labels != IGNORED).sum() > 0 and math.isfinite(float(ours))
 
 
-@pytest.mark.parametrize("limit", [VOCABULARY, 3 * VOCABULARY, 10**6])
-@pytest.mark.parametrize(("cap", "bias"), [(None, False), (2.0, False), (None, True)])
-def test_the_loss_in_slices_has_the_value_and_the_gradients_of_cross_entropy(model, monkeypatch, limit, cap, bias):
-    rng = torch.Generator().manual_seed(0)
-    hidden = torch.randn(10, 16, generator=rng, requires_grad=True)
-    labels = torch.randint(0, VOCABULARY, (10,), generator=rng)
-    weights = torch.rand(10, generator=rng)
-    torch.manual_seed(0)
-    usual, head = model.get_output_embeddings(), torch.nn.Linear(16, VOCABULARY, bias=bias)
-    logits = head(hidden)
-    logits = logits if cap is None else torch.tanh(logits / cap) * cap
-    whole = cross_entropy(logits, labels, reduction="none")
-    (expected,) = torch.autograd.grad((whole * weights).sum(), hidden)
-    monkeypatch.setattr(model.config, "final_logit_softcapping", cap, raising=False)
-    model.set_output_embeddings(head)
-    model.requires_grad_(False)
-    try:
-        sizes, nll_ = [], loss.nll_
-        monkeypatch.setattr(loss, "nll_", lambda found, wanted: sizes.append(len(found)) or nll_(found, wanted))
-        monkeypatch.setattr(loss, "LOGITS", limit)
-        sliced = loss.token_nll(model, hidden, labels)
-        (found,) = torch.autograd.grad((sliced * weights).sum(), hidden)
-    finally:
-        model.set_output_embeddings(usual)
-        model.requires_grad_(True)
-    torch.testing.assert_close(sliced, whole)
-    torch.testing.assert_close(found, expected)
-    assert max(sizes) * VOCABULARY <= limit and sum(sizes) == 10
-
-
-def test_an_output_embedding_that_trains_gets_its_gradient(model, monkeypatch):
-    monkeypatch.setattr(loss, "LOGITS", 1)
-    hidden, labels = torch.randn(4, 16, requires_grad=True), torch.tensor([3, 5, 7, 9])
-    weight = model.get_output_embeddings().weight
-    (gradient,) = torch.autograd.grad(loss.token_nll(model, hidden, labels).sum(), weight)
-    assert float(gradient.abs().max()) > 0
-
-
 def test_scoring_and_training_leave_the_attention_implementation_to_the_user(model):
     model, encoder = copy.deepcopy(model), Encoder(Words(), max_length=32)
     examples = [Example(id=str(n), prompt="a " * n, answer="b c") for n in (2, 5)]
@@ -153,3 +113,52 @@ def test_scoring_and_training_leave_the_attention_implementation_to_the_user(mod
     model.set_attn_implementation("eager")
     chosen = {part.config._attn_implementation for part in model.modules() if "config" in vars(part)}
     assert chosen == {"eager"}
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("shared", [0, 40])
+def test_rows_and_beginnings_that_are_shared_change_no_score_and_no_answer(model, together, shared):
+    model = copy.deepcopy(model)
+    model.config.max_position_embeddings = 128
+    beginning = tuple(3 + n % 30 for n in range(shared))
+    asked = [((1, *beginning, *context), continuation) for context, continuation in requests()]
+    encoder = Encoder(Words(), max_length=96, together=together)
+    student = Student(model, encoder)
+    for (context, continuation), (value, _) in zip(asked, student.log_likelihoods(asked), strict=True):
+        log_probs = plain_log_probs(model, [*context, *continuation])[len(context) - 1 :]
+        expected = sum(float(row[token]) for row, token in zip(log_probs, continuation, strict=False))
+        assert value == pytest.approx(expected, abs=1e-4)
+    read = sum(len(context) for context in {context for context, _ in asked})
+    read += sum(len(continuation) - 1 for _, continuation in asked)
+    contexts = len({context for context, _ in asked})
+    expected = read - (contexts - 1) * (shared + 1) if shared else read
+    assert student.tokens_scored == expected if together else student.tokens_scored > read
+    prompts = [context for context, _ in asked]
+    for prompt, answer in zip(prompts, student.write(prompts, max_new_tokens=4), strict=True):
+        ids = list(prompt)
+        for _ in range(4):
+            ids.append(int(plain_log_probs(model, ids)[-1].argmax()))
+        assert answer == list(itertools.takewhile(lambda token: token != 2, ids[len(prompt) :]))
+
+
+def test_reading_together_is_found_out_without_a_trace(model):
+    encoder = Encoder(Words(), max_length=32)
+    assert reads_together(model, encoder) and encoder.together
+    stretched = copy.deepcopy(model)
+    stretched.config.rope_parameters = {**stretched.config.rope_parameters, "rope_type": "dynamic"}
+    assert not reads_together(stretched, encoder)
+
+
+def test_rows_are_trained_on_as_if_each_stood_alone(model):
+    encoder = Encoder(Words(), max_length=32)
+    rows = [(Example(id=str(i), prompt="a " * (1 + 3 * i), answer="b c " * (3 - i)), 0, 1.0) for i in range(3)]
+    gradients = []
+    for together in (True, False):
+        encoder.together = together
+        model.zero_grad()
+        parts = encoder.micro_batches(rows, rows=3)
+        assert len(parts) == (1 if together else 3)
+        for part in parts:
+            answer_loss(model, part).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)

@@ -134,7 +134,7 @@ class Encoder:
 
 
 def split_rows(drawn: Sequence[Drawn], *, rows: int, tokens: int | None) -> list[list[Drawn]]:
-    """`drawn` by length in parts of at most `rows` rows and `tokens` tokens; a row that is longer is a part of its own."""
+    """`drawn` in parts of at most `rows` rows and `tokens` tokens, a longer row being a part of its own; by length if there are several parts."""
     parts: list[list[Drawn]] = []
     held = 0
     for row in sorted(drawn, key=lambda row: len(row[0].ids)):
@@ -144,7 +144,7 @@ def split_rows(drawn: Sequence[Drawn], *, rows: int, tokens: int | None) -> list
             held = 0
         parts[-1].append(row)
         held += length
-    return parts
+    return parts if len(parts) > 1 else [list(drawn)] if drawn else []
 
 
 def clip_left(ids: Ids, length: int) -> Ids:

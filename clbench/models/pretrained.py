@@ -44,8 +44,8 @@ class Pretrained:
     def load(
         self, cache_dir: Path, *, dtype: torch.dtype = torch.float32
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-        """The model in `dtype` on the CPU, in eval mode, and its tokenizer; a download is kept under `cache_dir`."""
-        return load(self.name, revision=self.revision, cache_dir=cache_dir / "hub", dtype=dtype)
+        """The model in `dtype` on the CPU, in eval mode, and its tokenizer. Hugging Face keeps a download in its own cache, not in `cache_dir`."""
+        return load(self.name, revision=self.revision, dtype=dtype)
 
     def configuration(self, cache_dir: Path) -> PretrainedConfig:
         """The model's configuration, from `architecture` alone."""
@@ -55,7 +55,7 @@ class Pretrained:
 
     def load_tokenizer(self, cache_dir: Path) -> PreTrainedTokenizerFast:
         """The tokenizer alone."""
-        return load_tokenizer(self.name, revision=self.revision, cache_dir=cache_dir / "hub")
+        return load_tokenizer(self.name, revision=self.revision)
 
 
 def sha256(value: object) -> str:
@@ -64,21 +64,21 @@ def sha256(value: object) -> str:
 
 
 def load(
-    name: str, *, revision: str | None, cache_dir: Path | None, dtype: torch.dtype
+    name: str, *, revision: str | None = None, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Model and tokenizer of a folder or hub id."""
-    tokenizer = load_tokenizer(name, revision=revision, cache_dir=cache_dir)
+    tokenizer = load_tokenizer(name, revision=revision)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, cache_dir=cache_dir, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
     except OSError as error:
         raise not_loaded(name, error) from error
     return model.eval(), tokenizer
 
 
-def load_tokenizer(name: str, *, revision: str | None, cache_dir: Path | None) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder or hub id, with the special tokens that it lacks taken from its EOS."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, cache_dir=cache_dir, padding_side="right")
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="right")
     except OSError as error:
         raise not_loaded(name, error) from error
     if tokenizer.eos_token is None:

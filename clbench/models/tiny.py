@@ -8,13 +8,13 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PretrainedConfig,
@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from clbench.data.sampling import generator
-from clbench.models.pretrained import load, log, sha256
+from clbench.models.pretrained import load, load_tokenizer, log, sha256
 from clbench.models.pretraining import pretrain
 from clbench.types import UserMistake
 
@@ -67,24 +67,26 @@ class Recipe:
             raise UserMistake(f"model.tokenizer={self.tokenizer!r} is unknown; choose words or bpe in conf/model")
 
     def settings(self) -> dict[str, object]:
-        """Everything that determines the weights, as JSON values; the corpus by its content."""
-        unsaid = ("corpus", "architecture", "label", "note", "content")
-        plain = {name: value for name, value in vars(self).items() if name not in unsaid}
-        return {**plain, "architecture": dict(self.architecture), "corpus": self.content}
-
-    @cached_property
-    def content(self) -> str:
-        """SHA-256, in hexadecimal, of the corpus's text and vocabulary."""
-        return sha256([*self.corpus.vocabulary(), "", *self.corpus.texts()])
+        """Everything that determines the weights, as JSON values; the corpus by the SHA-256 of its text and vocabulary."""
+        return {
+            "architecture": dict(self.architecture),
+            "batch_size": self.batch_size,
+            "corpus": sha256([*self.corpus.vocabulary(), "", *self.corpus.texts()]),
+            "length": self.length,
+            "lr": self.lr,
+            "seed": self.seed,
+            "steps": self.steps,
+            "tokenizer": self.tokenizer,
+            "vocabulary_size": self.vocabulary_size,
+            "world_seed": self.world_seed,
+        }
 
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of the settings."""
         return sha256([self.settings()])
 
-    def load(
-        self, cache_dir: Path, *, dtype: torch.dtype = torch.float32
-    ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-        """The model in `dtype` on the CPU, in eval mode, and its tokenizer; pretrains them where `cache_dir` lacks them."""
+    def folder(self, cache_dir: Path) -> str:
+        """Where the model is kept; it is pretrained where `cache_dir` lacks it."""
         folder = cache_dir / "models" / f"{self.label}-{self.fingerprint()[:12]}"
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Of several processes that need the same model one makes it, the others wait for it.
@@ -96,33 +98,33 @@ class Recipe:
                     made = Path(unfinished) / "model"
                     self.make(made)
                     os.rename(made, folder)
+        return str(folder)
+
+    def load(
+        self, cache_dir: Path, *, dtype: torch.dtype = torch.float32
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        """The model in `dtype` on the CPU, in eval mode, and its tokenizer."""
         if self.note:
             log.warning("%s: %s", self.label, self.note)
-        return load(str(folder), revision=None, cache_dir=None, dtype=dtype)
+        return load(self.folder(cache_dir), dtype=dtype)
 
     def configuration(self, cache_dir: Path) -> PretrainedConfig:
-        """The model's configuration; pretrains the model where `cache_dir` lacks it."""
-        return self.load(cache_dir)[0].config
+        """The model's configuration."""
+        return AutoConfig.from_pretrained(self.folder(cache_dir))
 
     def load_tokenizer(self, cache_dir: Path) -> PreTrainedTokenizerFast:
-        """The tokenizer; pretrains the model where `cache_dir` lacks it."""
-        return self.load(cache_dir)[1]
+        """The tokenizer."""
+        return load_tokenizer(self.folder(cache_dir))
 
     def make(self, folder: Path) -> None:
         """Pretrains the model and writes it, its tokenizer and recipe.json to `folder`."""
-        texts = self.corpus.texts()
-        tokenizer = (
-            word_tokenizer(self.corpus.vocabulary())
-            if self.tokenizer == "words"
-            else bpe_tokenizer(texts, self.vocabulary_size)
-        )
-        encoded = tokenizer(
-            [f"{BOS}{text}{EOS}" for text in texts], add_special_tokens=False, return_attention_mask=False
-        )
+        texts, words = self.corpus.texts(), self.tokenizer == "words"
+        tokenizer = word_tokenizer(self.corpus.vocabulary()) if words else bpe_tokenizer(texts, self.vocabulary_size)
+        marked = [f"{BOS}{text}{EOS}" for text in texts]
         model = fresh_llama(tokenizer, architecture=self.architecture, seed=self.seed)
         loss = pretrain(
             model,
-            encoded["input_ids"],
+            tokenizer(marked, add_special_tokens=False, return_attention_mask=False)["input_ids"],
             label=self.label,
             pad=tokenizer.pad_token_id,
             steps=self.steps,
@@ -133,9 +135,8 @@ class Recipe:
         )
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / "recipe.json").write_text(
-            json.dumps({**self.settings(), "last_loss": loss}, indent=1, sort_keys=True) + "\n"
-        )
+        record = {**self.settings(), "last_loss": loss}
+        (folder / "recipe.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
 def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
