@@ -50,7 +50,7 @@ def stage(case: str, folder: Path, *overrides: str, world: World, killed: bool) 
     """Stage 1 of `case`, up to its checkpoint at step 2 or from wherever `folder` says it is."""
     toy = lab(case, *KEEP, *overrides)
     toy.run.world = world
-    toy.run.ledger = Ledger(folder, manifest=SAME, resume="auto") if world.is_first else None
+    toy.run.ledger = Ledger(folder, manifest=SAME) if world.is_first else None
     save = experiment.save_within
 
     def save_and_die(*args, step: int, **rest) -> None:

@@ -510,7 +510,7 @@ def test_examining_folded_gives_the_same_outputs_and_restores_every_bit(name):
 def test_stopping_between_stages_changes_nothing(name, tmp_path):
     whole = lab(name)
     whole.train(1)
-    ledger = Ledger(tmp_path, manifest={}, resume="auto")
+    ledger = Ledger(tmp_path, manifest={})
     ledger.save(Checkpoint(stage=1, weights=trainable_state(whole.model), state=whole.method.state_dict(), moments={}))
     outputs = whole.logits()
     whole.train(2)
