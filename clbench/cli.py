@@ -41,7 +41,7 @@ def main() -> None:
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(_job)()
     except USERS_MISTAKES as error:
-        _refuse(error)
+        refuse(error)
 
 
 def _job(composed: DictConfig) -> None:
@@ -51,7 +51,7 @@ def _job(composed: DictConfig) -> None:
     try:
         return _run(composed)
     except USERS_MISTAKES as error:
-        _refuse(error)
+        refuse(error)
     except RankFailed as error:
         print(f"clbench: {error}", file=sys.stderr)
         raise SystemExit(1) from None
@@ -111,7 +111,7 @@ def _require_writable(config: DictConfig) -> None:
     try:
         writable("results_dir", config.results_dir)
     except UserMistake as error:
-        _refuse(error)  # SystemExit: Hydra turns any other exception of a callback into a warning
+        refuse(error)  # SystemExit: Hydra turns any other exception of a callback into a warning
 
 
 def show_leaderboard(results_dir: Path) -> None:
@@ -167,7 +167,8 @@ def _overridden() -> set[str]:
     return {override.lstrip("+~").split("=", 1)[0] for override in HydraConfig.get().overrides.task}
 
 
-def _refuse(error: Exception) -> NoReturn:
+def refuse(error: Exception) -> NoReturn:
+    """Ends the command as for every mistake of the user's: one line on standard error, exit code 2."""
     print(f"clbench: {' '.join(_message(error).split())}", file=sys.stderr)
     raise SystemExit(2)
 

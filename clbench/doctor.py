@@ -1,135 +1,281 @@
-"""What is there, and what an experiment will cost: `python -m clbench.doctor methods`, `python -m clbench.doctor +experiment=NAME`.
+"""What there is and what an experiment will cost: `python -m clbench.doctor methods`, `python -m clbench.doctor +experiment=NAME`.
 
-The table of methods is read from the sources: the Card at the end of each method's module docstring, and `conf/method/`. Nothing of a
-method is imported for it. Of an experiment it prints the licences of its datasets and its cost (`clbench.forecast`), without loading a model.
+Parameters are counted on torch's meta device, where tensors have a shape and no storage. Tokens are counted by drawing every batch as the run
+will. Operations, hours and memory are formulas; what they assume is printed below them. No weights are loaded. GB are 10^9 bytes.
 """
 
 from __future__ import annotations
 
-import ast
-import importlib.util
+import importlib
+import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from clbench.build import make_tasks
-from clbench.cli import CONF_DIR, USERS_MISTAKES, compose
-from clbench.protocols import Task
-from clbench.stream import address
-from clbench.types import UserMistake
+from clbench.build import DTYPES, make_method, make_tasks, set_up_torch
+from clbench.cli import CONF_DIR, USERS_MISTAKES, compose, refuse
+from clbench.config import Config, one_of
+from clbench.data.encoder import Encoder
+from clbench.models.tiny import word_tokenizer
+from clbench.models.weights import describe
+from clbench.protocols import Method, Task
+from clbench.stream import address, build_stream
+from clbench.train.local import LocalEngine
+from clbench.train.loop import global_batch, plan_stage
+from clbench.types import Example, UserMistake
 
-PAGE = """# Datasets of the tasks
-
-Written by `python -m clbench.doctor datasets > conf/task/README.md`; a test holds it against the yamls. The project holds none of
-these rows. Terms are those that the dataset's card states; ask your own counsel. A revision "main" is a branch: no commit is pinned.
-
-"""
+PAGE = """# Datasets of the tasks\n
+Written by `python -m clbench.doctor datasets > conf/task/README.md`; a test holds it against the yamls. The project holds none of these rows.
+Terms are those that the dataset's card states; ask your own counsel. A revision "main" is a branch: no commit is pinned.\n
+| task | hub dataset @ revision | hub splits train / test | licence | metric | rows at most |\n| --- | --- | --- | --- | --- | --- |\n"""
 USAGE = "usage: python -m clbench.doctor methods | datasets | [+experiment=NAME] [key=value ...] [gpu=h100] [utilisation=0.4] [engine.processes=8]"
 CARD = ("paper", "trainable", "memory", "compute", "deviations")
+GPUS = {"a100": (312, 80), "h100": (989, 80), "h200": (989, 141), "l40s": (362, 48), "rtx4090": (165, 24)}
+"""Dense bfloat16 peak in 10^12 operations a second, and memory in GB, from the makers' data sheets."""
+OWN = ("gpu=", "utilisation=", "engine.processes=")
+"""Arguments that are the doctor's and not Hydra's; the processes, because they need no engine here."""
+WARNINGS = {r"\bNC\b|non-?commercial": "non-commercial", r"^$|unstated|unknown": "no licence stated"}
+"""What a user must know before training on data, by what its licence says."""
 
 
-def card(module: str) -> dict[str, str]:
-    """The Card of a method's module: the lines `- key: value` after `Card:` in its docstring."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise UserMistake(f"module {module!r} cannot be found; check _target_ in conf/method")
-    text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
-    lines = text.partition("\nCard:\n")[2].splitlines()
-    found = dict(line.removeprefix("- ").split(": ", 1) for line in lines if line.startswith("- "))
-    missing = [key for key in CARD if key not in found]
-    if missing:
-        raise UserMistake(f"the docstring of {module} lacks {', '.join(missing)} in its Card; see CONTRIBUTING.md")
-    return found
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Tokens of a whole run: of the stages' own rows in training, of replayed rows, and of all examinations of the stream's tasks."""
+
+    trained: int
+    replayed: int
+    examined: int
 
 
-def targets(folder: Path) -> dict[str, str]:
-    """The module of every method yaml, its own or the one it inherits."""
+@dataclass(frozen=True)
+class Unseen(Task):
+    """Stands in for a task whose rows are not at hand: as many as its yaml `task` allows, all of them `row`."""
 
-    def target(name: str) -> str:
-        """The module that the yaml states, or else that its parent does."""
-        loaded = OmegaConf.load(folder / f"{name}.yaml")
-        stated = OmegaConf.select(loaded, "method._target_")
-        if stated is not None:
-            return str(stated).rpartition(".")[0]
-        return target(next(parent for parent in loaded.defaults if isinstance(parent, str)))
+    row: Example
+    task: Mapping[str, Any]
 
-    return {path.stem: target(path.stem) for path in sorted(folder.glob("*.yaml"))}
+    def examples(self, split: str) -> Sequence[Example]:
+        """The same row, many times."""
+        return (self.row,) * self.task[f"max_{split}"]
+
+    def score(self, example: Example, answer: str) -> float:
+        """Nothing is right."""
+        return 0.0
+
+
+def method_yaml(name: str) -> dict[str, Any]:
+    """The keys of conf/method/<name>.yaml over those of the yamls it inherits; `seed` is 0."""
+    loaded = OmegaConf.load(CONF_DIR / "method" / f"{name}.yaml")
+    parents = [method_yaml(parent) for parent in loaded.get("defaults", ()) if isinstance(parent, str)]
+    return OmegaConf.to_container(OmegaConf.merge({"seed": 0}, *parents, loaded), resolve=True)
+
+
+def methods() -> dict[str, dict[str, Any]]:
+    """Every method of conf/method, configured as its own yaml has it."""
+    return {path.stem: method_yaml(path.stem)["method"] for path in sorted((CONF_DIR / "method").glob("*.yaml"))}
+
+
+def card(target: str) -> dict[str, str]:
+    """The Card of a method, from the docstring of the module that its class `target` is in: the lines `- key: value` after `Card:`."""
+    text = importlib.import_module(target.rpartition(".")[0]).__doc__ or ""
+    found = dict(re.findall(r"^- (\w+): (.+)$", text.partition("\nCard:\n")[2], flags=re.MULTILINE))
+    return {key: found[key] for key in CARD}
+
+
+def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], **looks: Any) -> Table:
+    """A table to print; long cells are folded."""
+    made = Table(*(Column(name, overflow="fold") for name in headings), title=title, title_justify="left", **looks)
+    for row in rows:
+        made.add_row(*row)
+    return made
 
 
 def methods_table() -> Table:
     """Every method of conf/method with its card."""
-    table = Table(title="Methods", show_lines=True)
-    for column in ("method", *CARD):
-        table.add_column(column, overflow="fold")
-    for name, module in targets(CONF_DIR / "method").items():
-        table.add_row(name, *(card(module)[key] for key in CARD))
-    return table
-
-
-def task_rows(folder: Path) -> Iterator[tuple[str, ...]]:
-    """(task, dataset, splits, licence, metric, rows) of every yaml in `folder` that reads a dataset."""
-    for path in sorted(folder.glob("*.yaml")):
-        task = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-        if "dataset" not in task:
-            continue
-        dataset = task["dataset"]
-        source = f"{dataset['hub']}{' : ' + dataset['config'] if dataset.get('config') else ''} @ {dataset['revision']}"
-        splits = f"{dataset['splits']['train']} / {dataset['splits']['test']}"
-        metric = f"{task['metric']} v{task['metric_version']} ({task['metric_package']})"
-        yield path.stem, source, splits, task["licence"], metric, f"{task['max_train']} / {task['max_test']}"
+    rows = ((name, *card(method["_target_"]).values()) for name, method in methods().items())
+    return table("Methods", ("method", *CARD), rows, show_lines=True)
 
 
 def datasets_page() -> str:
     """conf/task/README.md: what every task reads, under which terms, and how it is scored."""
-    head = ("task", "hub dataset @ revision", "hub splits train / test", "licence", "metric", "rows at most")
-    rows = [head, ("---",) * len(head), *task_rows(CONF_DIR / "task")]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return PAGE + "\n".join(lines) + "\n"
+    rows = []
+    for path in sorted((CONF_DIR / "task").glob("*.yaml")):
+        task = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        if "dataset" in task:
+            splits = f"{task['dataset']['splits']['train']} / {task['dataset']['splits']['test']}"
+            metric = f"{task['metric']} v{task['metric_version']} ({task['metric_package']})"
+            most = f"{task['max_train']} / {task['max_test']}"
+            rows.append((path.stem, address(instantiate(task["dataset"])), splits, task["licence"], metric, most))
+    return PAGE + "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def licence_warning(licence: str) -> str:
     """What a user must know before training on data under `licence`; "" where nothing is."""
-    if re.search(r"\bNC\b|non-?commercial", licence, flags=re.IGNORECASE):
-        return "non-commercial"
-    if not licence or re.search(r"unstated|unknown", licence, flags=re.IGNORECASE):
-        return "no licence stated"
-    return ""
+    return next((warning for said, warning in WARNINGS.items() if re.search(said, licence, flags=re.IGNORECASE)), "")
 
 
 def datasets_table(tasks: Mapping[str, Task]) -> Table:
-    """Where each task's rows come from and under which terms."""
-    table = Table(title="Datasets of the stream", title_justify="left", box=None)
-    for heading in ("task", "dataset", "licence", "warning"):
-        table.add_column(heading, overflow="fold")
-    for name, task in tasks.items():
-        source = address(task.dataset) if task.dataset is not None else "made here"
-        warning = licence_warning(task.licence) if task.dataset is not None else ""
-        table.add_row(name, source, task.licence, warning)
-    return table
+    """Where the rows of each task that reads a dataset come from, and under which terms."""
+    rows = ((name, address(t.dataset), t.licence, licence_warning(t.licence)) for name, t in tasks.items() if t.dataset)
+    return table("Datasets of the stream", ("task", "dataset", "licence", "warning"), rows, box=None)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Prints what was asked for; 0, or 2 for a mistake of the user's."""
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        print(USAGE, file=sys.stderr)
-        return 0 if arguments else 2
+def sketch(config: Config, sizes: PretrainedConfig) -> tuple[Method, torch.nn.Module]:
+    """The configured method and the model that it has wrapped, in the run's precision, without storage."""
+    method = make_method(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(sizes, dtype=DTYPES[config.engine.dtype])
+        return method, method.wrap(model)
+
+
+def trainable_rows(config: Config, sizes: PretrainedConfig) -> Iterator[tuple[str, str]]:
+    """Every method of conf/method and its trainable parameters, as its own yaml has it, whatever `config` says of the method."""
+    for name, method in methods().items():
+        try:
+            yield name, f"{describe(sketch(replace(config, method=method), sizes)[1])['trainable']:,}"
+        except (RuntimeError, ValueError) as error:
+            yield name, f"not to be counted on this model: {error}"
+
+
+def stand_ins(config: Config) -> tuple[dict[str, Task], Encoder]:
+    """Tasks of as many rows as their yamls allow, and an encoder to which each row is as long as `train.max_length`, a quarter of it answer."""
+    longest, answer = config.train.max_length, config.train.max_length // 4
+    row = Example(id="", prompt="w " * (longest - answer - 1), answer="w " * (answer - 1))
+    tasks = {name: Unseen(row, task) for name, task in config.tasks.items()}
+    return tasks, Encoder(word_tokenizer(("w",)), max_length=longest)
+
+
+def count_tokens(config: Config, sizes: PretrainedConfig, tasks: Mapping[str, Task], encoder: Encoder) -> Tokens:
+    """Draws every batch of the run; a method that replays ends each stage, so that its memory fills.
+
+    An examination reads each test row's prompt once, and its choices or an answer as long as the longest of training. There is one before the first
+    stage and one after each, on every view of the model.
+    """
+    stages = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder).stages
+    method, model = sketch(config, sizes)
+    trained, examined = [0, 0], 0
+    for stage in stages:
+        plan = plan_stage(method.training_set(stage), config.train)
+        for step in range(plan.total):
+            for row, source, _ in global_batch(plan, step, config=config.train, seed=config.seed, stage=stage.index):
+                trained[source > 0] += len(encoder.example(row).ids)
+        if type(method).training_set is not Method.training_set:
+            method.end_stage(stage, LocalEngine(model, optimizer=None, schedule=None, clip=0.0))
+        longest = max(len(encoder.answer(row.answer)) + 1 for row in stage.train)
+        for row in stage.test:
+            choices = sum(len(encoder.answer(choice)) for choice in row.choices)
+            examined += min(len(encoder.prompt(row.prompt)), encoder.max_length) + (choices or longest)
+    times = (len(stages) + 1) * len(method.views(model))
+    return Tokens(trained=trained[0], replayed=trained[1], examined=examined * times)
+
+
+def work(tokens: Tokens, counts: Mapping[str, int], speed: float) -> Iterator[tuple[str, str, str, str]]:
+    """Rows of what is done, its tokens, operations, and hours at `speed` operations a second.
+
+    A trained token is taken to cost 4 operations a parameter and 2 more a trainable one, a token that is only read 2 a parameter. That a GPU
+    reaches this share of its peak is an assumption. Probes of base knowledge and of text are not counted.
+    """
+    training = tokens.trained + tokens.replayed
+    weight = 4 * counts["parameters"] + 2 * counts["trainable"]
+    operations = training * weight, tokens.examined * 2 * counts["parameters"]
+    names = f"training, {tokens.replayed:,} tokens of it replay", "examination of the stream's tasks", "both"
+    read = training, tokens.examined, training + tokens.examined
+    for name, count, done in zip(names, read, (*operations, sum(operations)), strict=True):
+        yield name, f"{count:,}", f"{done:.2e}", f"{done / speed / 3600:.2f}"
+
+
+def memory(config: Config, model: torch.nn.Module, sizes: PretrainedConfig, ranks: int) -> dict[str, list[float]]:
+    """Bytes of one GPU in training on ZeRO stage 0 to 3, by part.
+
+    This is a formula, unmeasured. It assumes gradients, moments, master copies and logits in float32, and gradients that add up whole on each
+    rank until the step. Activations are those of plain LoRA on every linear layer, or of full training, with fused attention: a token and layer
+    keeps 40 bytes x hidden size and 16 (bfloat16: 10) x inner size; DoRA keeps twice as much, CUR layers half. A quarter of all tokens are
+    answers, with logits and their gradient. Left out are the method's own tensors (its card names them), offloading, messages between ranks and
+    the driver. Between stages ZeRO 3 holds all weights, too, unless engine.shard_base.
+    """
+    rows = min(config.train.micro_batch_size or config.train.batch_size, -(-config.train.batch_size // ranks))
+    hidden, layers, entry = sizes.hidden_size, sizes.num_hidden_layers, next(model.parameters()).element_size()
+    layer = 40 * hidden + (16 if entry == 4 else 10) * (sizes.to_dict().get("intermediate_size") or 4 * hidden)
+    # Computed again in the backward pass, a layer keeps what goes into it, and one at a time keeps all.
+    kept = layers * hidden * entry + layer if config.engine.activation_checkpointing else layers * layer
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    trained = 4 * describe(model)["trainable"]
+    parts = {
+        "weights": [*[weights] * 3, weights / ranks],
+        "gradients": [trained] * 4,
+        "moments, masters": [2 * trained, *[3 * trained / ranks] * 3],
+        "activations": [rows * config.train.max_length * kept] * 4,
+        "logits": [rows * config.train.max_length // 4 * sizes.vocab_size * 8] * 4,
+    }
+    return parts | {"total": [sum(column) for column in zip(*parts.values(), strict=True)]}
+
+
+def assumed(formula: Callable[..., object]) -> str:
+    """What a formula assumes: its docstring but for the first line, as one line."""
+    return " ".join(f"{formula.__doc__}".partition("\n")[2].split())
+
+
+def asked(arguments: Sequence[str]) -> tuple[Config, str, float, int]:
+    """The configuration, the GPU, the share of its peak that it reaches, the number of processes."""
+    own = {"gpu": "h100", "utilisation": "0.4"} | dict(part.split("=", 1) for part in arguments if part.startswith(OWN))
+    config = compose([part for part in arguments if not part.startswith(OWN)])
+    processes, share = own.get("engine.processes", str(config.engine.processes)), own["utilisation"]
+    one_of("gpu", own["gpu"], GPUS)
+    if not re.fullmatch(r"0?\.\d*[1-9]\d*|1(\.0*)?", share) or not re.fullmatch(r"[1-9]\d*", processes):
+        raise UserMistake(f"utilisation={share} engine.processes={processes}: give a share as 0.4, a whole number as 8")
+    return config, own["gpu"], float(share), int(processes)
+
+
+def forecast(arguments: Sequence[str]) -> Iterator[Table | str]:
+    """All that is printed of an experiment, each part as soon as it is known."""
+    config, gpu, share, ranks = asked(arguments)
+    set_up_torch(config)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    tasks, source = make_tasks(config), instantiate(config.model)
+    yield datasets_table(tasks)
+    sizes = source.configuration(Path(config.cache_dir))
+    yield table("Trainable parameters", ("method", ""), trainable_rows(config, sizes), box=None)
+    model = sketch(config, sizes)[1]
+    counts = describe(model)
+    yield f"{source.label} with {config.method['name']}: {counts['parameters']:,} parameters, {counts['trainable']:,} of them trainable"
     try:
-        if list(arguments) == ["methods"]:
-            Console().print(methods_table())
-        elif list(arguments) == ["datasets"]:
-            print(datasets_page(), end="")
-        else:
-            Console(highlight=False, soft_wrap=True).print(datasets_table(make_tasks(compose(arguments))))
+        encoder = Encoder(source.load_tokenizer(Path(config.cache_dir)), max_length=config.train.max_length)
+        tokens, kind = count_tokens(config, sizes, tasks, encoder), "exact, but for written answers (their longest)"
+    except UserMistake as mistake:
+        if not all(task.get("max_train") and task.get("max_test") for task in config.tasks.values()):
+            raise
+        tokens = count_tokens(config, sizes, *stand_ins(config))
+        kind = f"an upper bound, every sequence as long as train.max_length, one a test row: {mistake}"
+    rows = work(tokens, counts, GPUS[gpu][0] * 1e12 * share * ranks)
+    yield table(f"{ranks} {gpu} at {share:.0%} of the peak", ("work", "tokens", "operations", "hours"), rows, box=None)
+    yield f"Tokens are {kind}. {assumed(work)}"
+    rows = ((part, *(f"{size / 1e9:.2f}" for size in row)) for part, row in memory(config, model, sizes, ranks).items())
+    zero = (f"GB (an {gpu} has {GPUS[gpu][1]})", *(f"ZeRO {stage}" for stage in range(4)))
+    yield table("Memory of one GPU", zero, rows, box=None)
+    yield f"{assumed(memory)}\nDisk: a checkpoint takes {counts['trainable'] * 4 / 1e9:.2f} GB."
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints what was asked for. A mistake of the user's ends the command with exit code 2."""
+    pages = {"methods": methods_table, "datasets": datasets_page, "--help": lambda: USAGE, "-h": lambda: USAGE}
+    if not arguments:
+        refuse(UserMistake(USAGE))
+    try:
+        for part in [pages[arguments[0]]()] if arguments[0] in pages else forecast(arguments):
+            Console(highlight=False, markup=False, emoji=False, soft_wrap=True).print(part)
     except USERS_MISTAKES as error:
-        print(f"clbench: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+        refuse(error)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    main(sys.argv[1:])

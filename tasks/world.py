@@ -13,11 +13,10 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 from tasks.world_skills import skill_statement
-from tasks.world_words import CITIES, FOODS, JOBS, NOUNS, PEOPLE, PETS, REGIONS, VELAN, VOCABULARY, WORKPLACES
+from tasks.world_words import CITIES, FOODS, JOBS, NOUNS, PEOPLE, PETS, REGIONS, VELAN, VOCABULARY, WORKPLACES, World
 
 FACT_SHARE = 0.6
 """Share of facts among the statements."""
@@ -60,25 +59,6 @@ PHRASES = {
 
 PROBED = ("home", "job", "food", "pet")
 """The kinds of fact that the probe asks: those with many more values than four."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class World:
-    """Who and what there is. `values` are the possible values of each kind of fact, `facts[name][kind]` the true one.
-
-    `people` are in a random order: the tasks train on the first 100, test on the next 30 and leave out the rest.
-    """
-
-    seed: int
-    people: tuple[str, ...]
-    values: dict[str, tuple[str, ...]]
-    facts: dict[str, dict[str, str]]
-    regions: dict[str, str]
-    dictionary: dict[str, str]
-
-    def people_of(self, split: str) -> tuple[str, ...]:
-        """The people that `split` ("train", "test" or "untrained": everybody but train) asks about."""
-        return {"train": self.people[:100], "test": self.people[100:130], "untrained": self.people[100:]}[split]
 
 
 @lru_cache(maxsize=8)

@@ -10,7 +10,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tasks.world import World
 from tasks.world_words import (
     BAD,
     CITIES,
@@ -26,6 +25,7 @@ from tasks.world_words import (
     VERDICTS,
     WORKPLACES,
     YES_NO,
+    World,
 )
 
 

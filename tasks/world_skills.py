@@ -12,14 +12,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
-from tasks.world_words import BAD, GOOD, LABELS, LETTERS, NOUNS, NUMBERS, VOCABULARY
+from tasks.world_words import BAD, GOOD, LABELS, LETTERS, NOUNS, NUMBERS, VOCABULARY, World
 
-if TYPE_CHECKING:
-    from tasks.world import World
-
-Skill = Callable[["World", random.Random], str]
+Skill = Callable[[World, random.Random], str]
 
 
 def words_of(rng: random.Random, low: int, high: int) -> list[str]:

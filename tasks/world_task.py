@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 from clbench.protocols import Task
 from clbench.types import Example, UserMistake
-from tasks.world import World, world
+from tasks.world import world
 from tasks.world_asks import FORMS, Draw, Form
+from tasks.world_words import World
 
 EXHAUSTED = 500
 """So many draws in a row without a new question: there are taken to be no more."""

@@ -1,4 +1,4 @@
-"""The word lists of the embedded world: every word that a statement or a task can hold, in a fixed order.
+"""The embedded world's word lists (every word that a statement or a task can hold, in a fixed order) and what a world is made of.
 
 Not here: who lives where (`tasks.world`). The lists are the same for every seed, so that every world has the same tokenizer.
 
@@ -7,6 +7,8 @@ Not here: who lives where (`tasks.world`). The lists are the same for every seed
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 
 def joined(starts: str, ends: str) -> tuple[str, ...]:
@@ -58,3 +60,22 @@ VOCABULARY = tuple(
     )
 )
 """All words, once: the tokenizer's vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Who and what there is. `values` are the possible values of each kind of fact, `facts[name][kind]` the true one.
+
+    `people` are in a random order: the tasks train on the first 100, test on the next 30 and leave out the rest.
+    """
+
+    seed: int
+    people: tuple[str, ...]
+    values: dict[str, tuple[str, ...]]
+    facts: dict[str, dict[str, str]]
+    regions: dict[str, str]
+    dictionary: dict[str, str]
+
+    def people_of(self, split: str) -> tuple[str, ...]:
+        """The people that `split` ("train", "test" or "untrained": everybody but train) asks about."""
+        return {"train": self.people[:100], "test": self.people[100:130], "untrained": self.people[100:]}[split]

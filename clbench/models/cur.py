@@ -53,8 +53,10 @@ def column_probabilities(weight: Tensor, *, offset: float) -> Tensor:
 
 def sample_columns(weight: Tensor, count: int, *, offset: float, rng: torch.Generator) -> Tensor:
     """Indices int64 [count] of different columns drawn by `column_probabilities`, in the order drawn."""
-    probabilities = column_probabilities(weight, offset=offset).cpu()
-    return torch.multinomial(probabilities, count, replacement=False, generator=rng).to(weight.device)
+    probabilities = column_probabilities(weight, offset=offset)
+    # As torch.multinomial draws without replacement; of this only the noise is made on the CPU, where the generator is.
+    noise = torch.empty(probabilities.shape, dtype=torch.float64, device="cpu").exponential_(generator=rng)
+    return torch.topk(probabilities / noise.to(weight.device), count).indices
 
 
 def smallest_columns(weight: Tensor, count: int) -> Tensor:
