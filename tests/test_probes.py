@@ -8,13 +8,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import clbench.examine.student
+import clbench.examine.text
 from clbench.data.encoder import Encoder
 from clbench.data.rows import DatasetSpec
-from clbench.examine import divergence
-from clbench.examine.divergence import Divergence
-from clbench.examine.matrix import Matrix, choose, examine, floors, item_score
-from clbench.examine.perplexity import MeanTextLoss, Perplexity
+from clbench.examine.matrix import Matrix, choose, examine, floors
+from clbench.examine.scores import mean
 from clbench.examine.student import Student
+from clbench.examine.text import Divergence, MeanTextLoss, Perplexity
 from clbench.protocols import Stage, Stream, Task
 from clbench.types import Example
 
@@ -149,7 +149,7 @@ def test_format_loss_is_the_metric_less_exact_match_item_by_item(student):
 
 
 def test_an_item_score_has_the_standard_error_of_its_mean():
-    score = item_score(1, "toy", "stream", "toy", "accuracy", [1.0, 0.0, 1.0, 1.0], seconds=0.5)
+    score = mean([1.0, 0.0, 1.0, 1.0])
     assert score.value == 0.75 and score.n == 4
     assert score.stderr == pytest.approx(math.sqrt(((0.25**2) * 3 + 0.75**2) / 3 / 4))
 
@@ -239,7 +239,7 @@ def test_divergence_positions_are_the_middles_of_equal_spans(student):
 
 
 def test_divergence_is_zero_for_the_untouched_model_and_exact_for_another(moved, monkeypatch):
-    monkeypatch.setattr(divergence, "CHUNK", 3)
+    monkeypatch.setattr(clbench.examine.text, "CHUNK", 3)
     shapes = []
     projected = clbench.examine.student.project
     monkeypatch.setattr(

@@ -51,11 +51,16 @@ class Student:
         self.tokens_scored = 0
 
     @torch.inference_mode()
-    def log_likelihoods(self, requests: Sequence[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
-        """For each (context ids, continuation ids): log p(continuation | context) in nats, and whether greedy decoding gives it."""
+    def log_likelihoods(
+        self, requests: Sequence[tuple[Ids, Ids]], *, max_length: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """For each (context ids, continuation ids): log p(continuation | context) in nats, and whether greedy decoding gives it.
+
+        `max_length` bounds what is read of a request, in tokens (None: the encoder's bound).
+        """
         sums = np.zeros(len(requests))
         greedy = np.ones(len(requests), dtype=bool)
-        for packed, states_NH in self._states(self.reads(requests)):
+        for packed, states_NH in self._states(self.reads(requests, max_length or self.encoder.max_length)):
             spans = [len(requests[index][1]) for index in packed.members]
             owners = np.repeat(packed.members, spans)
             targets = np.array([token for index in packed.members for token in requests[index][1]])
@@ -64,12 +69,12 @@ class Student:
             np.logical_and.at(greedy, owners, best == targets)
         return list(zip(sums.tolist(), greedy.tolist(), strict=True))
 
-    def reads(self, requests: Sequence[tuple[Ids, Ids]]) -> list[Read]:
-        """What the model reads for each request: all but the last token, cut from the context's left to the longest it can read."""
+    def reads(self, requests: Sequence[tuple[Ids, Ids]], max_length: int) -> list[Read]:
+        """What the model reads for each request: all but the last token, cut from the context's left to `max_length`."""
         reads = []
         for context, continuation in requests:
             assert context and continuation, (context, continuation)
-            clipped = clip_left(context, self.encoder.max_length + 1 - len(continuation))
+            clipped = clip_left(context, max_length + 1 - len(continuation))
             reads.append(Read((*clipped, *continuation[:-1]), len(clipped) - 1))
         return reads
 

@@ -31,13 +31,27 @@ class RankStudent(Student):
         self.world = world
         self._is_sharing = False
 
-    def log_likelihoods(self, requests: Sequence[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
+    def log_likelihoods(
+        self, requests: Sequence[tuple[Ids, Ids]], *, max_length: int | None = None
+    ) -> list[tuple[float, bool]]:
         """As one process gives them, up to what a batch's shape changes in rounding."""
-        return self.share(super().log_likelihoods, requests, by=[context for context, _ in requests])
+        work = partial(super().log_likelihoods, max_length=max_length)
+        return self.share(work, requests, by=[context for context, _ in requests])
 
     def generate(self, prompts: Sequence[Ids], *, max_new_tokens: int) -> list[str]:
         """As one process gives them."""
         return self.share(partial(super().generate, max_new_tokens=max_new_tokens), prompts, by=prompts)
+
+    def write(
+        self,
+        prompts: Sequence[Ids],
+        *,
+        max_new_tokens: int,
+        has_ended: Callable[[list[list[int]]], list[bool]] | None = None,
+    ) -> list[list[int]]:
+        """As one process gives them."""
+        work = partial(super().write, max_new_tokens=max_new_tokens, has_ended=has_ended)
+        return self.share(work, prompts, by=prompts)
 
     def next_log_probs(self, contexts: Sequence[Ids]) -> Tensor:
         """As one process gives them, up to what a batch's shape changes in rounding."""
