@@ -16,7 +16,7 @@ from clbench.cli import CONF_DIR
 from clbench.examine.generation import decode
 from clbench.examine.knowledge import Knowledge, answer
 from clbench.examine.lm import StudentLM, cut
-from clbench.examine.lm_tasks import ledger_rows, subset, task_index
+from clbench.examine.lm_tasks import resolve, subset, task_index
 from clbench.examine.text import Perplexity
 from clbench.types import UserMistake
 from tests.test_probes import SENTENCES, STREAM, tiny_student
@@ -52,7 +52,7 @@ def write(folder, split, rows):
 
 def named(name):
     """The tasks behind each row of the ledger that `name` stands for."""
-    return ledger_rows(name, task_index([name], search=SEARCH))
+    return resolve(name, task_index([name], search=SEARCH))
 
 
 def subjects():
@@ -341,7 +341,7 @@ def test_a_group_is_one_row_whose_items_stand_in_the_order_of_its_tasks(student,
 def test_a_group_of_unlike_tasks_is_its_members():
     ((name, mmlu),) = named("mmlu").items()
     assert (name, len(mmlu), mmlu[0].config.get("num_fewshot")) == ("mmlu", 57, None)
-    openllm = ledger_rows("openllm", task_index(["openllm"], search=[*SEARCH, "benchmarks"]))
+    openllm = resolve("openllm", task_index(["openllm"], search=[*SEARCH, "benchmarks"]))
     assert {"arc_challenge", "hellaswag", "mmlu", "winogrande", "gsm8k"} < set(openllm)
     assert {task.config["num_fewshot"] for task in openllm["mmlu"]} == {5}  # what the group sets for its members
     assert list(named("truthfulqa")) == ["truthfulqa_gen", "truthfulqa_mc1", "truthfulqa_mc2"]
@@ -353,7 +353,7 @@ def test_the_folders_that_are_searched_hold_all_that_their_names_stand_for():
     few, whole = task_index([], search=SEARCH), task_index(["nonesuch"])
     assert len(few.task_index) < 200 and len(whole.task_index) > 10_000
     for name in (*few.all_subtasks, *few.all_groups):
-        assert ledger_rows(name, few) == ledger_rows(name, whole)
+        assert resolve(name, few) == resolve(name, whole)
     assert set(OmegaConf.load(Path(CONF_DIR) / "probe" / "full.yaml").tasks) < {*few.all_subtasks, *few.all_groups}
 
 

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -22,10 +22,11 @@ import numpy as np
 from lm_eval.api import metrics
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
 
 from clbench.data.rows import DatasetSpec
 from clbench.examine.lm import StudentLM
-from clbench.examine.lm_tasks import Rows, RowSource, Wanted, ledger_rows, subset, task_index, wanted_of_each
+from clbench.examine.lm_tasks import Named, Rows, RowSource, Wanted, resolve, subset, task_index, wanted_of_each
 from clbench.examine.scores import Found, mean, scores
 from clbench.examine.student import Student
 from clbench.protocols import Probe, Stream
@@ -73,29 +74,34 @@ class Knowledge(Probe):
 
     def __post_init__(self) -> None:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        wanted = self.items or {}
-        index = task_index({*self.tasks, *wanted}, search=self.search, include=self.include)
-        found = {row: named for task in self.tasks for row, named in ledger_rows(task, index).items()}
-        for item in wanted.keys() - found.keys():
+        wanted = set(self.items or ())
+        index = task_index(wanted.union(self.tasks), search=self.search, include=self.include)
+        found = {row: named for task in self.tasks for row, named in resolve(task, index).items()}
+        for item in wanted - found.keys():
             if item in self.tasks or item not in index.task_index:
                 raise UserMistake(
                     f"probe.probes.*.items names {item!r}, which lm-eval does not know, or whose tasks measure different things and are "
                     f"reported one by one; of {', '.join(found)}, name those that you mean (conf/probe)"
                 )
-        source = RowSource(rows=self.rows, data_dir=self.data_dir, folders=self.folders, columns=self.columns)
+        self._source = RowSource(rows=self.rows, data_dir=self.data_dir, folders=self.folders, columns=self.columns)
         # lm-eval and datasets draw a progress bar per task, over the run's own line.
         with contextlib.redirect_stderr(io.StringIO()):
-            self.ledger_rows = [
-                prepare(row, [source.build(one, index) for one in named], wanted=wanted.get(row), limit=self.limit)
-                for row, named in found.items()
-            ]
-        tasks = [task for row in self.ledger_rows for task in row.tasks if task.task_name not in self.rows]
-        paths = [(task.DATASET_PATH, task.DATASET_NAME) for task in tasks if task.DATASET_PATH]
-        self._datasets = tuple(source.dataset(hub, part) for hub, part in paths)
+            self.ledger_rows = [self._prepared(row, named, index) for row, named in found.items()]
+
+    def _prepared(self, name: str, named: Sequence[Named], index: TaskManager) -> LedgerRow:
+        """Builds the tasks of a row, and the requests of the chosen documents of each."""
+        tasks = tuple(self._source.build(one, index) for one in named)
+        each, chosen = wanted_of_each(name, wanted=(self.items or {}).get(name), tasks=len(tasks)), []
+        for task in tasks:
+            size = len(task.eval_docs)
+            chosen.append(subset(task.task_name, size=size, wanted=each)[: self.limit])
+            task.build_all_requests(samples=list(chosen[-1]) if len(chosen[-1]) < size else None)
+        return LedgerRow(name=name, tasks=tasks, chosen=tuple(chosen))
 
     def datasets(self) -> Sequence[DatasetSpec]:
         """The hub dataset of every lm-eval task; none for rows given in memory."""
-        return self._datasets
+        tasks = [task for row in self.ledger_rows for task in row.tasks if task.task_name not in self.rows]
+        return tuple(self._source.dataset(task.DATASET_PATH, task.DATASET_NAME) for task in tasks if task.DATASET_PATH)
 
     def documents(self) -> Mapping[str, Sequence[str]]:
         """Each chosen document's text without few-shot examples, with its choices."""
@@ -106,24 +112,10 @@ class Knowledge(Probe):
         model = StudentLM(student, max_length=self.max_length)
         for row in self.ledger_rows:
             started = time.perf_counter()
-            aggregations = row.tasks[0].aggregation()
-            found = {
-                metric: aggregated(values, aggregations.get(metric.partition(",")[0], metrics.mean))
-                for metric, values in answer(row, model).items()
-            }
+            found = {metric: aggregated(row, metric, values) for metric, values in answer(row, model).items()}
             found |= floors(row) if stage == 0 else {}
             seconds = time.perf_counter() - started
             yield from scores(found, stream=stream, stage=stage, probe=self.name, task=row.name, seconds=seconds)
-
-
-def prepare(name: str, tasks: Sequence[Task], *, wanted: Wanted, limit: int | None) -> LedgerRow:
-    """Builds the requests of the chosen documents of each of a group's tasks."""
-    each, chosen = wanted_of_each(name, wanted=wanted, tasks=len(tasks)), []
-    for task in tasks:
-        size = len(task.eval_docs)
-        chosen.append(subset(task.task_name, size=size, wanted=each)[:limit])
-        task.build_all_requests(samples=list(chosen[-1]) if len(chosen[-1]) < size else None)
-    return LedgerRow(name=name, tasks=tuple(tasks), chosen=tuple(chosen))
 
 
 def answer(row: LedgerRow, model: StudentLM) -> dict[str, list[Any]]:
@@ -145,8 +137,9 @@ def answer(row: LedgerRow, model: StudentLM) -> dict[str, list[Any]]:
     return outcomes
 
 
-def aggregated(values: Sequence[Any], aggregation: Callable[[Sequence[Any]], float]) -> Found:
+def aggregated(row: LedgerRow, metric: str, values: Sequence[Any]) -> Found:
     """The mean over items, or a metric of all of them together (perplexity, F1), which keeps items that are numbers."""
+    aggregation = row.tasks[0].aggregation().get(metric.partition(",")[0], metrics.mean)
     if aggregation is metrics.mean:
         return mean(values)
     try:

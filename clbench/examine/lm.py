@@ -65,7 +65,7 @@ class StudentLM(TemplateLM):
         for (stops, max_new_tokens), members in alike.items():
             room = self.max_length - max_new_tokens
             prompts = [clip_left(encoder.prompt(requests[index].args[0]), room) for index in members]
-            has_ended = said(stops, encoder.tokenizer)
+            has_ended = stopped(stops, encoder.tokenizer)
             written = self.student.write(prompts, max_new_tokens=max_new_tokens, has_ended=has_ended)
             texts = encoder.tokenizer.batch_decode(written, skip_special_tokens=True)
             for index, text in zip(members, texts, strict=True):
@@ -88,14 +88,14 @@ class StudentLM(TemplateLM):
         return (*settings["until"], eos), count
 
 
-def said(stops: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Callable[[list[list[int]]], list[bool]]:
-    """A function that tells of rows of token ids whether each holds a stop string; it looks at what the newest token may have completed."""
+def stopped(stops: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Callable[[list[list[int]]], list[bool]]:
+    """Gives the function that tells of rows of token ids whether the newest token of each completes a stop string."""
     # A stop string that the newest token completes lies within as many tokens as it has bytes, and one cut by their edge.
     tail = max((len(stop.encode()) for stop in stops), default=0) + 1
 
     def has_ended(written: list[list[int]]) -> list[bool]:
         texts = tokenizer.batch_decode([ids[-tail:] for ids in written], skip_special_tokens=True)
-        return [any(stop and stop in text for stop in stops) for text in texts]
+        return [cut(text, stops) != text for text in texts]
 
     return has_ended
 

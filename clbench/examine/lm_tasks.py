@@ -50,7 +50,7 @@ class Named:
 
 
 def task_index(names: Iterable[str], *, search: Sequence[str] = (), include: str | None = None) -> TaskManager:
-    """An index that knows `names`: of our own folder `include` ("package:folder") and the folders `search` of lm_eval/tasks if they do, else the whole."""
+    """An index that knows `names`: of our folder `include` ("package:folder") and the folders `search` of lm_eval/tasks, or the whole."""
     home, own = Path(lm_eval.tasks.__file__).parent, []
     if include is not None:
         package, _, folder = include.partition(":")
@@ -66,9 +66,7 @@ def whole_index(*own: Path) -> TaskManager:
     return TaskManager(include_path=list(own))
 
 
-def ledger_rows(
-    member: str | Settings, index: TaskManager, inherited: Settings | None = None
-) -> dict[str, list[Named]]:
+def resolve(member: str | Settings, index: TaskManager, inherited: Settings | None = None) -> dict[str, list[Named]]:
     """The rows of the ledger that a name stands for, or a group's entry that changes settings of what it names; inner settings win."""
     stated = {"task": member} if isinstance(member, str) else member
     name, below = str(stated.get("group") or stated["task"]), stated.get("task")
@@ -84,7 +82,7 @@ def ledger_rows(
         return {name: [Named(name=name, config=entry.cfg | changes, changes=changes)]}
     rows: dict[str, list[Named]] = {}
     for inner in [below] if isinstance(below, str) else below:
-        rows |= ledger_rows(inner, index, changes)
+        rows |= resolve(inner, index, changes)
     tasks = [task for row in rows.values() for task in row]
     return {name: tasks} if len({_measure(task.config) for task in tasks}) == 1 else rows
 
@@ -170,8 +168,7 @@ def subset(task: str, *, size: int, wanted: Wanted) -> tuple[int, ...]:
     indices = tuple(sorted(set(given) & set(range(size))))
     if not indices or len(indices) != count:
         raise UserMistake(
-            f"probe.probes.*.items asks for {wanted} of {task}, which has {size} documents; ask for 1 to {size}, or list each "
-            f"once, from 0 to {size - 1} (conf/probe)"
+            f"probe.probes.*.items asks for {wanted} of {task}, which has {size} documents; ask for 1 to {size}, or list some of 0 to {size - 1} once"
         )
     return indices
 
@@ -182,7 +179,6 @@ def wanted_of_each(group: str, *, wanted: Wanted, tasks: int) -> Wanted:
         return wanted
     if not isinstance(wanted, int) or wanted < tasks or wanted % tasks:
         raise UserMistake(
-            f"probe.probes.*.items asks for {wanted} of {group}, a group of {tasks} tasks; ask for a multiple, e.g. {tasks}, or "
-            "list them by task (conf/probe)"
+            f"probe.probes.*.items asks for {wanted} of {group}, which has {tasks} tasks; ask for a multiple, e.g. {tasks}, or list them by task"
         )
     return wanted // tasks

@@ -160,12 +160,9 @@ def windows(ids: Ids, *, bos: int, length: int) -> Iterator[tuple[Ids, Ids]]:
 def rolling_nll(student: Student, texts: Sequence[Ids], *, window: int) -> list[float]:
     """Negative log-likelihood in nats of each text (its token ids without BOS; at least one) in windows of `window` tokens."""
     bos = student.encoder.tokenizer.bos_token_id
-    pairs = [(index, pair) for index, ids in enumerate(texts) for pair in windows(ids, bos=bos, length=window)]
-    totals = [0.0] * len(texts)
-    scored = student.log_likelihoods([pair for _, pair in pairs], max_length=window)
-    for (index, _), (value, _) in zip(pairs, scored, strict=True):
-        totals[index] -= value
-    return totals
+    read = [list(windows(ids, bos=bos, length=window)) for ids in texts]
+    scored = iter(student.log_likelihoods([pair for pairs in read for pair in pairs], max_length=window))
+    return [-sum(next(scored)[0] for _ in pairs) for pairs in read]
 
 
 def exponential(exponent: float) -> float:
