@@ -11,6 +11,7 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
+from clbench.examine.student_ranks import RankStudent  # noqa: E402
 from hydra.utils import instantiate  # noqa: E402
 from torch import distributed  # noqa: E402
 from torch.nn import Module, Parameter  # noqa: E402
@@ -26,7 +27,6 @@ from clbench.config import Config  # noqa: E402
 from clbench.data.encoder import Encoder  # noqa: E402
 from clbench.examine import student_ranks  # noqa: E402
 from clbench.examine.student import Student  # noqa: E402
-from clbench.examine.student_ranks import RankStudent  # noqa: E402
 from clbench.models import sharding  # noqa: E402
 from clbench.models.folding import export, folded  # noqa: E402
 from clbench.models.weights import describe, trainable  # noqa: E402

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from clbench.models.architecture import causal_lm
 from hydra.utils import instantiate
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -27,7 +28,6 @@ from clbench.doctor import (
     work,
 )
 from clbench.experiment import run
-from clbench.models.architecture import causal_lm
 from clbench.models.weights import describe
 from clbench.types import UserMistake
 

@@ -16,8 +16,8 @@ from torch import nn
 from clbench import experiment
 from clbench.cli import compose
 from clbench.config import TrainConfig, run_hash
-from clbench.examine.rolling import rolling_nll
 from clbench.examine.student import Student
+from clbench.examine.text import rolling_nll
 from clbench.models.loss import causal_lm
 from clbench.models.weights import trainable
 from clbench.record import ledger

@@ -4,20 +4,20 @@ import hashlib
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from clbench.examine.generation import decode
 from lm_eval.api.instance import Instance
 from omegaconf import OmegaConf
 
 import clbench.examine.student
 from clbench.cli import CONF_DIR
-from clbench.examine.generation import decode
-from clbench.examine.items import choose
-from clbench.examine.knowledge import Knowledge
-from clbench.examine.lm import StudentLM, cut, run_task
-from clbench.examine.lm_tasks import Builder, groups
-from clbench.examine.perplexity import Perplexity
+from clbench.examine.knowledge import Knowledge, answer
+from clbench.examine.lm import StudentLM, cut
+from clbench.examine.lm_tasks import resolve, subset, task_index
+from clbench.examine.text import Perplexity
 from clbench.types import UserMistake
 from tests.test_probes import SENTENCES, STREAM, tiny_student
 
@@ -36,6 +36,7 @@ FOLDERS = {
 }
 COLUMNS = {"cais/mmlu": "subject"}
 TASKS = ["hellaswag", "arc_challenge", "piqa", "winogrande", "mmlu_stem"]
+SEARCH = list(OmegaConf.load(Path(CONF_DIR) / "probe" / "mini.yaml").probes.knowledge.search)
 HALVES = [sentence.split(" and ") for sentence in SENTENCES]
 
 
@@ -49,10 +50,14 @@ def write(folder, split, rows):
     (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def named(name):
+    """The tasks behind each row of the ledger that `name` stands for."""
+    return resolve(name, task_index([name], search=SEARCH))
+
+
 def subjects():
     """The 19 subjects of mmlu_stem in the order in which lm-eval's group lists them."""
-    (group,) = groups("mmlu_stem", include=None)
-    return [task["dataset_name"] for task in group.tasks]
+    return [task.config["dataset_name"] for task in named("mmlu_stem")["mmlu_stem"]]
 
 
 def hellaswag_row(i, half):
@@ -129,9 +134,8 @@ def data_dir(tmp_path_factory):
 
 
 def probe(data_dir, *tasks, **settings):
-    return Knowledge(
-        name="knowledge", tasks=list(tasks), data_dir=str(data_dir), folders=FOLDERS, columns=COLUMNS, **settings
-    )
+    where = {"data_dir": str(data_dir), "folders": FOLDERS, "columns": COLUMNS, "search": SEARCH}
+    return Knowledge(name="knowledge", tasks=list(tasks), **where | settings)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +171,7 @@ def evaluated(student, row):
 
 def assert_equal_item_by_item(student, knowledge):
     found = {(s.task, s.metric): s for s in knowledge.measure(student, STREAM, 1)}
-    for row in knowledge.examined:
+    for row in knowledge.ledger_rows:
         samples = evaluated(student, row)["samples"]
         ordered = [s for t in row.tasks for s in sorted(samples[t.task_name], key=lambda sample: sample["doc_id"])]
         metrics = [metric for metric in ("acc", "acc_norm") if metric in ordered[0]]
@@ -189,7 +193,7 @@ def test_scores_of_real_rows_equal_lm_evals_own_model_item_by_item():
 
 
 def test_log_likelihoods_equal_lm_evals_own(student, knowledge):
-    requests = [one for row in knowledge.examined for task in row.tasks for one in task.instances][:200]
+    requests = [one for row in knowledge.ledger_rows for task in row.tasks for one in task.instances][:200]
     theirs = hflm(student).loglikelihood(requests, disable_tqdm=True)
     ours = StudentLM(student).loglikelihood(requests)
     for (value, greedy), (expected, expected_greedy) in zip(ours, theirs, strict=True):
@@ -199,7 +203,7 @@ def test_log_likelihoods_equal_lm_evals_own(student, knowledge):
 
 def test_what_is_read_does_not_depend_on_the_longest_training_input(student, knowledge):
     def outcomes(one):
-        return [run_task(task, StudentLM(one)) for row in knowledge.examined[:2] for task in row.tasks]
+        return [answer(row, StudentLM(one)) for row in knowledge.ledger_rows[:2]]
 
     assert outcomes(tiny_student(max_length=12)) == outcomes(student)
     assert StudentLM(student, max_length=12).max_length == 12 and StudentLM(student).max_length == 256
@@ -208,14 +212,14 @@ def test_what_is_read_does_not_depend_on_the_longest_training_input(student, kno
 def test_rolling_log_likelihood_equals_lm_evals_own_and_gives_its_word_perplexity(student, data_dir):
     knowledge = probe(data_dir, "wikitext")
     found = {s.metric: s for s in knowledge.measure(student, STREAM, 1)}
-    theirs = evaluated(student, knowledge.examined[0])["results"]["wikitext"]
+    theirs = evaluated(student, knowledge.ledger_rows[0])["results"]["wikitext"]
     for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
         assert found[metric].value == pytest.approx(theirs[f"{metric},none"], rel=1e-5)
         assert found[metric].n == 3 and math.isnan(found[metric].stderr) and found[metric].items == ()
 
 
 def test_the_perplexity_probe_gives_lm_evals_rolling_log_likelihood_of_the_text_itself(student, data_dir):
-    (task,) = probe(data_dir, "wikitext").examined[0].tasks
+    (task,) = probe(data_dir, "wikitext").ledger_rows[0].tasks
     texts = [instance.args[0] for instance in task.instances]
     theirs = hflm(student, add_bos_token=False).loglikelihood_rolling(task.instances, disable_tqdm=True)
     scores = Perplexity(name="p", task="t", texts=texts, window=256).measure(student, STREAM, 0)
@@ -276,16 +280,16 @@ def test_a_generated_task_is_scored_by_each_of_its_filters(data_dir):
     found = {s.metric: s for s in knowledge.measure(student, STREAM, 0)}
     assert set(found) == {"exact_match,strict-match", "exact_match,flexible-extract", "chance"}
     assert [found[metric].n for metric in sorted(found)] == [2, 2, 2] and found["chance"].value == 0.0
-    prompt = knowledge.examined[0].tasks[0].instances[0].args[0]
+    prompt = knowledge.ledger_rows[0].tasks[0].instances[0].args[0]
     assert prompt.count("####") == 5  # five examples, the same ones every time
-    assert prompt == probe(data_dir, "gsm8k").examined[0].tasks[0].instances[0].args[0]
+    assert prompt == probe(data_dir, "gsm8k").ledger_rows[0].tasks[0].instances[0].args[0]
 
 
 def test_requests_are_built_once_and_scored_again(student, knowledge):
-    instances = [task.instances for row in knowledge.examined for task in row.tasks]
+    instances = [task.instances for row in knowledge.ledger_rows for task in row.tasks]
     first = [(s.task, s.metric, s.value) for s in knowledge.measure(student, STREAM, 1)]
     assert first == [(s.task, s.metric, s.value) for s in knowledge.measure(student, STREAM, 1)]
-    again = [task.instances for row in knowledge.examined for task in row.tasks]
+    again = [task.instances for row in knowledge.ledger_rows for task in row.tasks]
     assert all(one is other for one, other in zip(instances, again, strict=True))
 
 
@@ -315,7 +319,7 @@ def test_lambada_has_a_chance_of_zero_and_a_perplexity_of_the_corpus(student, tm
     write(tmp_path / "lambada_openai", "test", [{"text": sentence.rstrip(".")} for sentence in SENTENCES])
     knowledge = probe(tmp_path, "lambada_openai")
     found = {s.metric: s for s in knowledge.measure(student, STREAM, 0)}
-    theirs = evaluated(student, knowledge.examined[0])["results"]["lambada_openai"]
+    theirs = evaluated(student, knowledge.ledger_rows[0])["results"]["lambada_openai"]
     assert found["acc"].value == theirs["acc,none"] and found["chance"].value == 0.0
     assert found["perplexity"].value == pytest.approx(theirs["perplexity,none"], rel=1e-4)
     mean = sum(found["perplexity"].items) / 5  # its items are log-likelihoods in nats
@@ -324,10 +328,10 @@ def test_lambada_has_a_chance_of_zero_and_a_perplexity_of_the_corpus(student, tm
 
 
 def test_a_group_is_one_row_whose_items_stand_in_the_order_of_its_tasks(student, knowledge):
-    row = knowledge.examined[-1]
+    row = knowledge.ledger_rows[-1]
     assert row.name == "mmlu_stem" and len(row.tasks) == 19
     (score,) = [s for s in knowledge.measure(student, STREAM, 1) if s.task == "mmlu_stem"]
-    alone = [run_task(task, StudentLM(student))["acc"] for task in row.tasks]
+    alone = [answer(replace(row, tasks=(task,)), StudentLM(student))["acc"] for task in row.tasks]
     assert score.n == 38 and list(score.items) == [item for one in alone for item in one]
     texts = knowledge.documents()["mmlu_stem"]
     assert [text.split()[1].rstrip(":") for text in texts[::2]] == subjects()
@@ -335,29 +339,33 @@ def test_a_group_is_one_row_whose_items_stand_in_the_order_of_its_tasks(student,
 
 
 def test_a_group_of_unlike_tasks_is_its_members():
-    (mmlu,) = groups("mmlu", include=None)
-    assert (mmlu.name, len(mmlu.tasks), mmlu.tasks[0].get("num_fewshot")) == ("mmlu", 57, None)
-    openllm = {group.name: group for group in groups("openllm", include=None)}
+    ((name, mmlu),) = named("mmlu").items()
+    assert (name, len(mmlu), mmlu[0].config.get("num_fewshot")) == ("mmlu", 57, None)
+    openllm = resolve("openllm", task_index(["openllm"], search=[*SEARCH, "benchmarks"]))
     assert {"arc_challenge", "hellaswag", "mmlu", "winogrande", "gsm8k"} < set(openllm)
-    assert {task["num_fewshot"] for task in openllm["mmlu"].tasks} == {5}  # what the group sets for its members
-    assert [group.name for group in groups("truthfulqa", include=None)] == [
-        "truthfulqa_gen",
-        "truthfulqa_mc1",
-        "truthfulqa_mc2",
-    ]
-    (arc,) = groups("ai2_arc", include=None)
-    assert [task["task"] for task in arc.tasks] == ["arc_challenge", "arc_easy"]
+    assert {task.config["num_fewshot"] for task in openllm["mmlu"]} == {5}  # what the group sets for its members
+    assert list(named("truthfulqa")) == ["truthfulqa_gen", "truthfulqa_mc1", "truthfulqa_mc2"]
+    (arc,) = named("ai2_arc").values()
+    assert [task.name for task in arc] == ["arc_challenge", "arc_easy"]
+
+
+def test_the_folders_that_are_searched_hold_all_that_their_names_stand_for():
+    few, whole = task_index([], search=SEARCH), task_index(["nonesuch"])
+    assert len(few.task_index) < 200 and len(whole.task_index) > 10_000
+    for name in (*few.all_subtasks, *few.all_groups):
+        assert resolve(name, few) == resolve(name, whole)
+    assert set(OmegaConf.load(Path(CONF_DIR) / "probe" / "full.yaml").tasks) < {*few.all_subtasks, *few.all_groups}
 
 
 def test_frozen_items_are_those_of_the_lowest_hashes():
     ranked = sorted(range(50), key=lambda index: hashlib.sha256(f"piqa/{index}".encode()).hexdigest())
-    assert choose("piqa", size=50, wanted=7) == tuple(sorted(ranked[:7]))
-    assert set(choose("piqa", size=50, wanted=7)) < set(choose("piqa", size=50, wanted=8))
-    assert choose("piqa", size=50, wanted=7) != choose("winogrande", size=50, wanted=7)
-    assert choose("piqa", size=3, wanted=None) == (0, 1, 2) and choose("piqa", size=3, wanted=[2, 0]) == (0, 2)
+    assert subset("piqa", size=50, wanted=7) == tuple(sorted(ranked[:7]))
+    assert set(subset("piqa", size=50, wanted=7)) < set(subset("piqa", size=50, wanted=8))
+    assert subset("piqa", size=50, wanted=7) != subset("winogrande", size=50, wanted=7)
+    assert subset("piqa", size=3, wanted=None) == (0, 1, 2) and subset("piqa", size=3, wanted=[2, 0]) == (0, 2)
     for wanted in (0, 51, [], [1, 1], [50], [-1]):
         with pytest.raises(UserMistake, match="piqa"):
-            choose("piqa", size=50, wanted=wanted)
+            subset("piqa", size=50, wanted=wanted)
 
 
 def test_frozen_items_score_as_they_do_in_the_whole_task(student, data_dir, knowledge):
@@ -365,19 +373,15 @@ def test_frozen_items_score_as_they_do_in_the_whole_task(student, data_dir, know
     few = probe(data_dir, "hellaswag", "piqa", "mmlu_stem", items={"hellaswag": [3, 1], "piqa": 2, "mmlu_stem": 19})
     found = {(s.task, s.metric): s.items for s in few.measure(student, STREAM, 1)}
     assert found["hellaswag", "acc_norm"] == tuple(whole["hellaswag", "acc_norm"][i] for i in (1, 3))
-    chosen = choose("piqa", size=5, wanted=2)
+    chosen = subset("piqa", size=5, wanted=2)
     assert found["piqa", "acc"] == tuple(whole["piqa", "acc"][i] for i in chosen)
     # An equal number of each subject, each subject drawn by its own name.
-    picked = [choose(f"mmlu_{subject}", size=2, wanted=1)[0] for subject in subjects()]
-    assert few.examined[2].chosen == tuple((i,) for i in picked) and 0 < sum(picked) < 19
+    picked = [subset(f"mmlu_{subject}", size=2, wanted=1)[0] for subject in subjects()]
+    assert few.ledger_rows[2].chosen == tuple((i,) for i in picked) and 0 < sum(picked) < 19
     assert found["mmlu_stem", "acc"] == tuple(whole["mmlu_stem", "acc"][2 * k + i] for k, i in enumerate(picked))
-    assert [len(indices) for indices in probe(data_dir, "piqa", items={"piqa": 3}, limit=2).examined[0].chosen] == [2]
-
-
-def test_fingerprints_name_the_chosen_items(data_dir):
-    one, other, same = (probe(data_dir, "piqa", items={"piqa": n}).fingerprints()["piqa"] for n in (2, 3, 2))
-    lines = "".join(f'"piqa/{index}"\n' for index in choose("piqa", size=5, wanted=2))
-    assert one == same == hashlib.sha256(lines.encode()).hexdigest() != other
+    assert [len(indices) for indices in probe(data_dir, "piqa", items={"piqa": 3}, limit=2).ledger_rows[0].chosen] == [
+        2
+    ]
 
 
 def test_items_that_cannot_be_meant_are_mistakes(data_dir):
@@ -390,7 +394,7 @@ def test_items_that_cannot_be_meant_are_mistakes(data_dir):
         with pytest.raises(UserMistake, match=said):
             probe(data_dir, "mmlu_stem" if "mmlu_stem" in items else "piqa", items=items)
     with pytest.raises(UserMistake, match="'openllm'.*reported one by one"):
-        probe(data_dir, "openllm", items={"openllm": 6})
+        probe(data_dir, "openllm", items={"openllm": 6}, search=[*SEARCH, "benchmarks"])
     probe(data_dir, "piqa", items={"piqa": 2, "boolq": 400})  # what is not measured lies idle
 
 
@@ -412,14 +416,14 @@ def test_datasets_are_the_hub_addresses_of_the_tasks(data_dir, knowledge):
     assert [(s.name, s.hub, s.config) for s in specs[1:2]] == [("arc_challenge", "allenai/ai2_arc", "ARC-Challenge")]
     assert (specs[-1].name, specs[-1].hub, specs[-1].config) == ("mmlu", "cais/mmlu", subjects()[-1])
     rows = {"piqa": [{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}]}
-    assert Knowledge(name="knowledge", tasks=["piqa"], rows=rows).datasets() == ()
+    assert Knowledge(name="knowledge", tasks=["piqa"], rows=rows, search=SEARCH).datasets() == ()
 
 
 def test_rows_that_are_not_there_are_mistakes(data_dir):
     with pytest.raises(UserMistake, match="nonesuch"):
         probe(data_dir, "nonesuch")
     with pytest.raises(UserMistake, match="folders"):
-        Knowledge(name="knowledge", tasks=["piqa"], data_dir=str(data_dir), folders={})
+        probe(data_dir, "piqa", folders={})
     # ARC-Easy has the same hub name as ARC-Challenge: its rows may not be taken for it.
     with pytest.raises(UserMistake, match=r"arc_easy.*ARC-Easy.*folders"):
         probe(data_dir, "arc_easy")
@@ -427,15 +431,14 @@ def test_rows_that_are_not_there_are_mistakes(data_dir):
         probe(data_dir, "lambada_openai")
 
 
-def test_a_dataset_that_the_hub_does_not_give_is_a_mistake():
-    config = {
-        "task": "quiz",
-        "dataset_path": "nobody/no-such-set",
-        "output_type": "multiple_choice",
-        "test_split": "test",
-    }
+def test_a_dataset_that_the_hub_does_not_give_is_a_mistake(tmp_path, monkeypatch):
+    yaml = "task: quiz\ndataset_path: nobody/no-such-set\noutput_type: multiple_choice\ntest_split: test\n"
+    (tmp_path / "quizzes").mkdir()
+    (tmp_path / "quizzes" / "__init__.py").touch()
+    (tmp_path / "quizzes" / "quiz.yaml").write_text(yaml)
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserMistake, match="'quiz': 'nobody/no-such-set' could not be loaded"):
-        Builder(rows={}, data_dir=None, folders={}, columns={}).build(config)
+        Knowledge(name="knowledge", tasks=["quiz"], include="quizzes:.")
 
 
 def test_a_subject_without_rows_is_a_mistake(tmp_path):

@@ -7,14 +7,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import clbench.examine.student
 from clbench.data.encoder import Encoder
 from clbench.data.rows import DatasetSpec
-from clbench.examine import divergence
-from clbench.examine.divergence import Divergence
-from clbench.examine.matrix import Matrix, choose, examine, floors, item_score
-from clbench.examine.perplexity import MeanTextLoss, Perplexity
+from clbench.examine.matrix import Matrix, choose, examine, floors
+from clbench.examine.scores import mean
 from clbench.examine.student import Student
+from clbench.examine.text import Divergence, MeanTextLoss, Perplexity
 from clbench.protocols import Stage, Stream, Task
 from clbench.types import Example
 
@@ -149,7 +147,7 @@ def test_format_loss_is_the_metric_less_exact_match_item_by_item(student):
 
 
 def test_an_item_score_has_the_standard_error_of_its_mean():
-    score = item_score(1, "toy", "stream", "toy", "accuracy", [1.0, 0.0, 1.0, 1.0], seconds=0.5)
+    score = mean([1.0, 0.0, 1.0, 1.0])
     assert score.value == 0.75 and score.n == 4
     assert score.stderr == pytest.approx(math.sqrt(((0.25**2) * 3 + 0.75**2) / 3 / 4))
 
@@ -231,28 +229,23 @@ def test_divergence_positions_are_the_middles_of_equal_spans(student):
     ids = student.encoder.text(TEXTS[1])
     probe = Divergence(name="divergence", task="t", texts=[TEXTS[1]], window=1000, positions=3)
     spans = [(2 * k + 1) * len(ids) // 6 for k in range(3)]
-    assert probe.contexts(student) == [(0, *ids[:place]) for place in spans]
+    assert probe.chosen(student) == [
+        ((0, *ids[: spans[-1]]), spans)
+    ]  # one window, read once and no further than needed
     probe = Divergence(name="divergence", task="t", texts=TEXTS, window=4, positions=10**6)
     first, second = (student.encoder.text(text) for text in TEXTS)
-    everywhere = [(0, *ids[place - place % 4 : place]) for ids in (first, second) for place in range(len(ids))]
-    assert probe.contexts(student) == everywhere
+    starts = [(ids, start) for ids in (first, second) for start in range(0, len(ids), 4)]
+    cut = [ids[start : start + 4] for ids, start in starts]
+    assert probe.chosen(student) == [((0, *ids[:-1]), list(range(len(ids)))) for ids in cut]
 
 
-def test_divergence_is_zero_for_the_untouched_model_and_exact_for_another(moved, monkeypatch):
-    monkeypatch.setattr(divergence, "CHUNK", 3)
-    shapes = []
-    projected = clbench.examine.student.project
-    monkeypatch.setattr(
-        clbench.examine.student,
-        "project",
-        lambda model, hidden: shapes.append(hidden.shape) or projected(model, hidden),
-    )
+def test_divergence_is_zero_for_the_untouched_model_and_exact_for_another(moved):
     probe = Divergence(name="divergence", task="t", texts=TEXTS, window=6, positions=10)
     probe.begin(moved)
     (score,) = probe.measure(moved, STREAM, 0)
     assert (score.metric, score.value, score.n, score.items) == ("kl_token", 0.0, 10, (0.0,) * 10)
 
-    contexts = probe.contexts(moved)
+    contexts = [ids[: place + 1] for ids, places in probe.chosen(moved) for place in places]
     before = [plain(moved, context) for context in contexts]
     with torch.no_grad():
         for parameter in moved.model.parameters():
@@ -267,7 +260,6 @@ def test_divergence_is_zero_for_the_untouched_model_and_exact_for_another(moved,
         sum(expected) / 10, rel=1e-3
     )
     assert (score.stage, score.stage_name) == (1, "toy")
-    assert all(len(shape) == 2 and shape[0] <= 3 for shape in shapes)  # never [batch, length, vocabulary]
 
 
 def test_divergence_sees_the_untouched_model_without_dropout(moved):

@@ -1,8 +1,8 @@
 """Base knowledge through lm-eval's task objects: its prompts, choices, filters and metrics, our scoring of its requests.
 
-Requests are built once per run; after every stage the same requests are scored again, so items pair up between stages. A group of
-tasks (mmlu) is one row of the ledger, its items one after the other. Rows come from the hub, from `data_dir/<folder>/<split>.jsonl`
-where `folders` maps the dataset's hub name to its folder, or from `rows` given in memory.
+Requests are built once per run; after every stage the same requests are scored again, so items pair up between stages. lm-eval's own loop
+(`lm_eval.evaluator.evaluate`) builds them anew at each call, which takes seconds, so `answer` stands in for it. A group of tasks (mmlu) is one
+row of the ledger, its items one after the other.
 """
 
 from __future__ import annotations
@@ -12,215 +12,182 @@ import io
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
+from lm_eval.api import metrics
 from lm_eval.api.instance import Instance
-from lm_eval.api.metrics import mean
 from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
 
-from clbench.data.rows import DatasetSpec, fingerprint
-from clbench.examine.items import Wanted, choose, share
-from clbench.examine.lm import Outcomes, StudentLM, by_document, run_task
-from clbench.examine.lm_tasks import Builder, Rows, groups, registered_tasks
-from clbench.examine.matrix import item_score
+from clbench.data.rows import DatasetSpec
+from clbench.examine.lm import StudentLM
+from clbench.examine.lm_tasks import Named, Rows, RowSource, Wanted, resolve, subset, task_index, wanted_of_each
+from clbench.examine.scores import Found, mean, scores
 from clbench.examine.student import Student
 from clbench.protocols import Probe, Stream
 from clbench.types import Score, UserMistake
 
+# Log-likelihoods of a choice that is taken and of one that is not, apart by more than any division by length can bridge.
 CERTAIN, RULED_OUT = -1.0, -1e6
-"""Log-likelihoods of a choice that is taken and of one that is not, apart by more than any division by length can bridge."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Examined:
+class LedgerRow:
     """A row of the ledger: the tasks behind `name` with their requests built, and the document ids chosen of each."""
 
     name: str
     tasks: tuple[Task, ...]
     chosen: tuple[tuple[int, ...], ...]
 
+    def documents(self) -> list[tuple[Task, list[Instance]]]:
+        """The requests of each document beside its task, in order."""
+        by_document = [(task, groupby(task.instances, key=lambda request: request.doc_id)) for task in self.tasks]
+        return [(task, list(members)) for task, documents in by_document for _, members in documents]
 
+
+@dataclass(kw_only=True, eq=False)
 class Knowledge(Probe):
     """The lm-eval `tasks` (tasks or groups), each on the documents that `items` names, at most the first `limit` of each task.
 
-    `items` maps a name of `tasks` to a number (a fixed subset, see `probes.items`; an equal part for each task of a group) or, for a single
+    `items` maps a name of `tasks` to a number (a fixed subset, see `lm_tasks`; an equal part for each task of a group) or, for a single
     task, to a list of indices; a task that it does not name is measured whole. Names that are not in `tasks` lie idle, so that a yaml can state
     the items of more tasks than a run measures. `max_length` is the longest input in tokens; None: what the model can read, as in lm-eval.
+    `search` and `include`: see `lm_tasks.task_index`; the last four: see `lm_tasks.RowSource`.
     """
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        tasks: Sequence[str],
-        limit: int | None = None,
-        items: Mapping[str, Wanted] | None = None,
-        max_length: int | None = None,
-        include: str | None = None,
-        rows: Mapping[str, Rows] | None = None,
-        data_dir: str | None = None,
-        folders: Mapping[str, str] | None = None,
-        columns: Mapping[str, str] | None = None,
-    ) -> None:
-        self.name = name
-        self.max_length = max_length
+    name: str
+    tasks: Sequence[str]
+    limit: int | None = None
+    items: Mapping[str, Wanted] | None = None
+    max_length: int | None = None
+    search: Sequence[str] = ()
+    include: str | None = None
+    rows: Mapping[str, Rows] = field(default_factory=dict)
+    data_dir: str | None = None
+    folders: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        builder = Builder(rows=rows or {}, data_dir=data_dir, folders=folders or {}, columns=columns or {})
-        wanted = items or {}
-        found = {group.name: group.tasks for task in tasks for group in groups(task, include=include)}
-        check_items(wanted, tasks=tasks, measured=found)
+        wanted = set(self.items or ())
+        index = task_index(wanted.union(self.tasks), search=self.search, include=self.include)
+        found = {row: named for task in self.tasks for row, named in resolve(task, index).items()}
+        for item in wanted - found.keys():
+            if item in self.tasks or item not in index.task_index:
+                raise UserMistake(
+                    f"probe.probes.*.items names {item!r}, which lm-eval does not know, or whose tasks measure different things and are "
+                    f"reported one by one; of {', '.join(found)}, name those that you mean (conf/probe)"
+                )
+        self._source = RowSource(rows=self.rows, data_dir=self.data_dir, folders=self.folders, columns=self.columns)
         # lm-eval and datasets draw a progress bar per task, over the run's own line.
         with contextlib.redirect_stderr(io.StringIO()):
-            self.examined = tuple(
-                prepare(group, [builder.build(config) for config in configs], wanted=wanted.get(group), limit=limit)
-                for group, configs in found.items()
-            )
-        specs = [builder.dataset(task) for row in self.examined for task in row.tasks]
-        self._datasets = tuple(spec for spec in specs if spec is not None)
+            self.ledger_rows = [self._prepared(row, named, index) for row, named in found.items()]
+
+    def _prepared(self, name: str, named: Sequence[Named], index: TaskManager) -> LedgerRow:
+        """Builds the tasks of a row, and the requests of the chosen documents of each."""
+        tasks = tuple(self._source.build(one, index) for one in named)
+        each, chosen = wanted_of_each(name, wanted=(self.items or {}).get(name), tasks=len(tasks)), []
+        for task in tasks:
+            size = len(task.eval_docs)
+            chosen.append(subset(task.task_name, size=size, wanted=each)[: self.limit])
+            task.build_all_requests(samples=list(chosen[-1]) if len(chosen[-1]) < size else None)
+        return LedgerRow(name=name, tasks=tasks, chosen=tuple(chosen))
 
     def datasets(self) -> Sequence[DatasetSpec]:
         """The hub dataset of every lm-eval task; none for rows given in memory."""
-        return self._datasets
+        tasks = [task for row in self.ledger_rows for task in row.tasks if task.task_name not in self.rows]
+        return tuple(self._source.dataset(task.DATASET_PATH, task.DATASET_NAME) for task in tasks if task.DATASET_PATH)
 
     def documents(self) -> Mapping[str, Sequence[str]]:
         """Each chosen document's text without few-shot examples, with its choices."""
-        return {
-            row.name: [text(task, members[0].doc) for task in row.tasks for members in by_document(task)]
-            for row in self.examined
-        }
-
-    def fingerprints(self) -> dict[str, str]:
-        """Per row of the ledger the SHA-256, in hexadecimal, of the ids ("task/index") of its documents in their order."""
-        return {
-            row.name: fingerprint(
-                [f"{task.task_name}/{index}" for task, ids in zip(row.tasks, row.chosen, strict=True) for index in ids]
-            )
-            for row in self.examined
-        }
+        return {row.name: [text(task, asked[0].doc) for task, asked in row.documents()] for row in self.ledger_rows}
 
     def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:
         """Each row's metrics; at stage 0 also its chance rate, and the majority rate where all its items offer the same choices."""
         model = StudentLM(student, max_length=self.max_length)
-        stage_name = stream.stages[stage - 1].name if stage else "base"
-        for row in self.examined:
+        for row in self.ledger_rows:
             started = time.perf_counter()
-            outcomes = [run_task(task, model) for task in row.tasks]
-            items = {metric: [value for found in outcomes for value in found[metric]] for metric in outcomes[0]}
-            aggregations = row.tasks[0].aggregation()
-            if stage == 0:
-                items |= floors(row.tasks)
+            found = {metric: aggregated(row, metric, values) for metric, values in answer(row, model).items()}
+            found |= floors(row) if stage == 0 else {}
             seconds = time.perf_counter() - started
-            for metric, values in items.items():
-                aggregation = aggregations.get(metric.partition(",")[0], mean)
-                make = item_score if aggregation is mean else partial(corpus_score, aggregation=aggregation)
-                yield make(stage, stage_name, self.name, row.name, metric, values, seconds=seconds)
-                seconds = 0.0
+            yield from scores(found, stream=stream, stage=stage, probe=self.name, task=row.name, seconds=seconds)
 
 
-def check_items(wanted: Mapping[str, Wanted], *, tasks: Sequence[str], measured: Mapping[str, object]) -> None:
-    """Raises UserMistake for a name of `items` that nothing can ever match."""
-    for name in wanted.keys() - measured.keys():
-        if name in tasks:
-            raise UserMistake(
-                f"probe.probes.*.items names {name!r}, whose tasks measure different things and are reported one by one; "
-                f"name them instead, of {', '.join(measured)} (conf/probe)"
-            )
-        if name not in registered_tasks().task_index:
-            raise UserMistake(f"probe.probes.*.items names {name!r}, which lm-eval does not know (conf/probe)")
+def answer(row: LedgerRow, model: StudentLM) -> dict[str, list[Any]]:
+    """Per metric (`metric,filter` where there are several filters) what each document gave: a number, or what its aggregation takes."""
+    requests = [request for task in row.tasks for request in task.instances]
+    for ask in (model.loglikelihood, model.loglikelihood_rolling, model.generate_until):
+        asked = [request for request in requests if request.request_type == ask.__name__]  # as lm-eval calls them
+        for request, response in zip(asked, ask(asked, disable_tqdm=True), strict=True):
+            request.resps, request.filtered_resps = [response], {}
+    for task in row.tasks:
+        task.apply_filters()
+    outcomes = defaultdict(list)
+    for task, asked in row.documents():
+        filters = list(asked[0].filtered_resps)
+        for name in filters:
+            results = task.process_results(asked[0].doc, [request.filtered_resps[name] for request in asked])
+            for metric, value in results.items():
+                outcomes[metric if len(filters) == 1 else f"{metric},{name}"].append(value)
+    return outcomes
 
 
-def prepare(name: str, tasks: Sequence[Task], *, wanted: Wanted, limit: int | None) -> Examined:
-    """Builds the requests of the chosen documents of each of a group's tasks."""
-    part = share(name, wanted=wanted, tasks=len(tasks))
-    chosen = []
-    for task in tasks:
-        size = len(task.eval_docs)
-        indices = choose(task.task_name, size=size, wanted=part)[:limit]
-        task.build_all_requests(samples=list(indices) if len(indices) < size else None)
-        chosen.append(indices)
-    return Examined(name=name, tasks=tuple(tasks), chosen=tuple(chosen))
-
-
-def corpus_score(
-    stage: int,
-    stage_name: str,
-    probe: str,
-    task: str,
-    metric: str,
-    values: Sequence[Any],
-    *,
-    aggregation: Callable[[Sequence[Any]], float],
-    seconds: float,
-) -> Score:
-    """A metric of all items together (perplexity, F1), without a standard error; items that are numbers are kept."""
+def aggregated(row: LedgerRow, metric: str, values: Sequence[Any]) -> Found:
+    """The mean over items, or a metric of all of them together (perplexity, F1), which keeps items that are numbers."""
+    aggregation = row.tasks[0].aggregation().get(metric.partition(",")[0], metrics.mean)
+    if aggregation is metrics.mean:
+        return mean(values)
     try:
         value = float(aggregation(values))
     except OverflowError:  # the perplexity of a text that a broken model gives no chance at all
         value = math.inf
     numeric = all(isinstance(item, (int, float, np.number)) for item in values)
-    return Score(
-        stage=stage,
-        stage_name=stage_name,
-        probe=probe,
-        task=task,
-        metric=metric,
-        value=value,
-        n=len(values),
-        stderr=math.nan,
-        seconds=seconds,
-        items=tuple(float(item) for item in values) if numeric else (),
-    )
+    return Found(value, len(values), items=tuple(map(float, values)) if numeric else ())
 
 
-def floors(tasks: Sequence[Task]) -> Outcomes:
-    """Per item what guessing gives: `chance`, and `majority` where every item offers the same choices (letters, yes and no).
+def floors(row: LedgerRow) -> dict[str, Found]:
+    """What guessing gives: `chance`, and `majority` where every item offers the same choices (letters, yes and no).
 
     Chance is the mean score over a document's choices of a model that is certain of one of them, so it holds for one right choice of
     many, for several, and for a share of probability (truthfulqa_mc2). Majority is the one choice that scores best over all documents. Answers that
     are written have chance 0, running text has none.
     """
-    if tasks[0].OUTPUT_TYPE != "multiple_choice":
-        count = sum(len(by_document(task)) for task in tasks)
-        return {} if tasks[0].OUTPUT_TYPE == "loglikelihood_rolling" else {"chance": [0.0] * count}
-    metric = next((name for name in ("acc_norm", "acc") if name in tasks[0].aggregation()), None)
-    if metric is None:
+    form, documents = row.tasks[0].OUTPUT_TYPE, row.documents()
+    metric = next((name for name in ("acc_norm", "acc") if name in row.tasks[0].aggregation()), None)
+    if form == "loglikelihood_rolling" or (form == "multiple_choice" and metric is None):
         return {}
-    documents = [(task, members) for task in tasks for members in by_document(task)]
-    choices = [tuple(task.doc_to_choice(members[0].doc)) for task, members in documents]
-    scored = [
-        choice_scores(task, members, count=len(offered), metric=metric)
-        for (task, members), offered in zip(documents, choices, strict=True)
-    ]
-    found = {"chance": [float(np.mean(scores)) for scores in scored]}
+    if form != "multiple_choice":
+        return {"chance": mean([0.0] * len(documents))}
+    choices = [tuple(task.doc_to_choice(asked[0].doc)) for task, asked in documents]
+    scored = [choice_scores(*one, len(offered), metric) for one, offered in zip(documents, choices, strict=True)]
+    found = {"chance": mean([float(np.mean(of_choices)) for of_choices in scored])}
     if len(set(choices)) == 1:
         best = int(np.argmax(np.mean(scored, axis=0)))
-        found["majority"] = [scores[best] for scores in scored]
+        found["majority"] = mean([of_choices[best] for of_choices in scored])
     return found
 
 
-def choice_scores(task: Task, members: Sequence[Instance], *, count: int, metric: str) -> list[float]:
+def choice_scores(task: Task, asked: Sequence[Instance], count: int, metric: str) -> list[float]:
     """What each of a document's `count` choices scores by `metric` when it is taken for certain."""
-    scores = []
+    found = []
     for taken in range(count):
         # Requests after the choices ask for their probability without the question; there all are equal.
-        responses = [
-            (CERTAIN if k in (taken, *range(count, k + 1)) else RULED_OUT, k == taken) for k in range(len(members))
-        ]
-        scores.append(float(task.process_results(members[0].doc, responses)[metric]))
-    return scores
+        certain = (taken, *range(count, len(asked)))
+        responses = [(CERTAIN if k in certain else RULED_OUT, k == taken) for k in range(len(asked))]
+        found.append(float(task.process_results(asked[0].doc, responses)[metric]))
+    return found
 
 
 def text(task: Task, doc: Mapping[str, Any]) -> str:
     """What a document says: question and choices, the sentence with each choice in its gap, or the whole text."""
-    if task.OUTPUT_TYPE == "multiple_choice":
-        choices = task.doc_to_choice(doc)
-        if task.multiple_input:
-            return "\n".join(f"{choice} {task.doc_to_target(doc)}" for choice in choices)
-        return "\n".join([str(task.doc_to_text(doc)), *choices])
-    if task.OUTPUT_TYPE == "generate_until":
-        return str(task.doc_to_text(doc))
-    return f"{task.doc_to_text(doc)}{task.doc_to_target(doc)}"
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return f"{task.doc_to_text(doc)}{'' if task.OUTPUT_TYPE == 'generate_until' else task.doc_to_target(doc)}"
+    choices = task.doc_to_choice(doc)
+    if task.multiple_input:
+        return "\n".join(f"{choice} {task.doc_to_target(doc)}" for choice in choices)
+    return "\n".join([str(task.doc_to_text(doc)), *choices])

@@ -1,128 +1,109 @@
 """lm-eval's tasks by name: what a name stands for, and task objects whose rows come from the hub, from `data_dir` or from memory.
 
-A name is one of lm-eval's tasks, groups or tags, or that of a yaml of our own. A group or tag becomes one `Group` where all its tasks
-measure the same thing in the same way (mmlu: 57 subjects); else each of its members does (openllm, metabench).
+A name is one of lm-eval's tasks, groups or tags, or that of a yaml of our own. A group or tag is one row of the ledger where all its tasks
+measure the same thing in the same way (mmlu: 57 subjects); else each of its members is (openllm, metabench).
+
+A subset of `count` documents is the `count` whose hash of (task, index) is lowest, in the order of their index: a number alone names it, the same
+for every model, stage and machine. The index is lm-eval's own document id (its `--samples`), so a subset can be measured again with lm-eval
+itself, and a larger subset holds every smaller one.
+
+>>> subset("quiz", size=6, wanted=3), subset("quiz", size=6, wanted=4), subset("quiz", size=6, wanted=[5, 1])
+((1, 3, 5), (0, 1, 3, 5), (1, 5))
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
+import lm_eval.tasks
 from datasets.exceptions import DatasetNotFoundError
-from lm_eval.api.task import ConfigurableTask, Task
-from lm_eval.config.group import GroupConfig
+from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._index import Kind
-from lm_eval.tasks._yaml_loader import load_yaml
-from lm_eval.utils import env
 
 from clbench.data.rows import DatasetSpec, load_rows
 from clbench.types import UserMistake
 
 Rows = list[dict[str, Any]]
-TaskConfig = dict[str, Any]
-SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
-STRUCTURE = {field.name for field in fields(GroupConfig)} - {"task"} | {"tag", "task_list"}
+Settings = dict[str, Any]
+Wanted = int | Sequence[int] | None  # how many documents, or which, or all
+SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+# Keys of lm-eval's yamls that say nothing of how a task is measured.
+STRUCTURE = {"group", "group_alias", "aggregate_metric_list", "metadata", "tag", "task", "task_list"}
+# lm-eval's default: the few-shot examples of a document are those that lm-eval shows.
 FEWSHOT_SEED = 1234
-"""lm-eval's default: the few-shot examples of a document are those that lm-eval shows."""
-# lm-eval compiles a template each time that it fills one in, several times a document and after every stage; once is enough.
-env.from_string = cache(env.from_string)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
-    """One row of the ledger: the configurations of the tasks behind `name`, whose items stand one after the other in this order."""
+class Named:
+    """One of lm-eval's tasks: its `config` (functions by their names), of which the groups that it was named through state `changes`."""
 
     name: str
-    tasks: tuple[TaskConfig, ...]
+    config: Settings
+    changes: Settings
+
+
+def task_index(names: Iterable[str], *, search: Sequence[str] = (), include: str | None = None) -> TaskManager:
+    """An index that knows `names`: of our folder `include` ("package:folder") and the folders `search` of lm_eval/tasks, or the whole."""
+    home, own = Path(lm_eval.tasks.__file__).parent, []
+    if include is not None:
+        package, _, folder = include.partition(":")
+        own = [Path(str(importlib.resources.files(package)), folder)]
+    few = TaskManager(include_defaults=False, include_path=[*(home / folder for folder in search), *own])
+    # A tag may have tasks in other folders.
+    return few if {*few.all_subtasks, *few.all_groups} >= set(names) else whole_index(*own)
 
 
 @cache
-def registered_tasks() -> TaskManager:
-    """lm-eval's index of its own tasks; reading its 14,000 files takes seconds, so only when one of them is asked for, and once."""
-    return TaskManager()
+def whole_index(*own: Path) -> TaskManager:
+    """The index of all of lm-eval's tasks and of the folders `own`; made once, as lm-eval's 14,000 files take 5 to 30 s."""
+    return TaskManager(include_path=list(own))
 
 
-def groups(name: str, *, include: str | None) -> list[Group]:
-    """What `name` stands for: the yaml of our own in `include` ("package:folder") if there is one, else lm-eval's."""
-    if include is not None:
-        package, _, folder = include.partition(":")
-        own = Path(str(importlib.resources.files(package))) / folder / f"{name}.yaml"
-        if own.is_file():
-            return [Group(name=name, tasks=(load_yaml(own, resolve_func=True),))]
-    return _split(_resolve(name, {}))
+def resolve(member: str | Settings, index: TaskManager, inherited: Settings | None = None) -> dict[str, list[Named]]:
+    """The rows of the ledger that a name stands for, or a group's entry that changes settings of what it names; inner settings win."""
+    stated = {"task": member} if isinstance(member, str) else member
+    name, below = str(stated.get("group") or stated["task"]), stated.get("task")
+    changes = (inherited or {}) | _settings(stated)
+    entry = index.task_index.get(name)
+    if entry is None and not isinstance(below, list):  # a list: a group that is defined where it is used
+        raise UserMistake(f"probe.tasks names {name!r}, which lm-eval does not know; see `lm-eval ls tasks`")
+    if entry is not None and entry.kind.name == "TAG":
+        below = sorted(entry.tags)
+    elif entry is not None and entry.kind.name == "GROUP":
+        below, changes = entry.cfg["task"], _settings(entry.cfg) | changes
+    elif entry is not None:
+        return {name: [Named(name=name, config=entry.cfg | changes, changes=changes)]}
+    rows: dict[str, list[Named]] = {}
+    for inner in [below] if isinstance(below, str) else below:
+        rows |= resolve(inner, index, changes)
+    tasks = [task for row in rows.values() for task in row]
+    return {name: tasks} if len({_measure(task.config) for task in tasks}) == 1 else rows
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Node:
-    """A task (`config`) or a group or tag (`members`)."""
-
-    name: str
-    config: TaskConfig | None = None
-    members: tuple[_Node, ...] = ()
-
-    def tasks(self) -> Iterator[TaskConfig]:
-        """Every task below, in order."""
-        if self.config is not None:
-            yield self.config
-        for member in self.members:
-            yield from member.tasks()
+def _settings(stated: Settings) -> Settings:
+    return {key: value for key, value in stated.items() if key not in STRUCTURE}
 
 
-def _resolve(member: str | Mapping[str, Any], inherited: TaskConfig) -> _Node:
-    """The tree below a name, or below a group's entry that changes settings of what it names; inner settings win over `inherited`."""
-    stated = {"task": member} if isinstance(member, str) else dict(member)
-    name = str(stated.pop("group") if "group" in stated else stated.pop("task"))
-    below = _listed(stated.pop("task", None))
-    settings = inherited | {key: value for key, value in stated.items() if key not in STRUCTURE}
-    entry = registered_tasks().task_index.get(name)
-    if entry is None and below:  # a group defined where it is used
-        return _Node(name=name, members=tuple(_resolve(inner, settings) for inner in below))
-    if entry is None and "dataset_path" in settings:  # a task defined where it is used
-        return _Node(name=name, config={**settings, "task": name})
-    if entry is None:
-        raise UserMistake(
-            f"probe.tasks names {name!r}, which lm-eval does not know; see `lm-eval ls tasks`, or set probe.tasks"
-        )
-    if entry.kind is Kind.TAG:
-        return _Node(name=name, members=tuple(_resolve(inner, settings) for inner in sorted(entry.tags)))
-    config = load_yaml(entry.yaml_path, resolve_func=True)
-    if entry.kind is Kind.GROUP:
-        own = {key: value for key, value in config.items() if key not in STRUCTURE | {"task"}}
-        return _Node(name=name, members=tuple(_resolve(inner, own | settings) for inner in _listed(config["task"])))
-    return _Node(name=name, config={**config, **settings})
-
-
-def _listed(members: Any) -> list[Any]:
-    return [members] if isinstance(members, str) else list(members or ())
-
-
-def _split(node: _Node) -> list[Group]:
-    tasks = tuple(node.tasks())
-    if len({_measure(task) for task in tasks}) == 1:
-        return [Group(name=node.name, tasks=tasks)]
-    return [group for member in node.members for group in _split(member)]
-
-
-def _measure(task: TaskConfig) -> tuple[Any, ...]:
+def _measure(config: Settings) -> tuple[Any, ...]:
     """What must be equal for the items of two tasks to be one sample: form of answer, metrics, filters, shots."""
-    metrics = tuple(str(metric["metric"]) for metric in task.get("metric_list") or ())
-    filters = tuple(str(one["name"]) for one in task.get("filter_list") or ())
-    process = task.get("process_results")
-    return task.get("class"), task.get("output_type"), metrics, filters, process, task.get("num_fewshot")
+    metrics = tuple(str(metric["metric"]) for metric in config.get("metric_list") or ())
+    filters = tuple(str(one["name"]) for one in config.get("filter_list") or ())
+    return (metrics, filters, *map(config.get, ("class", "output_type", "process_results", "num_fewshot")))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Builder:
-    """Makes task objects. `rows`: in memory, by task. `folders`: those below `data_dir`, by hub name or "hub name:configuration".
+class RowSource:
+    """Where tasks have their rows: `rows` in memory by task, else `data_dir`, else (None) the hub.
 
-    `columns` names, by hub name, the column that holds the configuration where one folder has the rows of all of them (mmlu: subject).
+    `folders`: those below `data_dir`, by hub name or "hub name:configuration". `columns` names, by hub name, the column that holds the
+    configuration where one folder has the rows of all of them (mmlu: subject).
     """
 
     rows: Mapping[str, Rows]
@@ -131,78 +112,73 @@ class Builder:
     columns: Mapping[str, str]
     _files: dict[tuple[str, str], Rows] = field(default_factory=dict, init=False, repr=False)
 
-    def build(self, config: TaskConfig) -> Task:
+    def dataset(self, hub: str, part: str | None) -> DatasetSpec:
+        """The dataset `hub` in its configuration `part`; what `folders` does not name has a folder to itself."""
+        own = f"{hub}:{part}"
+        return DatasetSpec(name=self.folders.get(own, self.folders.get(hub, own)), hub=hub, config=part)
+
+    def build(self, named: Named, index: TaskManager) -> Task:
         """lm-eval's object of one task; raises UserMistake where its rows cannot be had."""
-        config = {key: value for key, value in config.items() if key not in STRUCTURE}
-        name = config["task"]
-        if name in self.rows:
-            config["custom_dataset"] = _in_memory({split: self.rows[name] for split in _splits(config)})
-        elif self.data_dir is not None:
-            config |= self._local(config)
+        hub, part = named.config.get("dataset_path"), named.config.get("dataset_name")
         try:
-            if "class" in config:  # a task written in Python reads the hub in its own way
-                task = next(iter(registered_tasks().load([name])["tasks"].values()))
-            else:
-                task = ConfigurableTask(config=config)
-        except (OSError, DatasetNotFoundError, RuntimeError) as error:  # RuntimeError: the set is a loading script
+            # Settings reach a task of the index as an entry of a group.
+            entry = {"task": named.name, **named.changes, **self._local(named)}
+            (task,) = index.load([{"group": "one", "task": [entry]}])["tasks"].values()
+        except (UserMistake, OSError, DatasetNotFoundError, RuntimeError) as error:  # RuntimeError: a loading script
             first_line = str(error).partition("\n")[0]
             raise UserMistake(
-                f"probe task {name!r}: {config.get('dataset_path')!r} could not be loaded from the hub ({first_line}); "
-                "take it out of probe.tasks, or set data_dir"
+                f"probe task {named.name!r}: {hub!r} could not be loaded ({first_line}); leave the task out of probe.tasks (probe=mini_local "
+                f"has no lambada_openai), or set data_dir and the folder of {hub}:{part} under probe.probes.*.folders (conf/probe)"
             ) from error
         task.set_fewshot_seed(FEWSHOT_SEED)
         return task
 
-    def dataset(self, task: Task) -> DatasetSpec | None:
-        """Where the task's rows are; None where they are made here."""
-        hub, part = task.DATASET_PATH, task.DATASET_NAME
-        if task.task_name in self.rows or hub is None:
-            return None
-        return DatasetSpec(name=self._folder(hub, part) or hub.rsplit("/", 1)[-1], hub=hub, config=part)
+    def _local(self, named: Named) -> Settings:
+        """The settings that make the task read memory or `data_dir`; none where it reads the hub."""
+        if named.name not in self.rows and self.data_dir is None:
+            return {}
+        scored = "test_split" if named.config.get("test_split") else "validation_split"
+        # lm-eval reads the splits of few-shot examples also where it shows none; here they may then be absent.
+        read = SPLITS if named.config.get("num_fewshot") else (scored,)
+        splits = {key: named.config.get(key) if key in read else None for key in SPLITS}
+        names = {str(split) for key, split in splits.items() if split or key == scored}
+        found = {name: datasets.Dataset.from_list(self._read(named, name)) for name in names}
+        return {**splits, "custom_dataset": lambda **_: found}
 
-    def _folder(self, hub: str | None, part: str | None) -> str | None:
-        return self.folders.get(f"{hub}:{part}", self.folders.get(str(hub)))
-
-    def _local(self, config: TaskConfig) -> TaskConfig:
-        """The settings that make the task read `data_dir`; raises UserMistake where its rows are not there."""
-        name, hub, part = config["task"], config.get("dataset_path"), config.get("dataset_name")
-        folder = self._folder(hub, part)
-        if folder is None:
-            raise UserMistake(
-                f"probe task {name!r} reads {hub!r} ({part}), and data_dir is set: name its folder under probe.probes.*.folders (conf/probe)"
-            )
-        scored = config.get("test_split") or config.get("validation_split")
-        present = {split: Path(str(self.data_dir), folder, f"{split}.jsonl").is_file() for split in _splits(config)}
-        if not present[scored]:
-            raise UserMistake(
-                f"probe task {name!r}: data_dir={self.data_dir!r} has no {folder}/{scored}.jsonl; add its rows, or leave the task "
-                "out of probe.tasks (conf/probe; probe=mini_local needs no lambada_openai)"
-            )
-        splits = {key: config.get(key) for key in SPLIT_KEYS}
-        if not config.get("num_fewshot"):
-            # Splits that are read for few-shot examples alone may be absent where none are asked for.
-            splits = {key: split if split and present[split] else None for key, split in splits.items()}
-        rows = {split: self._read(folder, split) for split in _splits(splits)}
-        if hub in self.columns:
-            rows = {split: [row for row in found if row[self.columns[hub]] == part] for split, found in rows.items()}
-        if not rows[scored]:
-            raise UserMistake(
-                f"probe task {name!r}: {folder}/{scored}.jsonl in data_dir={self.data_dir!r} has no row of {part!r}"
-            )
-        return {**splits, "custom_dataset": _in_memory(rows)}
-
-    def _read(self, folder: str, split: str) -> Rows:
-        """Each file once: the tasks of a group may share it."""
-        if (folder, split) not in self._files:
-            self._files[folder, split] = load_rows(
-                DatasetSpec(name=folder, hub=folder), split=split, data_dir=self.data_dir
-            )
-        return self._files[folder, split]
+    def _read(self, named: Named, split: str) -> Rows:
+        """The task's rows from memory or `data_dir`, where each file is read once: the tasks of a group may share it."""
+        if named.name in self.rows:
+            return self.rows[named.name]
+        spec = self.dataset(str(named.config.get("dataset_path")), named.config.get("dataset_name"))
+        if (spec.name, split) not in self._files:
+            self._files[spec.name, split] = load_rows(spec, split=split, data_dir=self.data_dir)
+        column = self.columns.get(spec.hub)
+        rows = [row for row in self._files[spec.name, split] if column is None or row[column] == spec.config]
+        if not rows:
+            raise UserMistake(f"{spec.name}/{split}.jsonl in data_dir={self.data_dir!r} has no row of {spec.config!r}")
+        return rows
 
 
-def _splits(config: Mapping[str, Any]) -> list[str]:
-    return sorted({config[key] for key in SPLIT_KEYS if config.get(key)})
+def subset(task: str, *, size: int, wanted: Wanted) -> tuple[int, ...]:
+    """The indices, ascending, of the wanted documents of `task`, which has `size`; raises UserMistake where it has not that many."""
+    if wanted is None:
+        return tuple(range(size))
+    by_hash = sorted(range(size), key=lambda index: hashlib.sha256(f"{task}/{index}".encode()).digest())
+    given, count = (by_hash[:wanted], wanted) if isinstance(wanted, int) else (wanted, len(wanted))
+    indices = tuple(sorted(set(given) & set(range(size))))
+    if not indices or len(indices) != count:
+        raise UserMistake(
+            f"probe.probes.*.items asks for {wanted} of {task}, which has {size} documents; ask for 1 to {size}, or list some of 0 to {size - 1} once"
+        )
+    return indices
 
 
-def _in_memory(splits: Mapping[str, Rows]) -> Callable[..., dict[str, datasets.Dataset]]:
-    return lambda **_: {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+def wanted_of_each(group: str, *, wanted: Wanted, tasks: int) -> Wanted:
+    """What a group of `tasks` tasks asks of each: an equal part; raises UserMistake where that is no whole number."""
+    if wanted is None or tasks == 1:
+        return wanted
+    if not isinstance(wanted, int) or wanted < tasks or wanted % tasks:
+        raise UserMistake(
+            f"probe.probes.*.items asks for {wanted} of {group}, which has {tasks} tasks; ask for a multiple, e.g. {tasks}, or list them by task"
+        )
+    return wanted // tasks

@@ -7,13 +7,13 @@ metric stand the share of answers of the right form, and for closed tasks how of
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from clbench.examine.scores import Found, mean, scores
 from clbench.examine.student import Student
 from clbench.protocols import Probe, Stage, Stream
 from clbench.types import Example, Score
@@ -27,47 +27,15 @@ class Matrix(Probe):
 
     def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:
         """Per task: its metric, format_validity, for closed tasks exact_match and format_loss, corpus metrics; at stage 0 the floors."""
-        stage_name = stream.stages[stage - 1].name if stage else "base"
-        for examined in stream.stages:
+        for asked in stream.stages:
             started = time.perf_counter()
-            items, extras = examine(student, examined)
+            items, totals = examine(student, asked)
             seconds = time.perf_counter() - started
-            for metric, outcomes in items.items():
-                yield item_score(stage, stage_name, self.name, examined.name, metric, outcomes, seconds=seconds)
-                seconds = 0.0
             if stage == 0:
-                extras |= floors(examined)
-            for metric, value in extras.items():
-                yield Score(
-                    stage=stage,
-                    stage_name=stage_name,
-                    probe=self.name,
-                    task=examined.name,
-                    metric=metric,
-                    value=value,
-                    n=len(examined.test),
-                    stderr=math.nan,
-                    seconds=0.0,
-                )
-
-
-def item_score(
-    stage: int, stage_name: str, probe: str, task: str, metric: str, outcomes: Sequence[float], *, seconds: float
-) -> Score:
-    """The mean of per-item outcomes with its standard error (sample deviation over the root of n)."""
-    n = len(outcomes)
-    return Score(
-        stage=stage,
-        stage_name=stage_name,
-        probe=probe,
-        task=task,
-        metric=metric,
-        value=float(np.mean(outcomes)),
-        n=n,
-        stderr=float(np.std(outcomes, ddof=1) / math.sqrt(n)) if n > 1 else math.nan,
-        seconds=seconds,
-        items=tuple(float(outcome) for outcome in outcomes),
-    )
+                totals |= floors(asked)
+            found = {metric: mean(outcomes) for metric, outcomes in items.items()}
+            found |= {metric: Found(value, len(asked.test)) for metric, value in totals.items()}
+            yield from scores(found, stream=stream, stage=stage, probe=self.name, task=asked.name, seconds=seconds)
 
 
 def examine(student: Student, stage: Stage) -> tuple[dict[str, list[float]], dict[str, float]]:
@@ -76,10 +44,8 @@ def examine(student: Student, stage: Stage) -> tuple[dict[str, list[float]], dic
     if tests[0].choices:
         answers, greedy = choose(student, tests)
         valid = [float(found is not None) for found in greedy]
-        written = [
-            task.score(example, found) if found is not None else 0.0
-            for example, found in zip(tests, greedy, strict=True)
-        ]
+        pairs = zip(tests, greedy, strict=True)
+        written = [0.0 if found is None else task.score(example, found) for example, found in pairs]
         assert task.metric not in ("format_validity", "exact_match", "format_loss"), task.metric
         chosen = _scores(stage, answers)
         lost = [likely - greedy_score for likely, greedy_score in zip(chosen, written, strict=True)]
