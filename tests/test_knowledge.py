@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from clbench.examine.generation import decode
 from lm_eval.api.instance import Instance
 from omegaconf import OmegaConf
 
@@ -18,6 +17,7 @@ from clbench.examine.knowledge import Knowledge, answer
 from clbench.examine.lm import StudentLM, cut
 from clbench.examine.lm_tasks import resolve, subset, task_index
 from clbench.examine.text import Perplexity
+from clbench.examine.writing import write_greedily
 from clbench.types import UserMistake
 from tests.test_probes import SENTENCES, STREAM, tiny_student
 
@@ -253,11 +253,11 @@ def test_requests_of_equal_settings_are_generated_in_one_batch_that_ends_with_it
     calls = []
 
     def spy(model, prompts, **arguments):
-        written = decode(model, prompts, **arguments)
+        written = write_greedily(model, prompts, **arguments)
         calls.append((len(prompts), max(map(len, written))))
         return written
 
-    monkeypatch.setattr(clbench.examine.student, "decode", spy)
+    monkeypatch.setattr(clbench.examine.student, "write_greedily", spy)
     prompts = ["A dog", "She opens", "A man"]
     full = StudentLM(student).generate_until(asked(*prompts, until=[], max_gen_toks=12))
     assert calls == [(3, 12)]
