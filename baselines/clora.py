@@ -35,10 +35,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from baselines.seq import Seq
 from clbench.data.sampling import generator
-from clbench.models.lora import Lora
 from clbench.models.pairs import lora_pairs
-from clbench.protocols import Engine, Method
+from clbench.protocols import Engine
 from clbench.types import UserMistake
 
 BASES = ("random", "svd_major", "svd_minor")
@@ -70,11 +70,9 @@ def svd_bases(weight: Tensor, *, k_in: int, k_out: int, major: bool) -> tuple[Te
 
 
 @dataclass(kw_only=True)
-class Clora(Method):
+class Clora(Seq):
     """LoRA with `fraction` of each side's directions (or `k` of them) penalised by `strength`; `basis` one of BASES."""
 
-    lora: Lora
-    seed: int
     strength: float
     fraction: float
     k: int | None
@@ -92,7 +90,7 @@ class Clora(Method):
 
     def wrap(self, model: Module) -> Module:
         """Adds the one adapter that all stages train, and builds the bases by the name of the factor they constrain."""
-        wrapped = self.lora.add(model, seed=self.seed)
+        wrapped = super().wrap(model)
         for pair in lora_pairs(wrapped):
             width_out, width_in = len(pair.live()[pair.B]), pair.live()[pair.A].shape[1]
             k_in, k_out = (self.k or max(1, round(self.fraction * width)) for width in (width_in, width_out))

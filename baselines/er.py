@@ -30,31 +30,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn import Module
 
+from baselines.seq import Seq
 from clbench.data.memory import Memory
 from clbench.data.sampling import generator
-from clbench.models.lora import Lora
-from clbench.protocols import Engine, Method, Stage
+from clbench.protocols import Engine, Stage
 from clbench.types import Source
 
 
 @dataclass(kw_only=True)
-class Er(Method):
+class Er(Seq):
     """Replay of a memory, mixed in or `after` the task: `fraction` of each past task, or a reservoir of `capacity`."""
 
-    lora: Lora
-    seed: int
     fraction: float
     capacity: int | None
     ratio: float
-    weight: float
-    after: bool
+    weight: float = 1.0
+    after: bool = False
     memory: Memory = field(default_factory=Memory)
-
-    def wrap(self, model: Module) -> Module:
-        """Adds the one adapter that all stages train."""
-        return self.lora.add(model, seed=self.seed)
 
     def training_set(self, stage: Stage) -> Sequence[Source]:
         """The current task, and the memory beside it once it holds anything."""
@@ -68,13 +61,10 @@ class Er(Method):
         return (current, Source(examples=past, share=self.ratio, weight=self.weight, after=self.after))
 
     def end_stage(self, stage: Stage, engine: Engine) -> None:
-        """The finished task's examples enter the memory."""
         self.memory.take(stage.train, fraction=self.fraction, capacity=self.capacity, seed=self.seed, stage=stage.index)
 
     def state_dict(self) -> dict[str, Any]:
-        """The memory as text."""
         return {"memory": self.memory.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the memory back."""
         self.memory.restore(state["memory"])

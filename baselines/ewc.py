@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from baselines.seq import Seq
 from clbench.data.sampling import generator
-from clbench.models.lora import Lora
 from clbench.models.loss import answer_loss
-from clbench.protocols import Engine, Method, Stage
+from clbench.protocols import Engine, Stage
 from clbench.types import IGNORED, Example
 
 
@@ -76,11 +76,9 @@ def squared_gradients(engine: Engine, losses: Sequence[Callable[[], Tensor]]) ->
 
 
 @dataclass(kw_only=True)
-class Ewc(Method):
+class Ewc(Seq):
     """Quadratic penalty of `strength`; Fisher from `fisher_examples` examples per task; `decay` None: exact sum over tasks."""
 
-    lora: Lora
-    seed: int
     strength: float
     fisher_examples: int
     decay: float | None
@@ -88,10 +86,6 @@ class Ewc(Method):
     centre: dict[str, Tensor] = field(default_factory=dict)
     excess: float = 0.0
     raw_means: list[float] = field(default_factory=list)
-
-    def wrap(self, model: Module) -> Module:
-        """Adds the one adapter that all stages train."""
-        return self.lora.add(model, seed=self.seed)
 
     def begin_stage(self, stage: Stage, model: Module) -> None:
         """A quadratic that was read back from a checkpoint goes where the weights are."""

@@ -38,12 +38,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from clbench.data.memory import Memory
-from clbench.models.lora import Lora
+from baselines.er import Er
 from clbench.models.loss import answer_loss, read, rows_of, weighted_nll
 from clbench.models.pairs import Pair, holding, lora_pairs, using
-from clbench.protocols import Engine, Method, Stage
-from clbench.types import Batch, Source
+from clbench.protocols import Engine
+from clbench.types import Batch
 
 
 def ema(slow: Tensor, fast: Tensor, decay: float) -> Tensor:
@@ -79,37 +78,24 @@ def total_loss(cross_entropy: Tensor, disagreement: Tensor, strength: float) -> 
 
 
 @dataclass(kw_only=True)
-class Ilora(Method):
-    """Fast and slow LoRA; memory of `fraction` of each task or a reservoir of `capacity`, `ratio` rows per current."""
+class Ilora(Er):
+    """Fast and slow LoRA beside the memory of ER."""
 
-    lora: Lora
-    seed: int
     decay: float
     warm_up: bool
     consistency: float
     all_layers: bool
     one_sided: bool
-    fraction: float
-    capacity: int | None
-    ratio: float
-    memory: Memory = field(default_factory=Memory)
     slow: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
     pairs: tuple[Pair, ...] = ()
 
     def wrap(self, model: Module) -> Module:
         """Adds the fast adapter and copies it as the slow one."""
-        wrapped = self.lora.add(model, seed=self.seed)
+        wrapped = super().wrap(model)
         self.pairs = lora_pairs(wrapped)
         self.slow = {name: factor.clone() for pair in self.pairs for name, factor in pair.live().items()}
         return wrapped
-
-    def training_set(self, stage: Stage) -> Sequence[Source]:
-        """The current task, and the memory beside it, weighted alike, once it holds anything."""
-        current = Source(examples=stage.train)
-        if not self.memory.examples or self.ratio == 0:
-            return (current,)
-        return (current, Source(examples=self.memory.examples, share=self.ratio))
 
     def loss(self, model: Module, batch: Batch) -> Tensor:
         """(CE_current + CE_memory) / 2 + consistency on the memory's rows, in nats per answer token."""
@@ -139,21 +125,16 @@ class Ilora(Method):
         for tensor in engine.tensors(self.slow):
             self.slow[tensor.name] = ema(self.slow[tensor.name], tensor.value, decay)
 
-    def end_stage(self, stage: Stage, engine: Engine) -> None:
-        """The finished task's examples enter the memory."""
-        self.memory.take(stage.train, fraction=self.fraction, capacity=self.capacity, seed=self.seed, stage=stage.index)
-
     def views(self, model: Module) -> dict[str, AbstractContextManager]:
         """The slow adapter, then the fast one."""
         return {"slow": holding(self.pairs, self.slow), "fast": nullcontext()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Slow factors by name, memory as text, steps taken."""
+        """Slow factors by name, steps taken, and the memory."""
         slow = {f"slow/{name}": value for name, value in self.slow.items()}
-        return slow | {"memory": self.memory.state(), "steps": self.steps}
+        return super().state_dict() | slow | {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes them back."""
+        super().load_state_dict(state)
         self.slow = {name: state[f"slow/{name}"].to(value) for name, value in self.slow.items()}
-        self.memory.restore(state["memory"])
         self.steps = state["steps"]

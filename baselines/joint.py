@@ -19,23 +19,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch.nn import Module
-
-from clbench.models.lora import Lora
-from clbench.protocols import Method, Stage
+from baselines.seq import Seq
+from clbench.protocols import Stage
 from clbench.types import Source
 
 
 @dataclass(kw_only=True)
-class Joint(Method):
+class Joint(Seq):
     """Fine-tuning of one LoRA on the whole stream at once."""
-
-    lora: Lora
-    seed: int
-
-    def wrap(self, model: Module) -> Module:
-        """Adds the one adapter that all stages train."""
-        return self.lora.add(model, seed=self.seed)
 
     def training_set(self, stage: Stage) -> Sequence[Source]:
         """The training examples of every task."""

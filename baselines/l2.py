@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import Module
 
-from clbench.models.lora import Lora
+from baselines.seq import Seq
 from clbench.models.pairs import Pair, lora_pairs
-from clbench.protocols import Engine, Method
+from clbench.protocols import Engine
 
 
 def gram(factor: Tensor) -> Tensor:
@@ -44,17 +44,14 @@ def penalty_gradient(factor: Tensor, gram_other: Tensor, *, scale: float) -> Ten
 
 
 @dataclass(kw_only=True)
-class L2(Method):
+class L2(Seq):
     """LoRA with `strength`/2 times the squared Frobenius norm of the update."""
 
-    lora: Lora
-    seed: int
     strength: float
     pairs: tuple[Pair, ...] = ()
 
     def wrap(self, model: Module) -> Module:
-        """Adds the one adapter that all stages train."""
-        wrapped = self.lora.add(model, seed=self.seed)
+        wrapped = super().wrap(model)
         self.pairs = lora_pairs(wrapped)
         return wrapped
 

@@ -28,9 +28,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from clbench.models.lora import Lora
+from baselines.seq import Seq
 from clbench.models.pairs import Pair, lora_pairs, stack
-from clbench.protocols import Method
 
 
 @contextmanager
@@ -52,17 +51,14 @@ def averaged(pairs: tuple[Pair, ...], stacks: dict[str, Tensor]) -> Iterator[Non
 
 
 @dataclass(kw_only=True)
-class MergeAverage(Method):
+class MergeAverage(Seq):
     """Sequential fine-tuning of one LoRA, examined at the mean of its updates after each stage so far."""
 
-    lora: Lora
-    seed: int
     stacks: dict[str, Tensor] = field(default_factory=dict)
     pairs: tuple[Pair, ...] = ()
 
     def wrap(self, model: Module) -> Module:
-        """Adds the one adapter that all stages train."""
-        wrapped = self.lora.add(model, seed=self.seed)
+        wrapped = super().wrap(model)
         self.pairs = lora_pairs(wrapped)
         return wrapped
 

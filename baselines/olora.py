@@ -26,15 +26,12 @@ Card:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn import Module
 
-from clbench.models.lora import Lora
-from clbench.models.pairs import Pair, lora_pairs, merge_and_restart, merge_stacks, stack
-from clbench.protocols import Engine, Method
+from baselines.seq_merge import SeqMerge
+from clbench.protocols import Engine
 
 
 def penalty(live: Tensor, old: Tensor) -> Tensor:
@@ -48,23 +45,10 @@ def penalty_gradient(live: Tensor, old: Tensor) -> Tensor:
 
 
 @dataclass(kw_only=True)
-class OLora(Method):
+class OLora(SeqMerge):
     """One LoRA per task, held orthogonal to its predecessors by a penalty of `strength`."""
 
-    merges = True
-
-    lora: Lora
-    seed: int
     strength: float
-    stages: int = 0
-    retired: dict[str, Tensor] = field(default_factory=dict)
-    pairs: tuple[Pair, ...] = ()
-
-    def wrap(self, model: Module) -> Module:
-        """Adds the adapter of the first task."""
-        wrapped = self.lora.add(model, seed=self.seed)
-        self.pairs = lora_pairs(wrapped)
-        return wrapped
 
     def correct_gradients(self, engine: Engine) -> Tensor | float:
         """Adds the penalty's gradient to every A from the second task on; returns strength times the penalty."""
@@ -76,21 +60,3 @@ class OLora(Method):
             tensor.grad += self.strength * penalty_gradient(tensor.value, old)
             value = value + self.strength * penalty(tensor.value, old)
         return value
-
-    def consolidate(self, model: Module) -> None:
-        """The finished task's pair joins the frozen ones; a fresh pair takes its place."""
-        self.stages += 1
-        self.retired = stack(self.pairs, self.retired)
-        merge_and_restart(self.pairs, seed=self.seed, restart=self.stages)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The frozen pairs: rows of A and columns of B, task after task."""
-        return {"stages": self.stages, **self.retired}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes them back and merges those again that were not merged yet."""
-        merged, self.stages = self.stages, state["stages"]
-        if self.stages > merged:
-            live = {name: factor for pair in self.pairs for name, factor in pair.live().items()}
-            self.retired = {name: state[name].to(factor) for name, factor in live.items()}
-            merge_stacks(self.pairs, self.retired)

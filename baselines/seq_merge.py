@@ -23,26 +23,23 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from clbench.models.lora import Lora
+from baselines.seq import Seq
 from clbench.models.pairs import Pair, lora_pairs, merge_and_restart, merge_stacks, stack
-from clbench.protocols import Method
 
 
 @dataclass(kw_only=True)
-class SeqMerge(Method):
+class SeqMerge(Seq):
     """Sequential fine-tuning of one LoRA per task, each merged when its task ends."""
 
     merges = True
 
-    lora: Lora
-    seed: int
     stages: int = 0
     retired: dict[str, Tensor] = field(default_factory=dict)
     pairs: tuple[Pair, ...] = ()
 
     def wrap(self, model: Module) -> Module:
         """Adds the adapter of the first task."""
-        wrapped = self.lora.add(model, seed=self.seed)
+        wrapped = super().wrap(model)
         self.pairs = lora_pairs(wrapped)
         return wrapped
 

@@ -20,22 +20,20 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.nn import Module
 
-from clbench.models.lora import Lora
+from baselines.seq import Seq
 from clbench.models.weights import load_trainable_state, trainable
-from clbench.protocols import Method, Stage
+from clbench.protocols import Stage
 
 
 @dataclass(kw_only=True)
-class Single(Method):
+class Single(Seq):
     """Fine-tuning of one LoRA on each task from the same start."""
 
-    lora: Lora
-    seed: int
     initial: dict[str, Tensor] = field(default_factory=dict)
 
     def wrap(self, model: Module) -> Module:
         """Adds the adapter and remembers its initial values, which `seed` decides (no part of a checkpoint)."""
-        wrapped = self.lora.add(model, seed=self.seed)
+        wrapped = super().wrap(model)
         self.initial = {name: tensor.detach().clone() for name, tensor in trainable(wrapped).items()}
         return wrapped
 
