@@ -12,75 +12,64 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from clbench.types import UserMistake
 
-DTYPES = ("float32", "bfloat16")
-ENGINES = ("local", "deepspeed")
 OFFLOADS = {"none": 0, "optimizer": 1, "all": 3}
 """What can be kept in the host's memory, and the least ZeRO stage that can: the optimizer's state, master weights and gradients; weights too."""
 
 MESSAGE = 50_000_000
 """Most entries of one message between ranks, and of the buffer for it, unless one tensor has more."""
 
-# What the engine does without changing a score.
-NO_IDENTITY_ENGINE = (
-    *("name", "processes", "zero_stage", "threads"),
-    *("offload", "activation_checkpointing", "shard_base"),
-)
-RESUME = ("auto", "never", "must")
-SCHEDULES = ("linear", "cosine", "constant")
 ORDER = r"default|reversed|latin:\d+|random:\d+"
 CADENCE = r"all|quarters|ends|every:[1-9]\d*"
-
-# What a run's scores do not depend on, or what names a place on one machine: no part of a run's identity.
-NO_IDENTITY = ("results_dir", "cache_dir", "data_dir", "resume", "tracking")
-NO_IDENTITY_TRAIN = ("micro_batch_tokens", "checkpoint_steps")
 PLACES = ("results_dir", "cache_dir", "data_dir")
 SEEDS = ("seed", "method.seed")
 """What a method's replicates differ in."""
 
 
+def key(default: Any, *, least: float | None = None, among: Iterable[str] = (), identity: bool = True) -> Any:
+    """A key of the configuration: its smallest value, or all its values; without `identity` no score depends on it."""
+    return field(default=default, metadata={"least": least, "among": tuple(among), "identity": identity})
+
+
 @dataclass
 class EngineConfig:
-    """Where and in which precision to train. `offload` is one of OFFLOADS.
+    """Where and in which precision to train. With `shard_base` no process ever holds the whole base model."""
 
-    With `shard_base` no process ever holds the whole base model.
-    """
-
-    name: str = "local"
-    processes: int = 1
-    zero_stage: int = 0
-    dtype: str = "float32"
+    name: str = key("local", among=("local", "deepspeed"), identity=False)
+    processes: int = key(1, least=1, identity=False)
+    zero_stage: int = key(0, identity=False)
+    dtype: str = key("float32", among=("float32", "bfloat16"))
     device: str = "auto"
-    threads: int | None = None
-    offload: str = "none"
-    activation_checkpointing: bool = False
-    shard_base: bool = False
+    threads: int | None = key(None, least=1, identity=False)
+    offload: str = key("none", among=OFFLOADS, identity=False)
+    activation_checkpointing: bool = key(False, identity=False)
+    shard_base: bool = key(False, identity=False)
 
 
 @dataclass
 class TrainConfig:
     """How one stage is trained; equal for all methods unless a method's yaml states its own."""
 
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int = 16
-    micro_batch_size: int | None = None
-    micro_batch_tokens: int | None = None
-    max_length: int = 512
-    lr: float = 1e-3
-    schedule: str = "linear"
-    warmup: float = 0.1
-    weight_decay: float = 0.0
+    steps: int | None = key(None, least=0)
+    epochs: float | None = key(None, least=0)
+    batch_size: int = key(16, least=1)
+    micro_batch_size: int | None = key(None, least=1)
+    micro_batch_tokens: int | None = key(None, least=1, identity=False)
+    max_length: int = key(512, least=8)
+    lr: float = key(1e-3, least=0)
+    schedule: str = key("linear", among=("linear", "cosine", "constant"))
+    warmup: float = key(0.1, least=0)
+    weight_decay: float = key(0.0, least=0)
     beta1: float = 0.9
     beta2: float = 0.999
-    clip: float = 1.0
+    clip: float = key(1.0, least=0)
     carry_optimizer: bool = False
-    checkpoint_steps: int | None = None
+    checkpoint_steps: int | None = key(None, least=1, identity=False)
 
 
 @dataclass
@@ -89,9 +78,9 @@ class StreamConfig:
 
     name: str = ""
     tasks: list[str] = field(default_factory=list)
-    limit: int | None = None
-    train_rows: int | None = None
-    test_rows: int | None = None
+    limit: int | None = key(None, least=1)
+    train_rows: int | None = key(None, least=1)
+    test_rows: int | None = key(None, least=1)
 
 
 @dataclass
@@ -103,7 +92,7 @@ class ProbeConfig:
     """
 
     tasks: list[str] = field(default_factory=list)
-    limit: int | None = None
+    limit: int | None = key(None, least=1)
     probes: dict[str, Any] = field(default_factory=dict)
     cadence: dict[str, str] = field(default_factory=dict)
     allow_overlap: bool = False
@@ -113,9 +102,9 @@ class ProbeConfig:
 class TrackingConfig:
     """What a person sees while it runs."""
 
-    progress: bool = True
-    wandb: str = "disabled"
-    project: str = "clbench"
+    progress: bool = key(True, identity=False)
+    wandb: str = key("disabled", identity=False)
+    project: str = key("clbench", identity=False)
 
 
 @dataclass
@@ -130,35 +119,36 @@ class Config:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    seed: int = 0
-    results_dir: str = "results"
-    data_dir: str | None = None
-    cache_dir: str = ""
-    resume: str = "auto"
+    seed: int = key(0, least=0)
+    results_dir: str = key("results", identity=False)
+    data_dir: str | None = key(None, identity=False)
+    cache_dir: str = key("", identity=False)
+    resume: str = key("auto", among=("auto", "never", "must"), identity=False)
     experiment: str = ""
     tasks: dict[str, Any] = field(default_factory=dict)
 
 
-GROUPS = {
-    "stream": StreamConfig,
-    "engine": EngineConfig,
-    "probe": ProbeConfig,
-    "train": TrainConfig,
-    "tracking": TrackingConfig,
-}
+def groups() -> dict[str, Any]:
+    """The classes of the groups that have a fixed shape, by name."""
+    return {own.name: own.default_factory for own in fields(Config) if is_dataclass(own.default_factory)}
+
+
+def keys() -> dict[str, Mapping[str, Any]]:
+    """What `key` says of every key, by dotted name."""
+    inner = {f"{name}.{own.name}": own.metadata for name, shape in groups().items() for own in fields(shape)}
+    return {own.name: own.metadata for own in fields(Config)} | inner
 
 
 def from_plain(plain: dict[str, Any]) -> Config:
     """The typed configuration from the plain values that Hydra composed (or that a frozen JSON file holds)."""
-    for prefix, shape, values in (
-        ("", Config, plain),
-        *((f"{key}.", shape, plain[key]) for key, shape in GROUPS.items()),
-    ):
-        unknown = sorted(values.keys() - {field.name for field in fields(shape)})
-        if unknown:
-            allowed = ", ".join(field.name for field in fields(shape))
-            raise UserMistake(f"{prefix}{unknown[0]} is no key of the configuration; allowed there: {allowed}")
-    return Config(**{**plain, **{key: shape(**plain[key]) for key, shape in GROUPS.items()}})
+    inner = {name: (shape, plain[name]) for name, shape in groups().items()}
+    for group, (shape, values) in {"": (Config, plain), **inner}.items():
+        allowed = [own.name for own in fields(shape)]
+        for name in sorted(values.keys() - set(allowed)):
+            raise UserMistake(
+                f"{f'{group}.{name}'.lstrip('.')} is no key of the configuration; allowed there: {', '.join(allowed)}"
+            )
+    return Config(**plain | {name: shape(**values) for name, (shape, values) in inner.items()})
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,15 +157,15 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     Left out are places on one machine and what changes no score; a path that stands inside another value reads "<path>". The ZeRO stage counts
     below float32, where it changes the numbers.
     """
-    dropped = {f"engine.{key}" for key in NO_IDENTITY_ENGINE} | {f"train.{key}" for key in NO_IDENTITY_TRAIN}
     leaves = dict(_leaves(config))
+    dropped = {name for name, facts in keys().items() if not facts.get("identity", True)}
     if leaves.get("engine.dtype", "float32") != "float32":
         dropped -= {"engine.name", "engine.zero_stage"}
-    places = {leaves.get(key) for key in PLACES} - {None, ""}
+    places = {leaves.get(name) for name in PLACES} - {None, ""}
     return {
-        key: "<path>" if isinstance(value, str) and value in places else value
-        for key, value in leaves.items()
-        if key not in dropped and key.partition(".")[0] not in NO_IDENTITY
+        name: "<path>" if isinstance(value, str) and value in places else value
+        for name, value in leaves.items()
+        if name not in dropped
     }
 
 
@@ -186,16 +176,16 @@ def run_hash(config: Mapping[str, Any]) -> str:
 
 def variant(config: Mapping[str, Any]) -> str:
     """Eight digits of the SHA-256 of what a method's seeds have in common: its runs are one row of the leaderboard."""
-    return _sha256({key: value for key, value in identity(config).items() if key not in SEEDS})[:8]
+    return _sha256({name: value for name, value in identity(config).items() if name not in SEEDS})[:8]
 
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted key and value of every leaf."""
-    for key, value in config.items():
+    for name, value in config.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from _leaves(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{key}", value
+            yield f"{prefix}{name}", value
 
 
 def _sha256(value: object) -> str:
@@ -215,6 +205,12 @@ def run_directory(config: Config) -> Path:
 def check(config: Config) -> None:
     """Raises UserMistake, in one line, for the first value that cannot be meant."""
     train, stream = config.train, config.stream
+    values = dict(_leaves(asdict(config)))
+    for name, facts in keys().items():
+        if facts.get("among"):
+            one_of(name, values[name], facts["among"])
+        if facts.get("least") is not None and values[name] is not None and values[name] < facts["least"]:
+            raise UserMistake(f"{name}={values[name]} is too small; the least allowed is {facts['least']}")
     if not re.fullmatch(ORDER, config.order):
         raise UserMistake(
             f"order={config.order!r} is unknown; choose one of default, reversed, latin:K (rotated by K places), random:SEED"
@@ -225,73 +221,45 @@ def check(config: Config) -> None:
             raise UserMistake(
                 f"probe.cadence.{name}={cadence!r}: name a probe ({', '.join(config.probe.probes)}) and give all, quarters, ends or every:K"
             )
-    one_of("resume", config.resume, RESUME)
-    one_of("train.schedule", train.schedule, SCHEDULES)
     if (train.steps is None) == (train.epochs is None):
         raise UserMistake(
             f"train.steps={train.steps} and train.epochs={train.epochs}: give exactly one, the other is null (conf/train)"
         )
-    for key, value, least in (
-        ("train.steps", train.steps, 0),
-        ("train.epochs", train.epochs, 0),
-        ("train.batch_size", train.batch_size, 1),
-        ("train.micro_batch_size", train.micro_batch_size, 1),
-        ("train.micro_batch_tokens", train.micro_batch_tokens, 1),
-        ("train.max_length", train.max_length, 8),
-        ("train.lr", train.lr, 0),
-        ("train.warmup", train.warmup, 0),
-        ("train.weight_decay", train.weight_decay, 0),
-        ("train.clip", train.clip, 0),
-        ("train.checkpoint_steps", train.checkpoint_steps, 1),
-        ("stream.limit", stream.limit, 1),
-        ("stream.train_rows", stream.train_rows, 1),
-        ("stream.test_rows", stream.test_rows, 1),
-        ("probe.limit", config.probe.limit, 1),
-        ("seed", config.seed, 0),
-    ):
-        if value is not None and value < least:
-            raise UserMistake(f"{key}={value} is too small; the least allowed is {least}")
     if not stream.tasks:
         raise UserMistake("stream.tasks is empty; name at least one task of conf/task")
     if config.data_dir is not None and not Path(config.data_dir).is_dir():
         raise UserMistake(
             f"data_dir={config.data_dir!r} is not a directory; give the folder that holds <dataset>/<split>.jsonl"
         )
-    for key, value in (("results_dir", config.results_dir), ("cache_dir", config.cache_dir)):
-        writable(key, value)
+    for name in ("results_dir", "cache_dir"):
+        writable(name, values[name])
 
 
 def check_engine(engine: EngineConfig) -> None:
     """Raises UserMistake where the engine cannot do what is asked of it."""
-    one_of("engine.name", engine.name, ENGINES)
-    one_of("engine.dtype", engine.dtype, DTYPES)
-    for key, value in (("engine.processes", engine.processes), ("engine.threads", engine.threads)):
-        if value is not None and value < 1:
-            raise UserMistake(f"{key}={value} is too small; the least allowed is 1")
-    if engine.name == "local" and (engine.processes, engine.zero_stage) != (1, 0):
-        raise UserMistake(
-            f"engine=local with engine.processes={engine.processes}, engine.zero_stage={engine.zero_stage}: "
-            "it is one process and shards nothing; choose engine=deepspeed"
-        )
+    is_local, given = engine.name == "local", f"engine={engine.name} with engine.zero_stage={engine.zero_stage}"
     if engine.zero_stage not in range(4):
         raise UserMistake(f"engine.zero_stage={engine.zero_stage} is unknown; choose one of 0, 1, 2, 3")
-    one_of("engine.offload", engine.offload, OFFLOADS)
-    if engine.offload != "none" and (engine.name == "local" or engine.zero_stage < OFFLOADS[engine.offload]):
+    if is_local and (engine.processes, engine.zero_stage) != (1, 0):
         raise UserMistake(
-            f"engine.offload={engine.offload} with engine={engine.name}, engine.zero_stage={engine.zero_stage}: "
+            f"{given}, engine.processes={engine.processes}: it is one process and shards nothing; choose engine=deepspeed"
+        )
+    if engine.offload != "none" and (is_local or engine.zero_stage < OFFLOADS[engine.offload]):
+        raise UserMistake(
+            f"{given}, engine.offload={engine.offload}: "
             "optimizer needs engine=deepspeed and engine.zero_stage 1 to 3, all needs 3"
         )
-    if engine.shard_base and (engine.name == "local" or engine.zero_stage < 3 or engine.processes < 2):
+    if engine.shard_base and (is_local or engine.zero_stage < 3 or engine.processes < 2):
         raise UserMistake(
-            f"engine.shard_base=true with engine={engine.name}, engine.zero_stage={engine.zero_stage}, engine.processes={engine.processes}: "
+            f"{given}, engine.processes={engine.processes}, engine.shard_base=true: "
             "it needs engine=deepspeed, engine.zero_stage=3 and at least 2 processes"
         )
 
 
-def one_of(key: str, value: str, allowed: Iterable[str]) -> None:
+def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
     """Raises UserMistake where `value` is not among the allowed."""
     if value not in allowed:
-        raise UserMistake(f"{key}={value!r} is unknown; choose one of {', '.join(allowed)}")
+        raise UserMistake(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
 
 
 def is_due(cadence: str, stage: int, last: int) -> bool:
@@ -308,13 +276,13 @@ def is_due(cadence: str, stage: int, last: int) -> bool:
     return kind == "every" and stage % int(number) == 0
 
 
-def writable(key: str, value: str) -> None:
+def writable(name: str, value: str) -> None:
     """Makes the folder; raises UserMistake when it cannot be made or written to."""
     try:
         Path(value).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserMistake(
-            f"{key}={value!r} cannot be made ({error.strerror}); give a folder that you may write to"
+            f"{name}={value!r} cannot be made ({error.strerror}); give a folder that you may write to"
         ) from error
     if not os.access(value, os.W_OK):
-        raise UserMistake(f"{key}={value!r} cannot be written to; give a folder that you may write to")
+        raise UserMistake(f"{name}={value!r} cannot be written to; give a folder that you may write to")

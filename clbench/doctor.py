@@ -113,7 +113,7 @@ def datasets_page() -> str:
         task = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         if "dataset" in task:
             splits = f"{task['dataset']['splits']['train']} / {task['dataset']['splits']['test']}"
-            metric = f"{task['metric']} v{task['metric_version']} ({task['metric_package']})"
+            metric = f"{task['metric']} v{task['metric_version']}"
             most = f"{task['max_train']} / {task['max_test']}"
             rows.append((path.stem, address(instantiate(task["dataset"])), splits, task["licence"], metric, most))
     return PAGE + "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -33,8 +33,7 @@ class HubTask(Task):
     """What every task on real rows states in its yaml.
 
     `template` is filled with the row's columns, outer white space removed; `{column[key][0]}` reaches inside, a list is
-    joined by newlines. `metric_package` is the "package==version" behind the metric or its corpus metrics, "clbench"
-    where both are ours. `max_words` cuts a column to its first words. `where` keeps the rows whose columns have these
+    joined by newlines. `max_words` cuts a column to its first words. `where` keeps the rows whose columns have these
     values, or one of them where it lists several. `group_by` makes the test rows that share a column's value one
     example with several references. `balance_by` names the column of which the test has every value equally often.
     `hold_out` names the column by whose hash test rows are taken from a hub dataset that has one split; rows with the
@@ -46,7 +45,6 @@ class HubTask(Task):
     data_dir: str | None
     template: str
     metric: str
-    metric_package: str
     metric_version: int
     licence: str
     max_train: int | None

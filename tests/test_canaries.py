@@ -238,7 +238,6 @@ def test_an_answer_column_in_the_template_changes_with_the_answer(tmp_path, enco
             data_dir=str(tmp_path),
             template=template,
             metric="accuracy",
-            metric_package="clbench",
             metric_version=1,
             licence="",
             max_train=None,
