@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from clbench.record.runs import read_runs, replace_file
 from clbench.report.metrics import accuracy_so_far
+from clbench.report.published import NOTE, as_text, beside
 from clbench.report.summary import Summary, summarise
 from clbench.report.tables import LEGEND, readable, references, settings, unranked
 
@@ -57,6 +58,8 @@ def write(results_dir: Path) -> Path:
 def _setting(summary: Summary, rows: pd.DataFrame) -> Iterator[str]:
     """The cards of one stream, order and model."""
     yield _card("Leaderboard", f"<p>{references(rows)}</p>{_table(readable(rows, spread=False))}", note=LEGEND)
+    if len(published := beside(summary, rows)):
+        yield _card("Published numbers", _table(as_text(published)), note=NOTE, kind="text")
     note = "Mean over seeds; the band reaches from the lowest seed to the highest. Dotted: the untouched model, and chance."
     yield _figure("Over the stream", lambda figure: _draw_curves(figure, summary, rows), height=3.6, note=note)
     note = "A method that learns little forgets little: compare methods at equal learning. Bars: 95 % over seeds."
