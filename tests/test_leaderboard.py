@@ -480,6 +480,16 @@ def test_a_damaged_archive_is_one_line_and_exit_code_2(results, kept):
     assert "runs.tar.xz is damaged" in done.stderr
 
 
+def test_a_directory_that_cannot_be_read_is_not_packed_over_what_the_archive_holds(results):
+    pack(results)
+    content, run = (results / "runs.tar.xz").read_bytes(), next((results / "runs").iterdir())
+    shutil.rmtree(run)
+    run.mkdir()
+    with pytest.raises(UserMistake, match=f"runs/{run.name} of .* cannot be packed"):
+        pack(results)
+    assert (results / "runs.tar.xz").read_bytes() == content
+
+
 @pytest.mark.slow
 def test_the_reference_archive_gives_the_tables_beside_it(tmp_path):
     reference = Path(__file__).resolve().parent.parent / "results" / "reference"

@@ -30,7 +30,6 @@ ARCHIVE = "runs.tar.xz"
 FILES = ("manifest.json", "status", "scores.jsonl", "cost.jsonl", "items/*.npz")
 """What is read of a run's directory and what the archive holds of it: no checkpoint and no lock."""
 
-STATES = ("complete", "running", "interrupted", "failed", "unreadable")
 NEEDED = ("stream", "order", "model", "method", "seed", "variant", "config", "config_hash", "git", "tasks", "metrics")
 OPTIONAL = {"stream_hash": "", "command": "", "data": "", "model_fingerprint": "", "trained_probes": ()}
 SCORE = {field.name: field.type for field in fields(Score) if field.name != "items"}
@@ -42,7 +41,7 @@ COST = {field.name: "float" for field in fields(Cost)}
 class Records:
     """What all runs of a results directory recorded. The column `run` is the name of a run's directory.
 
-    `runs`: one row per run, by name: `state` (one of STATES), `problem` (why it cannot be read, or may not be ranked
+    `runs`: one row per run, by name: `state` (its status, or "unreadable"), `problem` (why it cannot be read, or may not be ranked
     although it is complete), `commit`, `dirty`, and of its manifest NEEDED and OPTIONAL; all but the first three are empty
     where it cannot be read. `scores` and `costs`: one row per Score and Cost, as written. `files`: FILES of each run.
     """
@@ -70,7 +69,7 @@ def read_runs(results_dir: Path) -> Records:
     for run, own in files.items():
         try:
             row, measured, paid = _manifest(own), _lines(own, "scores.jsonl", SCORE), _lines(own, "cost.jsonl", COST)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             row, measured, paid = {"state": "unreadable", "problem": f"{type(error).__name__}: {error}"}, [], []
         runs.append({"run": run} | row)
         scores += [(run, *line) for line in measured]
@@ -90,6 +89,10 @@ def pack(results_dir: Path) -> None:
     content = BytesIO()
     with tarfile.open(fileobj=content, mode="w:xz", preset=9) as archive:
         for run, files in _files(results_dir).items():
+            if not files:  # which the archive may hold whole
+                raise UserMistake(
+                    f"runs/{run} of {results_dir} cannot be packed, as nothing in it can be read; remove it"
+                )
             for name, record in sorted(files.items()):
                 member = tarfile.TarInfo(f"runs/{run}/{name}")  # of no time and of nobody
                 member.size = len(record)
@@ -142,8 +145,6 @@ def _manifest(files: Mapping[str, bytes]) -> dict[str, Any]:
     manifest, state = json.loads(files["manifest.json"]), files["status"].decode().strip()
     if missing := {*NEEDED} - {*manifest} | {*manifest["tasks"]} - {*manifest["metrics"]}:
         raise ValueError(f"manifest.json lacks {', '.join(sorted(missing))}")
-    if state not in STATES:
-        raise ValueError(f"status is {state!r}, not one of {', '.join(STATES[:-1])}")
     problem = "" if "canaries" in manifest else "no canaries in its manifest"
     if failed := manifest.get("canaries", {}).get("failed"):
         problem = f"failed canaries: {', '.join(failed)}"

@@ -28,11 +28,7 @@ from clbench.report.tables import LEGEND, readable, references, settings, unrank
 # Okabe and Ito's palette, which colour-blind readers can tell apart; a second round is dashed.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 FAINT = "#9aa5b1"
-STYLE = {
-    **{"svg.hashsalt": "clbench", "font.size": 9, "legend.frameon": False, "grid.color": "#e4e7eb"},
-    **{"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT},
-    **{"axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left"},
-}
+STYLE = {"svg.hashsalt": "clbench", "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left"}
 CURVES = {
     "accuracy": "Accuracy on the tasks so far",
     "retention": "Retention of base knowledge",
@@ -122,7 +118,7 @@ def _draw_curves(figure: Figure, summary: Summary, rows: pd.DataFrame) -> None:
         for level in rows.iloc[0][["base_accuracy", "chance_accuracy"]] if measure == "accuracy" else [1.0]:
             panel.axhline(level, color=FAINT, linestyle=":")
         panel.set(title=title, xlabel="stage", yscale="log" if measure == "perplexity_ratio" else "linear")
-        panel.grid(axis="y")
+        panel.grid(axis="y", alpha=0.3)
         panel.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(rows), 6))
 
@@ -136,7 +132,7 @@ def _draw_trade_off(figure: Figure, rows: pd.DataFrame) -> None:
             panel.errorbar(x, y, xerr=x_half, yerr=y_half, fmt="o", color=colour, elinewidth=0.8)
             panel.annotate(label, (x, y), xytext=(6, 5), textcoords="offset points", color=colour)
         panel.set(title=f"{measure.capitalize()} ({better} and right is better)", xlabel="learning accuracy")
-        panel.grid()
+        panel.grid(alpha=0.3)
         panel.margins(0.15)
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 from rich.table import Column, Table
 from rich.text import Text
 
-from clbench.record.runs import STATES, read_runs, replace_file
+from clbench.record.runs import read_runs, replace_file
 from clbench.report.summary import NAMED, SETTING, marks, summarise
 
 STAGE_KEYS = [*NAMED, "seed", "stage", "stage_name", "probe", "task", "metric"]
@@ -31,12 +31,10 @@ KEY_COLUMNS = (
 )
 MARKED = ("average_accuracy", "retention")
 ON_TERMINAL = ["method", "seeds", "accuracy", "BWT", "retention", "perplexity", "train s"]
-REFERENCES = {
-    "base_accuracy": "the untouched model",
-    "chance_accuracy": "chance",
-    "majority_accuracy": "the majority class",
-    "format_only_accuracy": "answers that have only the form",
-}
+REFERENCES = (
+    "Average accuracy of the untouched model {base_accuracy:.3f}, chance {chance_accuracy:.3f}, "
+    "the majority class {majority_accuracy:.3f}, answers that have only the form {format_only_accuracy:.3f}."
+)
 LEGEND = Path(__file__).with_name("legend.md").read_text(encoding="utf-8")
 
 
@@ -62,11 +60,11 @@ def unranked(runs: pd.DataFrame) -> str:
     left = runs[(runs["state"] != "complete") | (runs["problem"] != "")]
     if left.empty:
         return f"All {len(runs)} runs are complete." if len(runs) else "There are no runs yet."
-    names = left["run"] + left["problem"].map(lambda why: f" ({why})" if why else "")
-    by_state = {state: names[left["state"] == state] for state in STATES[1:]}
-    parts = [f"{len(own)} {state}: {', '.join(own)}" for state, own in by_state.items() if len(own)]
-    unfit = left[left["state"] == "complete"]
-    return f"{len(left)} of {len(runs)} runs are not ranked; {'; '.join([*parts, *(unfit['run'] + ': ' + unfit['problem'])])}."
+    unfit, others = left[left["state"] == "complete"], left[left["state"] != "complete"]
+    names = others["run"] + others["problem"].map(lambda why: f" ({why})" if why else "")
+    parts = [f"{len(own)} {state}: {', '.join(own)}" for state, own in names.groupby(others["state"])]
+    parts += list(unfit["run"] + ": " + unfit["problem"])
+    return f"{len(left)} of {len(runs)} runs are not ranked; {'; '.join(parts)}."
 
 
 def settings(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -76,9 +74,7 @@ def settings(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 def references(rows: pd.DataFrame) -> str:
     """What average accuracy is worth: that of the untouched model, of chance and of the most frequent answer."""
-    worth = rows.iloc[0][list(REFERENCES)].rename(REFERENCES)
-    named = (f"{name} {'unknown' if isnan(value) else f'{value:.3f}'}" for name, value in worth.items())
-    return f"Average accuracy of {', '.join(named)}."
+    return REFERENCES.format(**rows.iloc[0]).replace("nan", "unknown")
 
 
 def readable(rows: pd.DataFrame, *, spread: bool) -> pd.DataFrame:
