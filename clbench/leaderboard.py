@@ -1,57 +1,44 @@
-"""`python -m clbench.leaderboard [results_dir]`: the CSVs and the table, from the records of all runs.
+"""`python -m clbench.leaderboard [results_dir] [--pack]`: the CSVs and the table, from the records of all runs.
 
 Not here: how a number is worked out (report).
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from rich.console import Console
+
+from clbench.record.runs import pack
 from clbench.report.tables import refresh
 from clbench.types import UserMistake
 
-if TYPE_CHECKING:
-    from rich.table import Table
 
-
-def run_command(prog: str, *, about: str, action: Callable[[Path], None]) -> int:
-    """Runs `action` on the results directory that the command line names; the exit code is 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(prog=prog, description=about)
-    parser.add_argument(
-        "results_dir", nargs="?", type=Path, default=Path("results"), help="holds runs/ (default: results)"
-    )
+def run_command(parser: ArgumentParser, action: Callable[[Namespace], None]) -> int:
+    """Runs `action` with what the command line says, results_dir included; the exit code is 2 for a user's mistake."""
+    parser.add_argument("results_dir", nargs="?", type=Path, default=Path("results"), help="holds the runs (results)")
     try:
-        action(parser.parse_args().results_dir)
+        action(parser.parse_args())
     except UserMistake as mistake:
         print(mistake, file=sys.stderr)
         return 2
     return 0
 
 
-def _refresh_and_print(results_dir: Path) -> None:
-    """The files, then the table and where it is on standard output."""
-    shown = refresh(results_dir)
-    path = results_dir / "leaderboard.csv"
-    if not any((results_dir / "runs").glob("*/")):
-        print(f"No runs under {results_dir / 'runs'} yet: wrote the headers of {path}.")
-        return
-    _print(shown)
-    print(path)
-
-
-def _print(shown: Table) -> None:
-    """The table on standard output; what is no terminal gets it in full width."""
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else 160
-    Console(highlight=False, width=width).print(shown)
+def _refresh_and_print(options: Namespace) -> None:
+    """The files, then the table and where it is on standard output; what is no terminal gets the table in full width."""
+    if options.pack:
+        pack(options.results_dir)
+    table, path = refresh(options.results_dir), options.results_dir / "leaderboard.csv"
+    if table.row_count:
+        Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+        print(path)
+    else:
+        print(table.caption, "Wrote the headers of", path)
 
 
 if __name__ == "__main__":
-    sys.exit(
-        run_command("python -m clbench.leaderboard", about="Run directories to CSV files.", action=_refresh_and_print)
-    )
+    parser = ArgumentParser("python -m clbench.leaderboard", description="The records of all runs to CSV files.")
+    parser.add_argument("--pack", action="store_true", help="first write the records to runs.tar.xz")
+    sys.exit(run_command(parser, _refresh_and_print))

@@ -3,14 +3,18 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from pytest import approx
 
 from clbench.config import variant
+from clbench.record.runs import pack
 from clbench.report import html as report
 from clbench.report import tables as leaderboard
 from clbench.types import Cost, Score, UserMistake
@@ -415,9 +419,90 @@ def test_the_command_prints_the_table_and_the_path(results):
     assert leaderboard.refresh(results).row_count == 2
 
 
-def command(module, results):
-    """`python -m clbench.<module> results`."""
-    return subprocess.run([sys.executable, "-m", f"clbench.{module}", str(results)], capture_output=True, text=True)
+def command(module, *arguments):
+    """`python -m clbench.<module> arguments`."""
+    run = [sys.executable, "-m", f"clbench.{module}", *map(str, arguments)]
+    return subprocess.run(run, capture_output=True, text=True)
+
+
+GENERATED = ("stages.csv", "retention.csv", "leaderboard.csv", "leaderboard.md")
+
+
+def generated(results):
+    """The content of the files that a refresh writes."""
+    leaderboard.refresh(results)
+    return {name: (results / name).read_bytes() for name in GENERATED}
+
+
+def test_packed_runs_give_the_same_tables_and_the_same_archive(results):
+    run = write_run(results, "gamma", seed=0, matrix=ALPHA, status="interrupted", stages=1)
+    (run / "checkpoint").mkdir()
+    for name in ("checkpoint/stage.safetensors", "lock", "items/stage-02.tmp"):
+        (run / name).write_text("not a record")
+    before = generated(results)
+    done = command("leaderboard", results, "--pack")
+    assert (done.returncode, done.stderr) == (0, "") and run.is_dir()
+    archive = (results / "runs.tar.xz").read_bytes()
+    with tarfile.open(results / "runs.tar.xz") as members:
+        assert [name for name in members.getnames() if run.name in name] == [
+            f"runs/{run.name}/{name}"
+            for name in (
+                "cost.jsonl",
+                "items/stage-00.npz",
+                "items/stage-01.npz",
+                "manifest.json",
+                "scores.jsonl",
+                "status",
+            )
+        ]
+        assert {(member.mtime, member.uid, member.uname) for member in members} == {(0, 0, "")}
+    shutil.rmtree(results / "runs")
+    assert generated(results) == before
+    pack(results)
+    assert (results / "runs.tar.xz").read_bytes() == archive
+
+
+def test_a_run_that_is_packed_and_a_directory_is_read_from_its_directory(results):
+    pack(results)
+    for run in (results / "runs").glob("demo-beta-*"):
+        shutil.rmtree(run)
+    (next((results / "runs").glob("demo-alpha-s0*")) / "status").write_text("failed\n")
+    assert [(row["method"], row["n_seeds"]) for row in refreshed(results)] == [("alpha", "2"), ("beta", "3")]
+
+
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_a_damaged_archive_is_one_line_and_exit_code_2(results, kept):
+    pack(results)
+    content = (results / "runs.tar.xz").read_bytes()
+    (results / "runs.tar.xz").write_bytes(content[: int(kept * len(content))] or b"no archive")
+    done = command("leaderboard", results)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "runs.tar.xz is damaged" in done.stderr
+
+
+def test_a_directory_that_cannot_be_read_is_not_packed_over_what_the_archive_holds(results):
+    pack(results)
+    content, run = (results / "runs.tar.xz").read_bytes(), next((results / "runs").iterdir())
+    shutil.rmtree(run)
+    run.mkdir()
+    with pytest.raises(UserMistake, match=f"runs/{run.name} of .* cannot be packed"):
+        pack(results)
+    assert (results / "runs.tar.xz").read_bytes() == content
+
+
+@pytest.mark.slow
+def test_the_reference_archive_gives_the_tables_beside_it(tmp_path):
+    reference = Path(__file__).resolve().parent.parent / "results" / "reference"
+    shutil.copy(reference / "runs.tar.xz", tmp_path)
+    assert generated(tmp_path) == {name: (reference / name).read_bytes() for name in GENERATED}
+
+
+def test_a_run_whose_files_may_not_be_read_or_are_missing_is_named(results):
+    (next((results / "runs").glob("demo-alpha-s0*")) / "status").unlink()
+    (next((results / "runs").glob("demo-beta-s0*")) / "manifest.json").write_text('{"tasks": ["a"], "metrics": {}}')
+    assert [row["n_seeds"] for row in refreshed(results)] == ["2", "2"]
+    text = (results / "leaderboard.md").read_text()
+    assert "no readable status" in text and "manifest.json lacks a, config, config_hash" in text
 
 
 def test_the_leaderboard_needs_neither_torch_nor_matplotlib():

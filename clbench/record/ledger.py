@@ -22,6 +22,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from clbench.record.runs import read_lines
 from clbench.types import Cost, Score, UserMistake
 
 RUNNING, COMPLETE, FAILED, INTERRUPTED = "running", "complete", "failed", "interrupted"
@@ -114,8 +115,10 @@ class Ledger:
 
     def _drop_after(self, stage: int) -> None:
         for name in ("scores.jsonl", "cost.jsonl"):
-            kept = [row for row in _read_lines(self.path / name) if row["stage"] <= stage]
-            _replace(self.path / name, b"".join(json.dumps(row).encode() + b"\n" for row in kept))
+            path = self.path / name
+            rows = read_lines(path.read_bytes()) if path.is_file() else []
+            kept = [row for row in rows if row["stage"] <= stage]
+            _replace(path, b"".join(json.dumps(row).encode() + b"\n" for row in kept))
         for path in (self.path / "items").iterdir():
             if path.suffix == ".tmp" or int(path.stem.removeprefix("stage-")) > stage:
                 path.unlink()
@@ -203,14 +206,6 @@ def _stage(path: Path) -> int:
 
 def _null_nan(row: dict[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; what a kill left of a last line is not one."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -1,204 +1,163 @@
-"""Run directories read back: what the ledger wrote of each run, as one frozen record.
+"""Run directories read back: what the ledger wrote of all runs, as tables.
 
-Reads manifest.json, status, scores.jsonl, cost.jsonl and items/; never writes. Not here: what the numbers amount to
-(statistics).
+Reads results_dir/runs/*/ and results_dir/runs.tar.xz, which `pack` makes of them; a run that is in both is read from its
+directory. Not here: what the numbers amount to (report).
 
->>> [run.name for run in read_runs(Path("results")) if run.state == "complete"]
+>>> read_runs(Path("results")).runs["run"].tolist()
 ['demo-alpha-s0-1f0c2a9b']
 """
 
 from __future__ import annotations
 
 import json
+import os
+import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property
-from math import nan
+from io import BytesIO
+from lzma import LZMAError
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+import pandas as pd
 
-from clbench.report.metrics import Floats
 from clbench.types import Cost, Score, UserMistake
 
-Setting = tuple[str, str, str, str]
-"""Stream, order, model, hash of the stream's data."""
-STATES = ("complete", "running", "interrupted", "failed", "unreadable")
-MATRIX_PROBE = "stream"
+ARCHIVE = "runs.tar.xz"
+FILES = ("manifest.json", "status", "scores.jsonl", "cost.jsonl", "items/*.npz")
+"""What is read of a run's directory and what the archive holds of it: no checkpoint and no lock."""
+
+NEEDED = ("stream", "order", "model", "method", "seed", "variant", "config", "config_hash", "git", "tasks", "metrics")
+OPTIONAL = {"stream_hash": "", "command": "", "data": "", "model_fingerprint": "", "trained_probes": ()}
+SCORE = {field.name: field.type for field in fields(Score) if field.name != "items"}
+COST = {field.name: "float" for field in fields(Cost)}
+"""The fields of a line of scores.jsonl and of cost.jsonl, and the type that each is read as."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """One run directory. `state` is one of STATES, `problem` says why it is unreadable, `scores` are in stage order."""
+class Records:
+    """What all runs of a results directory recorded. The column `run` is the name of a run's directory.
 
-    name: str
-    directory: Path
-    manifest: Mapping[str, Any]
-    state: str
-    problem: str
-    scores: tuple[Score, ...]
-    costs: tuple[Cost, ...]
+    `runs`: one row per run, by name: `state` (its status, or "unreadable"), `problem` (why it cannot be read, or may not be ranked
+    although it is complete), `commit`, `dirty`, and of its manifest NEEDED and OPTIONAL; all but the first three are empty
+    where it cannot be read. `scores` and `costs`: one row per Score and Cost, as written. `files`: FILES of each run.
+    """
 
-    @property
-    def seed(self) -> int:
-        """The seed of every random draw of the run."""
-        return int(self.manifest["seed"])
+    runs: pd.DataFrame
+    scores: pd.DataFrame
+    costs: pd.DataFrame
+    files: Mapping[str, Mapping[str, bytes]]
 
-    @property
-    def setting(self) -> Setting:
-        """Stream, order, model and the hash of the stream's data: what a method is compared on."""
-        named = (str(self.manifest[key]) for key in ("stream", "order", "model"))
-        return *named, str(self.manifest.get("stream_hash", ""))
-
-    @property
-    def unfit(self) -> str:
-        """Why a complete run may not be ranked: its evaluation was not shown to be able to fail, or did; "" where it may."""
-        if "canaries" not in self.manifest:
-            return "no canaries in its manifest"
-        failed = self.manifest["canaries"]["failed"]
-        return f"failed canaries: {', '.join(failed)}" if failed else ""
-
-    @property
-    def method(self) -> str:
-        """The method's name."""
-        return str(self.manifest["method"])
-
-    @property
-    def last_stage(self) -> int:
-        """The last stage that has a score; 0 is the untouched model."""
-        return max((score.stage for score in self.scores), default=0)
-
-    @property
-    def stage_names(self) -> dict[int, str]:
-        """Stage number to name, in stage order, of the stages that have a score."""
-        return {score.stage: score.stage_name for score in self.scores}
-
-    @property
-    def commit(self) -> str:
-        """The git commit that the code ran from, empty outside a repository."""
-        return str((self.manifest["git"] or {}).get("commit") or "")
-
-    @property
-    def is_dirty(self) -> bool:
-        """Whether the code differed from its commit."""
-        return bool((self.manifest["git"] or {}).get("dirty"))
-
-    @property
-    def variant(self) -> str:
-        """What its seeds have in common, as the manifest says (`config.variant`)."""
-        return str(self.manifest["variant"])
-
-    @cached_property
-    def values(self) -> dict[tuple[int, str, str, str], float]:
-        """(stage, probe, task, metric) to value."""
-        return {(score.stage, score.probe, score.task, score.metric): score.value for score in self.scores}
-
-    @cached_property
-    def matrix(self) -> Floats:
-        """Each task's primary score at each stage, (stages + 1, tasks), NaN where it was not measured."""
-        tasks, primary = self.manifest["tasks"], self.manifest["metrics"]
-        rows = range(self.last_stage + 1)
-        cells = [[self.values.get((row, MATRIX_PROBE, task, primary[task]), nan) for task in tasks] for row in rows]
-        return np.array(cells, dtype=np.float64)
-
-    def items(self, stage: int) -> dict[str, Floats]:
-        """Per-item outcomes measured after `stage`, by "probe|task|metric"; empty where none were kept."""
-        path = self.directory / "items" / f"stage-{stage:02d}.npz"
-        if not path.is_file():
+    def outcomes(self, run: str, *, stage: int) -> dict[str, np.ndarray]:
+        """Per-item outcomes that `run` measured after `stage`, by "probe|task|metric"; empty where none were kept."""
+        name = f"items/stage-{stage:02d}.npz"
+        if name not in self.files[run]:
             return {}
         try:
-            with np.load(path) as archive:
+            with np.load(BytesIO(self.files[run][name])) as archive:
                 return {key: archive[key].astype(np.float64) for key in archive.files}
         except (ValueError, OSError, EOFError, BadZipFile) as error:
-            raise UserMistake(f"{path} is damaged; remove the run {self.name}, or run it again") from error
+            raise UserMistake(f"{run}/{name} is damaged; remove the run {run}, or run it again") from error
 
 
-def read_runs(results_dir: Path) -> tuple[Run, ...]:
-    """Every run under `results_dir`/runs, by name; one that cannot be read says so in its state."""
+def read_runs(results_dir: Path) -> Records:
+    """Every run of `results_dir`; one that cannot be read says so in its state."""
+    files, runs, scores, costs = _files(results_dir), [], [], []
+    for run, own in files.items():
+        try:
+            row, measured, paid = _manifest(own), _lines(own, "scores.jsonl", SCORE), _lines(own, "cost.jsonl", COST)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            row, measured, paid = {"state": "unreadable", "problem": f"{type(error).__name__}: {error}"}, [], []
+        runs.append({"run": run} | row)
+        scores += [(run, *line) for line in measured]
+        costs += [(run, *line) for line in paid]
+    columns = ["run", "state", "problem", "commit", "dirty", *NEEDED, *OPTIONAL]
+    # A stage that was measured again after a crash counts once, as it was measured last.
+    return Records(
+        runs=pd.DataFrame(runs, columns=columns, dtype=object).fillna(""),
+        scores=_table(scores, SCORE).drop_duplicates(["run", "stage", "probe", "task", "metric"], keep="last"),
+        costs=_table(costs, COST).drop_duplicates(["run", "stage"], keep="last"),
+        files=files,
+    )
+
+
+def pack(results_dir: Path) -> None:
+    """Writes the records of every run of `results_dir` to its runs.tar.xz; equal records give equal bytes."""
+    content = BytesIO()
+    with tarfile.open(fileobj=content, mode="w:xz", preset=9) as archive:
+        for run, files in _files(results_dir).items():
+            if not files:  # which the archive may hold whole
+                raise UserMistake(
+                    f"runs/{run} of {results_dir} cannot be packed, as nothing in it can be read; remove it"
+                )
+            for name, record in sorted(files.items()):
+                member = tarfile.TarInfo(f"runs/{run}/{name}")  # of no time and of nobody
+                member.size = len(record)
+                archive.addfile(member, BytesIO(record))
+    replace_file(results_dir / ARCHIVE, content.getvalue())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all; the temporary name is this process's own, as runs end side by side."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserMistake(f"{path} cannot be written ({error.strerror}); give a results_dir of your own") from error
+
+
+def read_lines(content: bytes) -> list[dict[str, Any]]:
+    """The records of a .jsonl file; a last line without its newline was being written and does not count."""
+    return [json.loads(line) for line in content.decode().split("\n")[:-1]]
+
+
+def _files(results_dir: Path) -> dict[str, dict[str, bytes]]:
+    """The content of FILES of every run, in the order of their names; a directory goes before what the archive has."""
     if not results_dir.is_dir():
         raise UserMistake(f"results_dir={str(results_dir)!r} is not a directory; give the one that holds runs/")
-    return tuple(_read_run(path) for path in sorted((results_dir / "runs").glob("*/")))
-
-
-def _read_run(directory: Path) -> Run:
-    """One run directory; a manifest or a line that is no record makes it unreadable, not the leaderboard."""
-    manifest: dict[str, Any] = {}
-    scores: tuple[Score, ...] = ()
-    costs: tuple[Cost, ...] = ()
+    found: dict[str, dict[str, bytes]] = {}
     try:
-        manifest = _manifest(directory / "manifest.json")
-        state = _state(directory / "status")
-        scores = tuple(_score(line) for line in _lines(directory / "scores.jsonl"))
-        costs = tuple(_cost(line) for line in _lines(directory / "cost.jsonl"))
-        problem = ""
-    except OSError as error:
-        state, problem = "unreadable", f"{Path(error.filename).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError) as error:
-        state, problem = "unreadable", f"{type(error).__name__}: {error}"
-    return Run(
-        name=directory.name,
-        directory=directory,
-        manifest=manifest,
-        state=state,
-        problem=problem,
-        # A stage that was measured again after a crash counts once, as it was measured last.
-        scores=tuple({(s.stage, s.probe, s.task, s.metric): s for s in scores}.values()),
-        costs=tuple({cost.stage: cost for cost in costs}.values()),
-    )
+        with tarfile.open(results_dir / ARCHIVE, "r:xz") as archive:
+            for member in archive:
+                _, run, name = member.name.split("/", 2)
+                found.setdefault(run, {})[name] = archive.extractfile(member).read()
+    except FileNotFoundError:
+        pass  # all runs are directories
+    except (tarfile.TarError, LZMAError, EOFError, ValueError) as error:
+        raise UserMistake(f"{results_dir / ARCHIVE} is damaged ({error}); restore it, or remove it") from error
+    for directory in (results_dir / "runs").glob("*/"):
+        paths = [path for pattern in FILES for path in directory.glob(pattern)]
+        try:
+            found[directory.name] = {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
+        except OSError:
+            found[directory.name] = {}  # may not be read, or is being removed
+    return dict(sorted(found.items()))
 
 
-def _manifest(path: Path) -> dict[str, Any]:
-    """The manifest, with every key that the leaderboard reads."""
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    needed = (
-        "stream",
-        "order",
-        "model",
-        "method",
-        "seed",
-        "variant",
-        "config",
-        "config_hash",
-        "git",
-        "tasks",
-        "metrics",
-    )
-    if missing := [key for key in needed if key not in manifest]:
-        raise ValueError(f"manifest.json lacks {', '.join(missing)}")
-    if missing := [task for task in manifest["tasks"] if task not in manifest["metrics"]]:
-        raise ValueError(f"manifest.json names no metric of {', '.join(missing)}")
-    return manifest
+def _manifest(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """What Records.runs say of a run that can be read."""
+    if missing := {"manifest.json", "status"} - {*files}:
+        raise ValueError(f"no readable {', '.join(sorted(missing))}")
+    manifest, state = json.loads(files["manifest.json"]), files["status"].decode().strip()
+    if missing := {*NEEDED} - {*manifest} | {*manifest["tasks"]} - {*manifest["metrics"]}:
+        raise ValueError(f"manifest.json lacks {', '.join(sorted(missing))}")
+    problem = "" if "canaries" in manifest else "no canaries in its manifest"
+    if failed := manifest.get("canaries", {}).get("failed"):
+        problem = f"failed canaries: {', '.join(failed)}"
+    git = manifest["git"] or {}
+    known = {"state": state, "commit": git.get("commit") or "", "dirty": bool(git.get("dirty"))}
+    return OPTIONAL | manifest | known | {"problem": problem if state == "complete" else ""}
 
 
-def _state(path: Path) -> str:
-    """The one word of the status file."""
-    state = path.read_text(encoding="utf-8").strip()
-    if state not in STATES:
-        raise ValueError(f"status is {state!r}, not one of {', '.join(STATES[:-1])}")
-    return state
+def _lines(files: Mapping[str, bytes], name: str, kind: Mapping[str, str]) -> list[tuple[Any, ...]]:
+    """The fields in `kind` of each record of a .jsonl file, of none where there is no file yet."""
+    return list(map(itemgetter(*kind), read_lines(files.get(name, b""))))
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file; a last line without its newline was being written and does not count."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-
-
-def _score(line: Mapping[str, Any]) -> Score:
-    """A line of scores.jsonl; null is NaN."""
-    known = {field.name: line[field.name] for field in fields(Score) if field.name != "items"}
-    numbers = {key: _number(known[key]) for key in ("value", "stderr", "seconds")}
-    return Score(**{**known, **numbers})
-
-
-def _cost(line: Mapping[str, Any]) -> Cost:
-    """A line of cost.jsonl; null is NaN."""
-    return Cost(**{field.name: _number(line[field.name]) for field in fields(Cost)})
-
-
-def _number(value: float | None) -> float:
-    """NaN is null in JSON."""
-    return nan if value is None else value
+def _table(lines: list[tuple[Any, ...]], kind: Mapping[str, str]) -> pd.DataFrame:
+    """Lines of all runs; null is NaN."""
+    return pd.DataFrame(lines, columns=["run", *kind]).astype(kind)

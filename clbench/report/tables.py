@@ -1,39 +1,21 @@
-"""The leaderboard: run directories to CSV files and tables that need no help to read.
+"""The leaderboard: CSV files and tables that need no help to read.
 
-Equal ledgers give equal bytes. Not here: how a number is worked out (statistics, metrics).
+Equal ledgers give equal bytes. Not here: how a number is worked out (summary, metrics).
 """
 
 from __future__ import annotations
 
-import csv
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, fields
-from io import StringIO
-from itertools import groupby
 from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from clbench.record.runs import STATES, Run, read_runs
-from clbench.report.summary import MEASURES, Entry, StageRetention, entries, stage_retention, tied_with_best
-from clbench.types import UserMistake
+import pandas as pd
+from rich.table import Column, Table
+from rich.text import Text
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from clbench.record.runs import read_runs, replace_file
+from clbench.report.summary import NAMED, SETTING, marks, summarise
 
-RUN_COLUMNS = ("stream", "order", "model", "method", "seed")
-STAGE_COLUMNS = (*RUN_COLUMNS, "stage", "stage_name", "probe", "task", "metric", "value", "n", "stderr", "run")
-RETENTION_COLUMNS = (
-    *(*RUN_COLUMNS, "stage", "stage_name"),
-    *(field.name for field in fields(StageRetention)),
-    *("stream_hash", "run"),
-)
-ENTRY_COLUMNS = (
-    *("stream", "order", "model", "method", "variant", "n_seeds"),
-    *(f"{name}{bound}" for name in MEASURES for bound in ("", "_low", "_high")),
-    *("stream_hash", "notes"),
-)
+STAGE_KEYS = [*NAMED, "seed", "stage", "stage_name", "probe", "task", "metric"]
 # What a person reads first: heading, measure, format.
 KEY_COLUMNS = (
     ("accuracy", "average_accuracy", ".3f"),
@@ -48,185 +30,91 @@ KEY_COLUMNS = (
     ("parameters", "trainable_parameters", ",.0f"),
 )
 MARKED = ("average_accuracy", "retention")
-ON_TERMINAL = (*MARKED, "bwt", "perplexity_ratio", "seconds_train")
-LEGEND = """\
-Mean ± half of the 95 % Student-t interval over seeds. **Bold** is the best of those that train; ≈ marks those whose
-interval overlaps the best's, or that cannot be told apart because a method has one seed.
-Accuracy: mean score over all tasks after the last stage. Learned: mean score right after a task's own stage. BWT and
-forgetting: change since a task's own stage, drop from its best score. Retention: share of the untouched model's
-above-chance accuracy on base knowledge that is left (ratio of sums over probes); worst probe: the lowest one.
-Perplexity: ratio to the untouched model, on text that it knew. All columns: leaderboard.csv. Stages: retention.csv,
-stages.csv.
-"""
+ON_TERMINAL = ["method", "seeds", "accuracy", "BWT", "retention", "perplexity", "train s"]
+REFERENCES = (
+    "Average accuracy of the untouched model {base_accuracy:.3f}, chance {chance_accuracy:.3f}, "
+    "the majority class {majority_accuracy:.3f}, answers that have only the form {format_only_accuracy:.3f}."
+)
+LEGEND = Path(__file__).with_name("legend.md").read_text(encoding="utf-8")
 
 
 def refresh(results_dir: Path) -> Table:
-    """Writes stages.csv, retention.csv, leaderboard.csv and leaderboard.md from the runs under `results_dir`; gives the table to print."""
-    runs = read_runs(results_dir)
-    readable = [run for run in runs if run.state != "unreadable"]
-    rows = entries(readable)
-    contents = {
-        "stages.csv": _csv(STAGE_COLUMNS, sorted(_stage_rows(readable), key=_stage_order)),
-        "retention.csv": _csv(RETENTION_COLUMNS, _retention_rows(readable)),
-        "leaderboard.csv": _csv(ENTRY_COLUMNS, map(_entry_row, rows)),
-        "leaderboard.md": _markdown(rows, runs=runs),
+    """Writes stages.csv, retention.csv, leaderboard.csv and leaderboard.md from the runs of `results_dir`; gives the table to print."""
+    summary = summarise(read_runs(results_dir))
+    runs, rows = summary.records.runs, summary.leaderboard
+    stages = summary.records.scores.merge(runs, on="run").sort_values([*STAGE_KEYS, "run"])
+    tables = {
+        # Times are left out, so that a repeated run gives the same bytes.
+        "stages.csv": stages[[*STAGE_KEYS, "value", "n", "stderr", "run"]],
+        "retention.csv": summary.retention,
+        "leaderboard.csv": rows.drop(columns=["label", "runs"]),
     }
-    for name, text in contents.items():
-        replace_file(results_dir / name, text)
-    return table(rows, runs=runs)
+    for name, table in tables.items():
+        replace_file(results_dir / name, table.to_csv(index=False, lineterminator="\n").encode())
+    replace_file(results_dir / "leaderboard.md", _markdown(rows, unranked(runs)).encode())
+    return _terminal(rows, unranked(runs))
 
 
-def table(ranked: Sequence[Entry], *, runs: Sequence[Run]) -> Table:
-    """The leaderboard for a terminal, one section per stream, order and model."""
-    from rich.table import Table
-    from rich.text import Text
-
-    settings = sorted({entry.setting for entry in ranked})
-    title = (
-        "Leaderboard"
-        if len(settings) != 1
-        else "Leaderboard of stream {}, order {}, model {}, data {}".format(*settings[0])
-    )
-    notes = [f"{entry.label}: {'; '.join(entry.notes)}" for entry in ranked if entry.notes]
-    caption = Text("\n".join([*notes, unranked(runs)]))
-    shown = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=None)
-    columns = [column for column in KEY_COLUMNS if column[1] in ON_TERMINAL]
-    shown.add_column("method", overflow="fold")
-    for heading in ("seeds", *(heading for heading, _, _ in columns)):
-        shown.add_column(heading, justify="right", no_wrap=True)
-    for setting, group in groupby(ranked, key=lambda entry: entry.setting):
-        rows = tuple(group)
-        marks = {measure: tied_with_best(rows, measure=measure) for measure in MARKED}
-        if len(settings) > 1:
-            shown.add_row("stream {}, order {}, model {}, data {}".format(*setting), style="italic")
-        for entry in rows:
-            cells = [cell_text(entry, name, form, marks, spread=name in MARKED) for _, name, form in columns]
-            bold = [f"[bold]{cell.strip('*')}[/bold]" if cell.startswith("**") else cell for cell in cells]
-            shown.add_row(Text(entry.label), str(entry.n_seeds), *bold)
-        shown.add_section()
-    return shown
-
-
-def unranked(runs: Sequence[Run]) -> str:
+def unranked(runs: pd.DataFrame) -> str:
     """One line: how many runs are not ranked, in which states, and which they are."""
-    if all(run.state == "complete" and not run.unfit for run in runs):
-        return f"All {len(runs)} runs are complete." if runs else "There are no runs yet."
-    parts = []
-    for state in STATES[1:]:
-        members = [f"{run.name} ({run.problem})" if run.problem else run.name for run in runs if run.state == state]
-        if members:
-            parts.append(f"{len(members)} {state}: {', '.join(members)}")
-    parts += [f"{run.name}: {run.unfit}" for run in runs if run.state == "complete" and run.unfit]
-    count = sum(run.state != "complete" or bool(run.unfit) for run in runs)
-    return f"{count} of {len(runs)} runs are not ranked; {'; '.join(parts)}."
+    left = runs[(runs["state"] != "complete") | (runs["problem"] != "")]
+    if left.empty:
+        return f"All {len(runs)} runs are complete." if len(runs) else "There are no runs yet."
+    unfit, others = left[left["state"] == "complete"], left[left["state"] != "complete"]
+    names = others["run"] + others["problem"].map(lambda why: f" ({why})" if why else "")
+    parts = [f"{len(own)} {state}: {', '.join(own)}" for state, own in names.groupby(others["state"])]
+    parts += list(unfit["run"] + ": " + unfit["problem"])
+    return f"{len(left)} of {len(runs)} runs are not ranked; {'; '.join(parts)}."
 
 
-def _run_cells(run: Run) -> tuple[str | int, ...]:
-    """What names a run, in the order of RUN_COLUMNS."""
-    return (*run.setting[:3], run.method, run.seed)
+def settings(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of the leaderboard by what they are compared on, and how that reads."""
+    return [("stream {}, order {}, model {}, data {}".format(*setting), own) for setting, own in rows.groupby(SETTING)]
 
 
-def _stage_rows(runs: Iterable[Run]) -> Iterator[tuple[str | int | float, ...]]:
-    """Every score of every run, as STAGE_COLUMNS; times are left out, so that a repeated run gives the same bytes."""
-    for run in runs:
-        for s in run.scores:
-            cells = (s.stage, s.stage_name, s.probe, s.task, s.metric, float(s.value), s.n, float(s.stderr))
-            yield (*_run_cells(run), *cells, run.name)
+def references(rows: pd.DataFrame) -> str:
+    """What average accuracy is worth: that of the untouched model, of chance and of the most frequent answer."""
+    return REFERENCES.format(**rows.iloc[0]).replace("nan", "unknown")
 
 
-def _stage_order(row: tuple[str | int | float, ...]) -> tuple[str | int | float, ...]:
-    """Sort key of stages.csv: the columns that name a row, never a measured value."""
-    named = {"value", "n", "stderr"}
-    return tuple(cell for column, cell in zip(STAGE_COLUMNS, row, strict=True) if column not in named)
+def readable(rows: pd.DataFrame, *, spread: bool) -> pd.DataFrame:
+    """The rows of one setting as text: means, ± half their interval (of the MARKED measures only unless `spread`), marks, notes."""
+    shown = pd.DataFrame({"method": rows["label"], "seeds": rows["n_seeds"].astype(str)})
+    for heading, measure, form in KEY_COLUMNS:
+        mark, cells = marks(rows, measure) if measure in MARKED else {}, []
+        for label, mean, high in rows[["label", measure, f"{measure}_high"]].itertuples(index=False):
+            text = "-" if isnan(mean) else f"{mean:{form}}"
+            if high > mean and (spread or measure in MARKED):
+                text += f" ± {high - mean:{form.lstrip('+')}}"
+            cells.append({"best": f"**{text}**", "tied": f"{text} ≈"}.get(mark.get(label), text))
+        shown[heading] = cells
+    return shown.assign(notes=rows["notes"])
 
 
-def _retention_rows(runs: Iterable[Run]) -> Iterator[tuple[str | int | float, ...]]:
-    """One row per run and stage, as RETENTION_COLUMNS."""
-    for run in sorted(runs, key=lambda run: (*_run_cells(run), run.name)):
-        for stage, name in sorted(run.stage_names.items()):
-            kept = astuple(stage_retention(run, stage=stage))
-            yield (*_run_cells(run), stage, name, *kept, run.setting[3], run.name)
-
-
-def _entry_row(entry: Entry) -> tuple[str | int | float, ...]:
-    """One row of leaderboard.csv, as ENTRY_COLUMNS."""
-    numbers = (vars(part)[name] for name in MEASURES for part in (entry.mean, entry.low, entry.high))
-    named = (*entry.setting[:3], entry.method, entry.variant, entry.n_seeds)
-    return (*named, *map(float, numbers), entry.setting[3], "; ".join(entry.notes))
-
-
-def _csv(columns: Sequence[str], rows: Iterable[Sequence[str | int | float]]) -> str:
-    """CSV text: floats as the shortest text that reads back equal, NaN as an empty cell."""
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        assert len(row) == len(columns), (len(row), len(columns))
-        writer.writerow(["" if cell != cell else repr(cell) if isinstance(cell, float) else cell for cell in row])
-    return text.getvalue()
-
-
-def _markdown(rows: Sequence[Entry], *, runs: Sequence[Run]) -> str:
-    """leaderboard.md: one table per stream, order and model."""
-    lines = ["# Leaderboard", "", unranked(runs), ""]
-    for (stream, order, model, data), group in groupby(rows, key=lambda entry: entry.setting):
-        members = tuple(group)
-        marks = {measure: tied_with_best(members, measure=measure) for measure in MARKED}
-        headings = ["method", "seeds", *(heading for heading, _, _ in KEY_COLUMNS), "notes"]
-        lines += [f"## stream {stream}, order {order}, model {model}, data {data}", "", references(members[0]), ""]
-        lines += [_md_row(headings), _md_row(["---"] + ["---:"] * (len(headings) - 2) + ["---"])]
-        for entry in members:
-            cells = [cell_text(entry, name, form, marks) for _, name, form in KEY_COLUMNS]
-            lines.append(_md_row([entry.label, str(entry.n_seeds), *cells, "; ".join(entry.notes)]))
+def _markdown(rows: pd.DataFrame, left: str) -> str:
+    """leaderboard.md: one table per setting."""
+    lines = ["# Leaderboard", "", left, ""]
+    for setting, own in settings(rows):
+        shown = readable(own, spread=True)
+        rule = ["---", *["---:"] * (shown.shape[1] - 2), "---"]
+        lines += [f"## {setting}", "", references(own), ""]
+        lines += [f"| {' | '.join(cells)} |" for cells in (shown.columns, rule, *shown.to_numpy())]
         lines.append("")
     return "\n".join(lines) + "\n" + LEGEND
 
 
-def references(entry: Entry) -> str:
-    """What average accuracy is worth: that of the untouched model, of chance and of the most frequent answer."""
-    mean = entry.mean
-    named = (
-        ("the untouched model", mean.base_accuracy),
-        ("chance", mean.chance_accuracy),
-        ("the majority class", mean.majority_accuracy),
-        ("answers that have only the form", mean.format_only_accuracy),
-    )
-    return (
-        "Average accuracy of " + ", ".join(f"{name} {'unknown' if isnan(v) else f'{v:.3f}'}" for name, v in named) + "."
-    )
-
-
-def _md_row(cells: Sequence[str]) -> str:
-    """One row of a markdown table."""
-    return f"| {' | '.join(cells)} |"
-
-
-def cell_text(
-    entry: Entry,
-    measure: str,
-    form: str,
-    marks: Mapping[str, tuple[str | None, frozenset[str]]],
-    *,
-    spread: bool = True,
-) -> str:
-    """Mean of a measure, ± half its interval if `spread`, with its mark, as markdown."""
-    mean, half = vars(entry.mean)[measure], vars(entry.high)[measure] - vars(entry.mean)[measure]
-    if isnan(mean):
-        return "-"
-    text = f"{mean:{form}}"
-    if spread and half > 0:
-        text += f" ± {half:{form.lstrip('+')}}"
-    best, tied = marks.get(measure, (None, frozenset()))
-    return f"**{text}**" if entry.label == best else f"{text} ≈" if entry.label in tied else text
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file whole or not at all; the temporary name is this process's own, as runs end side by side."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserMistake(
-            f"{path} cannot be written ({error.strerror}); give a results_dir that you may write to"
-        ) from error
+def _terminal(rows: pd.DataFrame, left: str) -> Table:
+    """The leaderboard for a terminal, one section per setting."""
+    sections, notes = settings(rows), rows[rows["notes"] != ""]
+    columns = [Column(heading, justify="right", no_wrap=True) for heading in ON_TERMINAL[1:]]
+    table = Table(Column(ON_TERMINAL[0], overflow="fold"), *columns, box=None)
+    table.title = f"Leaderboard of {sections[0][0]}" if len(sections) == 1 else "Leaderboard"
+    table.caption = Text("\n".join([*(notes["label"] + ": " + notes["notes"]), left]))
+    table.title_justify = table.caption_justify = "left"
+    for setting, own in sections:
+        if len(sections) > 1:
+            table.add_row(setting, style="italic")
+        for method, *cells in readable(own, spread=False)[ON_TERMINAL].to_numpy():
+            table.add_row(Text(method), *(Text(cell.strip("*"), style="bold" if "*" in cell else "") for cell in cells))
+        table.add_section()
+    return table
