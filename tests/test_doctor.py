@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from clbench.models.architecture import causal_lm
+from clbench.models.loss import causal_lm
 from hydra.utils import instantiate
 from transformers import AutoConfig, AutoModelForCausalLM
 

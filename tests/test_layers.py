@@ -87,7 +87,7 @@ def test_a_module_imports_only_what_the_map_allows_its_room(path):
 def test_methods_and_tasks_import_only_the_vocabulary(path):
     own = room(path)
     foreign = {
-        "baselines": ("tasks", "baselines", "deepspeed", "lm_eval", "transformers"),
+        "baselines": ("tasks", "deepspeed", "lm_eval", "transformers"),
         "tasks": ("baselines", "torch", "peft", "deepspeed"),
     }
     for name in imports(path):
