@@ -26,9 +26,7 @@ class Base(Method):
     """No training."""
 
     def wrap(self, model: Module) -> Module:
-        """Freezes all weights."""
         return model.requires_grad_(False)
 
     def training_set(self, stage: Stage) -> Sequence[Source]:
-        """Nothing."""
         return ()

@@ -69,7 +69,6 @@ class CurLora(Method):
             raise UserMistake(f"method.select={self.select!r} is unknown; choose one of {', '.join(SELECTIONS)}")
 
     def wrap(self, model: Module) -> Module:
-        """Freezes the model and gives every target layer its C, U and R."""
         self.layers = cur.inject(model, targets=self.targets, make=self.layer)
         return model
 

@@ -136,7 +136,6 @@ class Ewc(Seq):
         return {name: square / self.raw_means[-1] for name, square in squares.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Importance and centre of every trainable tensor."""
         tensors = {f"importance/{name}": value for name, value in self.importance.items()}
         tensors |= {f"centre/{name}": value for name, value in self.centre.items()}
         return tensors | {"raw_means": self.raw_means, "excess": self.excess}

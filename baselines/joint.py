@@ -29,5 +29,4 @@ class Joint(Seq):
     """Fine-tuning of one LoRA on the whole stream at once."""
 
     def training_set(self, stage: Stage) -> Sequence[Source]:
-        """The training examples of every task."""
         return (Source(examples=stage.whole_stream),)

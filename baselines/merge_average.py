@@ -71,9 +71,7 @@ class MergeAverage(Seq):
         return {"average": averaged(self.pairs, self.stacks)}
 
     def state_dict(self) -> dict[str, Any]:
-        """The stacked factors by parameter name."""
         return dict(self.stacks)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes them back."""
         self.stacks = dict(state)

@@ -102,7 +102,6 @@ class Secura(Method):
         self.merges = self.merge == "m1"
 
     def wrap(self, model: Module) -> Module:
-        """Freezes the model and gives every target layer its C, A, B, R and beta."""
         self.layers = cur.inject(model, targets=self.targets, make=lambda _, base: self.fitted(base))
         return model
 

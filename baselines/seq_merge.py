@@ -38,7 +38,6 @@ class SeqMerge(Seq):
     pairs: tuple[Pair, ...] = ()
 
     def wrap(self, model: Module) -> Module:
-        """Adds the adapter of the first task."""
         wrapped = super().wrap(model)
         self.pairs = lora_pairs(wrapped)
         return wrapped

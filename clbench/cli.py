@@ -95,15 +95,12 @@ class Hooks(Callback):
     """What Hydra calls around jobs: a look at results_dir before Hydra itself writes there, the leaderboard after a multirun's last job."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Before a single run."""
         _require_writable(config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Before the first job of a multirun."""
         _require_writable(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """After the last job of a multirun."""
         show_leaderboard(Path(config.results_dir))
 
 

@@ -21,7 +21,6 @@ class BigBenchChoice(HubTask):
 
     @property
     def answer_columns(self) -> tuple[str, ...]:
-        """Where a row keeps its answer."""
         return (SCORES, TARGETS)
 
     def example(self, row: Row, *, id: str) -> Example:
@@ -37,9 +36,7 @@ class BigBenchChoice(HubTask):
         return Example(id=id, prompt=prompt, answer=right[0], choices=choices, references=tuple(right[1:]))
 
     def score(self, example: Example, answer: str) -> float:
-        """1 for a right choice, else 0."""
         return float(answer.strip() in accepted(example))
 
     def is_valid(self, example: Example, answer: str) -> bool:
-        """Whether `answer` is one of the choices."""
         return answer.strip() in example.choices

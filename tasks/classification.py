@@ -30,7 +30,6 @@ class Classification(HubTask):
 
     @property
     def answer_columns(self) -> tuple[str, ...]:
-        """Where a row keeps its answer."""
         return (self.label,)
 
     def example(self, row: Row, *, id: str) -> Example:
@@ -51,11 +50,9 @@ class Classification(HubTask):
         return given if not self.codes and isinstance(given, int) and 0 <= given < len(known) else None
 
     def score(self, example: Example, answer: str) -> float:
-        """1 for the right label word, else 0."""
         return float(answer.strip() == example.answer)
 
     def is_valid(self, example: Example, answer: str) -> bool:
-        """Whether `answer` is one of the label words."""
         return answer.strip() in example.choices
 
     def corpus_scores(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:

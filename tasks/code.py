@@ -25,7 +25,6 @@ class Code(TextTask):
     """`answer` is the column with the program."""
 
     def example(self, row: Row, *, id: str) -> Example:
-        """The assignment and a program that solves it."""
         return Example(id=id, prompt=render(self.template, row), answer=tidy(str(lookup(row, self.answer))))
 
     def score(self, example: Example, answer: str) -> float:

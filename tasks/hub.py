@@ -131,7 +131,6 @@ class TextTask(HubTask):
 
     @property
     def answer_columns(self) -> tuple[str, ...]:
-        """Where a row keeps its answer."""
         return (self.answer,)
 
     def example(self, row: Row, *, id: str) -> Example:

@@ -30,7 +30,6 @@ class MultipleChoice(HubTask):
 
     @property
     def answer_columns(self) -> tuple[str, ...]:
-        """Where a row keeps its answer."""
         return (self.answer,)
 
     def example(self, row: Row, *, id: str) -> Example:
@@ -45,11 +44,9 @@ class MultipleChoice(HubTask):
         return Example(id=id, prompt=prompt, answer=letters[right], choices=tuple(letters))
 
     def score(self, example: Example, answer: str) -> float:
-        """1 for the right letter, else 0."""
         return float(answer.strip() == example.answer)
 
     def is_valid(self, example: Example, answer: str) -> bool:
-        """Whether `answer` is one of the letters."""
         return answer.strip() in example.choices
 
 

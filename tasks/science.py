@@ -23,7 +23,6 @@ class ScienceQA(HubTask):
 
     @property
     def answer_columns(self) -> tuple[str, ...]:
-        """Where a row keeps its answer."""
         return ("answer", "lecture", "solution")
 
     def example(self, row: Row, *, id: str) -> Example:

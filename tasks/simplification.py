@@ -34,7 +34,6 @@ class Simplification(TextTask):
     source: str
 
     def example(self, row: Row, *, id: str) -> Example:
-        """The text and its simple version."""
         source, answer = (str(lookup(row, column)).strip() for column in (self.source, self.answer))
         return Example(id=id, prompt=render(self.template, row), answer=answer, source=source)
 

@@ -24,11 +24,9 @@ class Translation(HubTask):
 
     @property
     def answer_columns(self) -> tuple[str, ...]:
-        """Where a row keeps its answer."""
         return (self.target,)
 
     def example(self, row: Row, *, id: str) -> Example:
-        """The sentence and its translation."""
         source, target = (str(lookup(row, column)).strip() for column in (self.source, self.target))
         return Example(id=id, prompt=render(self.template, row), answer=target, source=source)
 

@@ -40,7 +40,6 @@ class Corpus:
     data_dir: str | None
 
     def texts(self) -> Sequence[str]:
-        """The first 50 articles."""
         return articles(data_dir=self.data_dir, split="train")
 
     def vocabulary(self) -> Sequence[str]:

@@ -145,7 +145,6 @@ class Corpus:
         self.lines = lines
 
     def texts(self) -> Sequence[str]:
-        """The statements, in the order to be read."""
         return pretraining_text(self.seed, self.lines)
 
     def vocabulary(self) -> Sequence[str]:

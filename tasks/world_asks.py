@@ -44,7 +44,6 @@ class Draw:
         return shuffled[:cut] if self.split == "train" else shuffled[cut:]
 
     def person(self) -> str:
-        """A person of this split."""
         return self.rng.choice(self.here.people_of(self.split))
 
     def options(self, name: str, fact: str) -> tuple[str, ...]:
@@ -178,7 +177,6 @@ class Form:
     words: Callable[[World], Sequence[str]] = lambda here: ()
 
     def choices_of(self, prompt: str) -> tuple[str, ...]:
-        """The choices of one question."""
         return tuple(word for word in prompt.split() if word in self.choices) if self.listed else self.choices
 
 

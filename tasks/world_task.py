@@ -41,7 +41,6 @@ class WorldTask(Task):
         }
 
     def examples(self, split: str) -> Sequence[Example]:
-        """The rows of `split` ("train" or "test"), in a fixed order."""
         return self._examples[split]
 
     def score(self, example: Example, answer: str) -> float:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from clbench.models.loss import causal_lm
 from hydra.utils import instantiate
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -28,6 +27,7 @@ from clbench.doctor import (
     work,
 )
 from clbench.experiment import run
+from clbench.models.loss import causal_lm
 from clbench.models.weights import describe
 from clbench.types import UserMistake
 

@@ -54,7 +54,6 @@ class Memory:
             self.keep(offered, count=math.ceil(fraction * len(offered)), seed=seed, stage=stage)
 
     def state(self) -> str:
-        """The memory as one JSON text."""
         return json.dumps(
             {"seen": self.seen, "examples": [asdict(example) for example in self.examples]}, ensure_ascii=False
         )

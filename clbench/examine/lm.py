@@ -34,7 +34,6 @@ class StudentLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-text token's id."""
         return self.student.encoder.tokenizer.eos_token_id
 
     @property

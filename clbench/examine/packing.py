@@ -30,7 +30,6 @@ class Read:
 
     @property
     def tokens(self) -> int:
-        """How many tokens there are to read."""
         return len(self.context) + sum(map(len, self.branches))
 
     @property
@@ -40,7 +39,6 @@ class Read:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
         return len(self.context) + max(map(len, self.branches), default=0)
 
 

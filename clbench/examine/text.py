@@ -37,11 +37,9 @@ class TextProbe(Probe):
     dataset: DatasetSpec | None = None
 
     def datasets(self) -> Sequence[DatasetSpec]:
-        """The dataset of the texts."""
         return () if self.dataset is None else (self.dataset,)
 
     def documents(self) -> Mapping[str, Sequence[str]]:
-        """The texts, whole."""
         return {self.task: self.texts}
 
     def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:

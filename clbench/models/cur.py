@@ -102,7 +102,6 @@ class SquareCore(Module):
         self.U = Parameter(torch.zeros(rank, rank, dtype=trained_dtype(like), device=like.device))
 
     def forward(self) -> Tensor:
-        """U."""
         return self.U
 
 
@@ -118,7 +117,6 @@ class ProductCore(Module):
         self.register_buffer("history", torch.zeros(len(start), len(start), dtype=self.A.dtype, device=start.device))
 
     def forward(self) -> Tensor:
-        """history + A B."""
         return self.history + self.A @ self.B
 
 

@@ -54,7 +54,6 @@ class Pretrained:
         return AutoConfig.for_model(**self.architecture)
 
     def load_tokenizer(self, cache_dir: Path) -> PreTrainedTokenizerFast:
-        """The tokenizer alone."""
         return load_tokenizer(self.name, revision=self.revision)
 
 

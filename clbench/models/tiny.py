@@ -109,11 +109,9 @@ class Recipe:
         return load(self.folder(cache_dir), dtype=dtype)
 
     def configuration(self, cache_dir: Path) -> PretrainedConfig:
-        """The model's configuration."""
         return AutoConfig.from_pretrained(self.folder(cache_dir))
 
     def load_tokenizer(self, cache_dir: Path) -> PreTrainedTokenizerFast:
-        """The tokenizer."""
         return load_tokenizer(self.folder(cache_dir))
 
     def make(self, folder: Path) -> None:

@@ -65,7 +65,6 @@ class Ledger:
         self._drop_after(self.finished)
 
     def set_status(self, status: str) -> None:
-        """Records the run's state."""
         _replace(self.path / "status", f"{status}\n".encode())
 
     def append(self, scores: Iterable[Score]) -> None:
@@ -80,7 +79,6 @@ class Ledger:
         self._lines("scores.jsonl", [{k: v for k, v in asdict(score).items() if k != "items"} for score in scores])
 
     def append_cost(self, cost: Cost) -> None:
-        """Adds one stage's cost."""
         self._lines("cost.jsonl", [asdict(cost)])
 
     def save(self, checkpoint: Checkpoint) -> None:

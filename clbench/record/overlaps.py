@@ -53,7 +53,6 @@ class DataCheck:
     overlapping: frozenset[str]
 
     def warn(self) -> None:
-        """Says each overlap in a line of the log."""
         for one in self.found:
             log.warning("%s: %d of %d of %s are also in %s", one.kind, one.count, one.of, one.where, one.also_in)
 
@@ -181,7 +180,6 @@ class _Index:
                     self._rows.setdefault(shingle, []).append((pool, row))
 
     def rows(self, shingles: Iterable[int]) -> Iterable[tuple[str, int]]:
-        """The (pool, row) of every known one of `shingles`."""
         return (place for shingle in shingles for place in self._rows.get(shingle, ()))
 
 

@@ -24,7 +24,6 @@ class Local(Trainable):
 
     @property
     def value(self) -> Tensor:
-        """The parameter's values."""
         return self._parameter.detach()
 
     @value.setter
@@ -71,7 +70,6 @@ class LocalEngine(Engine):
             set_moments(optimizer, self._parameters, moments)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulates the gradient of `loss`."""
         loss.backward()
 
     def step(self) -> None:
@@ -84,16 +82,13 @@ class LocalEngine(Engine):
         self.clear()
 
     def clear(self) -> None:
-        """Drops the gradients."""
         for parameter in self._parameters.values():
             parameter.grad = None
 
     def tensors(self, names: Iterable[str] | None = None) -> Iterator[Trainable]:
-        """The named trainable tensors; all without names."""
         return (Local(name, self._parameters[name]) for name in (self._parameters if names is None else names))
 
     def total(self, value: Tensor | float) -> Tensor | float:
-        """`value` itself: there is one rank."""
         return value
 
     def moments(self) -> dict[str, Tensor]:
@@ -101,5 +96,4 @@ class LocalEngine(Engine):
         return moments_of(self.optimizer, self._parameters) if self.optimizer else {}
 
     def close(self) -> None:
-        """Drops the gradients; nothing else is held."""
         self.clear()

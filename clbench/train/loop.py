@@ -47,7 +47,6 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """All optimizer steps of the stage."""
         return self.steps + sum(self.after_steps)
 
 

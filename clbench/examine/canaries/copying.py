@@ -35,7 +35,6 @@ class Words:
         return self.text[chosen[0].start() : chosen[-1].end()] if chosen else ""
 
     def before_last(self, count: int) -> str:
-        """The text before the last `count` words."""
         return self.text[: self._found[-count].start()] if count else self.text
 
     def places(self, words: Sequence[str]) -> list[int]:

@@ -33,12 +33,10 @@ class Watched:
         self.asked: set[tuple[Ids, Ids]] = set()
 
     def log_likelihoods(self, requests: Sequence[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
-        """As the student's own."""
         self.asked.update(requests)
         return self.student.log_likelihoods(requests)
 
     def generate(self, prompts: Sequence[Ids], *, max_new_tokens: int) -> list[str]:
-        """As the student's own, but shorter."""
         self.asked.update((prompt, ()) for prompt in prompts)
         return self.student.generate(prompts, max_new_tokens=min(max_new_tokens, NEW_TOKENS))
 
