@@ -141,8 +141,8 @@ def trainable_rows(config: Config, sizes: PretrainedConfig) -> Iterator[tuple[st
     for name, method in methods().items():
         try:
             yield name, f"{describe(sketch(replace(config, method=method), sizes)[1])['trainable']:,}"
-        except (RuntimeError, ValueError) as error:
-            yield name, f"not to be counted on this model: {error}"
+        except UserMistake as mistake:
+            yield name, f"not to be counted on this model: {mistake}"
 
 
 def stand_ins(config: Config) -> tuple[dict[str, Task], Encoder]:

@@ -4,7 +4,7 @@ import pytest
 
 from clbench.data.rows import DatasetSpec
 from clbench.protocols import Stage, Task
-from clbench.record.overlaps import Overlap, identity, normalised, overlaps, stream_hash, trained_probes
+from clbench.record.overlaps import Overlap, dataset_name, normalised, overlaps, stream_hash, trained_probes
 from clbench.types import Example, UserMistake
 
 LONG = "the quick brown fox jumps over the lazy dog while seven wizards quietly boil blue soup"
@@ -105,7 +105,7 @@ def test_the_stream_hash_changes_with_any_fingerprint_and_not_with_the_order_of_
     ],
 )
 def test_a_dataset_is_known_by_its_name_not_its_owner(hub, config, name, found):
-    assert identity(DatasetSpec(name=name, hub=hub, config=config)) == found
+    assert dataset_name(DatasetSpec(name=name, hub=hub, config=config)) == found
 
 
 def test_a_probe_of_a_trained_dataset_is_refused_unless_forced():

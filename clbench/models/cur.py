@@ -23,12 +23,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from clbench.models.sharding import copied, whole
+from clbench.models.targets import targeted
 from clbench.types import UserMistake
 
 Divisor = Callable[[Tensor, Tensor], Tensor]
 """(base, its change) -> S, all of one shape. The restrained result is (2 base + change) / S; 2 halves the change."""
 
-ADAPTABLE = (nn.Linear, Conv1D)
 LEAST_SHARE = 1e-12
 """Smallest share of the squared norm that a probability is made from, so that an all-zero column has a finite one."""
 
@@ -227,25 +227,12 @@ class CurLinear(Module):
 
 
 def inject(model: Module, *, targets: Sequence[str], make: Callable[[str, Module], CurLinear]) -> dict[str, CurLinear]:
-    """Freezes `model` and replaces each layer named by `targets` with `make(name, layer)`; the new layers by name.
-
-    A target names every layer whose full name ends in it.
-    """
+    """Freezes `model` and replaces each layer named by `targets` with `make(name, layer)`; the new layers by name."""
     model.requires_grad_(False)
-    names = {name: module for name, module in model.named_modules() if name}
-    chosen = {target: [name for name in names if f".{name}".endswith(f".{target}")] for target in targets}
-    allowed = sorted({name.rpartition(".")[2] for name, module in names.items() if type(module) in ADAPTABLE})
-    for target, found in chosen.items():
-        refused = sorted({type(names[name]).__name__ for name in found if type(names[name]) not in ADAPTABLE})
-        if not found or refused:
-            what = f"is a {', '.join(refused)}" if refused else "is in no layer's name"
-            kinds = " or ".join(kind.__name__ for kind in ADAPTABLE)
-            raise UserMistake(f"method.targets: {target!r} {what}; choose layers of type {kinds}: {', '.join(allowed)}")
     layers = {}
-    for name in names:
-        if any(name in found for found in chosen.values()):
-            with whole(names[name]):
-                layers[name] = make(name, names[name])
+    for name, layer in targeted(model, targets, kinds=(nn.Linear, Conv1D)).items():
+        with whole(layer):
+            layers[name] = make(name, layer)
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)

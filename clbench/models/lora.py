@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from torch.nn import Module
+from transformers.pytorch_utils import Conv1D
 
 from clbench.data.sampling import seeded
+from clbench.models.targets import targeted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +24,8 @@ class Lora:
     dora: bool = False
 
     def add(self, model: Module, *, seed: int) -> PeftModel:
-        """`model` with its weights frozen and fresh adapters on every layer whose name ends in one of `targets`."""
+        """`model` with its weights frozen and fresh adapters on every layer whose name ends in one of `targets`, of which each must name one."""
+        targeted(model, self.targets, kinds=(nn.Linear, nn.Embedding, Conv1D))
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,

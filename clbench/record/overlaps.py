@@ -81,7 +81,7 @@ def stream_hash(fingerprints: Mapping[str, Mapping[str, Any]]) -> str:
     return sha256(json.dumps(fingerprints, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def identity(spec: DatasetSpec) -> str:
+def dataset_name(spec: DatasetSpec) -> str:
     """The dataset behind a hub address, without its owner: `google/boolq` and `aps/super_glue : boolq` are both "boolq"."""
     repository = spec.hub.rsplit("/", 1)[-1]
     name = (spec.config or spec.name) if repository.lower() in COLLECTIONS else repository
@@ -90,12 +90,12 @@ def identity(spec: DatasetSpec) -> str:
 
 def trained_probes(stages: Sequence[Stage], probes: Mapping[str, Sequence[DatasetSpec]], *, allow: bool) -> list[str]:
     """The probes that measure a dataset which the stream trains on, as "probe: task"; raises UserMistake unless `allow`."""
-    trained = {identity(stage.task.dataset): stage.name for stage in stages if stage.task.dataset is not None}
+    trained = {dataset_name(stage.task.dataset): stage.name for stage in stages if stage.task.dataset is not None}
     found = sorted(
-        f"{probe} {spec.hub}: {trained[identity(spec)]}"
+        f"{probe} {spec.hub}: {trained[dataset_name(spec)]}"
         for probe, specs in probes.items()
         for spec in {spec.hub: spec for spec in specs}.values()
-        if identity(spec) in trained
+        if dataset_name(spec) in trained
     )
     if found and not allow:
         raise UserMistake(
@@ -113,26 +113,24 @@ def overlaps(
     Also gives the ids of the training examples that overlap with a test or probe text, for counting them in replay.
     """
     found = [overlap for stage in stages for overlap in _inside(stage)]
-    pools = {stage.name: [example.prompt for example in stage.test] for stage in stages}
-    touching = {example.id for stage in stages for example in _seen(stage)}
-    index = _Index({f"test of {name}": texts for name, texts in pools.items()} | dict(documents))
+    touching = {example.id for stage in stages for example in _shared(stage.train, stage.test)}
+    tests = {f"test of {stage.name}": [example.prompt for example in stage.test] for stage in stages}
+    pools = tests | dict(documents)
+    rows_with: dict[int, list[tuple[str, int]]] = {}  # which rows of which pool hold a shingle
+    for pool, texts in pools.items():
+        for row, shingles in enumerate(_shingles(texts)):
+            for shingle in shingles:
+                rows_with.setdefault(shingle, []).append((pool, row))
     for stage in stages:
         hits: dict[str, set[int]] = {}
         for example, shingles in zip(stage.train, _shingles([example.prompt for example in stage.train]), strict=True):
-            for pool, row in index.rows(shingles):
+            for pool, row in (place for shingle in shingles for place in rows_with.get(shingle, ())):
                 if pool != f"test of {stage.name}":
                     hits.setdefault(pool, set()).add(row)
                     touching.add(example.id)
-        found += [
-            Overlap(
-                kind="test and train of two tasks" if pool.startswith("test of ") else "probe and train",
-                where=pool,
-                also_in=stage.name,
-                count=len(rows),
-                of=index.sizes[pool],
-            )
-            for pool, rows in sorted(hits.items())
-        ]
+        for pool, rows in sorted(hits.items()):
+            kind = "test and train of two tasks" if pool in tests else "probe and train"
+            found.append(Overlap(kind=kind, where=pool, also_in=stage.name, count=len(rows), of=len(pools[pool])))
     return tuple(found), frozenset(touching)
 
 
@@ -143,44 +141,22 @@ def normalised(text: str) -> str:
 
 def _inside(stage: Stage) -> Iterable[Overlap]:
     """Duplicates within train and test, and test prompts seen in train, of one task."""
+    places = {"train": f"train of {stage.name}", "test": f"test of {stage.name}"}
     for split, examples in (("train", stage.train), ("test", stage.test)):
-        asked = Counter((normalised(example.prompt), normalised(example.answer)) for example in examples)
-        twice = sum(asked.values()) - len(asked)
+        asked = {(normalised(example.prompt), normalised(example.answer)) for example in examples}
+        twice = len(examples) - len(asked)
         if twice:
-            yield Overlap(
-                kind="duplicates", where=f"{split} of {stage.name}", also_in="itself", count=twice, of=len(examples)
-            )
-    prompts = {normalised(example.prompt) for example in stage.train}
-    shared = sum(normalised(example.prompt) in prompts for example in stage.test)
+            yield Overlap(kind="duplicates", where=places[split], also_in="itself", count=twice, of=len(examples))
+    shared = len(_shared(stage.test, stage.train))
     if shared:
-        yield Overlap(
-            kind="test in train",
-            where=f"test of {stage.name}",
-            also_in=f"train of {stage.name}",
-            count=shared,
-            of=len(stage.test),
-        )
+        where, also_in = places["test"], places["train"]
+        yield Overlap(kind="test in train", where=where, also_in=also_in, count=shared, of=len(stage.test))
 
 
-def _seen(stage: Stage) -> Iterable[Example]:
-    """The training examples whose prompt is a test prompt of the same task."""
-    prompts = {normalised(example.prompt) for example in stage.test}
-    return (example for example in stage.train if normalised(example.prompt) in prompts)
-
-
-class _Index:
-    """Which rows of which pool hold a shingle."""
-
-    def __init__(self, pools: Mapping[str, Sequence[str]]) -> None:
-        self.sizes = {pool: len(texts) for pool, texts in pools.items()}
-        self._rows: dict[int, list[tuple[str, int]]] = {}
-        for pool, texts in pools.items():
-            for row, shingles in enumerate(_shingles(texts)):
-                for shingle in shingles:
-                    self._rows.setdefault(shingle, []).append((pool, row))
-
-    def rows(self, shingles: Iterable[int]) -> Iterable[tuple[str, int]]:
-        return (place for shingle in shingles for place in self._rows.get(shingle, ()))
+def _shared(examples: Sequence[Example], others: Sequence[Example]) -> list[Example]:
+    """The examples whose prompt is also one of the others'."""
+    prompts = {normalised(example.prompt) for example in others}
+    return [example for example in examples if normalised(example.prompt) in prompts]
 
 
 def _shingles(texts: Sequence[str]) -> list[set[int]]:

@@ -12,7 +12,8 @@ are runs of letters and digits, or single other signs; upper and lower case coun
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 
 from clbench.types import Example
 
@@ -38,15 +39,9 @@ class Words:
         return self.text[: self._found[-count].start()] if count else self.text
 
     def places(self, words: Sequence[str]) -> list[int]:
-        """The numbers of the words at which `words` begin."""
-        count = len(words)
-        if count == 0:
-            return []
-        return [
-            first
-            for first, word in enumerate(self.words)
-            if word == words[0] and self.words[first : first + count] == list(words)
-        ]
+        """The numbers of the words at which `words`, one at least, begin."""
+        starts = range(len(self.words) - len(words) + 1)
+        return [first for first in starts if words and self.words[first : first + len(words)] == list(words)]
 
 
 def copies(examples: Sequence[Example]) -> Iterator[tuple[str, list[str]]]:
@@ -56,16 +51,16 @@ def copies(examples: Sequence[Example]) -> Iterator[tuple[str, list[str]]]:
     """
     prompts = [Words(example.prompt) for example in examples]
     right = [WORD.findall(example.answer) for example in examples]
+
+    def read(starts: Iterable[int]) -> list[str]:
+        pairs = zip(prompts, starts, right, strict=True)
+        return [prompt.copy(start, len(answer)) for prompt, start, answer in pairs]
+
+    ends = [len(prompt.words) - len(answer) for prompt, answer in zip(prompts, right, strict=True)]
     tail = common_tail(prompts)
     for skipped in range(tail + 1):
-        yield (
-            f"the words that stand {skipped} words before the end",
-            [
-                prompt.copy(len(prompt.words) - skipped - len(answer), len(answer))
-                for prompt, answer in zip(prompts, right, strict=True)
-            ],
-        )
-    yield "the first words", [prompt.copy(0, len(answer)) for prompt, answer in zip(prompts, right, strict=True)]
+        yield f"the words that stand {skipped} words before the end", read(end - skipped for end in ends)
+    yield "the first words", read([0] * len(prompts))
     for skipped in sorted({0, tail}):
         shown = [prompt.before_last(skipped) for prompt in prompts]
         yield f"the last lines without their last {skipped} words", [text.rstrip().split("\n")[-1] for text in shown]
@@ -73,42 +68,29 @@ def copies(examples: Sequence[Example]) -> Iterator[tuple[str, list[str]]]:
             named = [named_last(example.choices, text) for example, text in zip(examples, shown, strict=True)]
             yield f"the choices named last, the last {skipped} words aside,", named
     for cue in cues(prompts, right):
-        for which, index in (("first", 0), ("last", -1)):
-            starts = [
-                places[index] + 1 if (places := prompt.places([cue])) else len(prompt.words) for prompt in prompts
-            ]
-            yield (
-                f"the words after the {which} {cue!r}",
-                [prompt.copy(start, len(answer)) for prompt, start, answer in zip(prompts, starts, right, strict=True)],
-            )
+        behind = [[place + 1 for place in prompt.places([cue])] or [len(prompt.words)] for prompt in prompts]
+        yield f"the words after the first {cue!r}", read(places[0] for places in behind)
+        yield f"the words after the last {cue!r}", read(places[-1] for places in behind)
 
 
 def common_tail(prompts: Sequence[Words]) -> int:
     """How many words at their ends all prompts share."""
-    count = 0
-    for words in zip(*(reversed(prompt.words) for prompt in prompts), strict=False):
-        if len(set(words)) > 1:
-            break
-        count += 1
-    return count
+    backwards = zip(*(reversed(prompt.words) for prompt in prompts), strict=False)
+    return len(list(takewhile(lambda words: len(set(words)) == 1, backwards)))
 
 
 def cues(prompts: Sequence[Words], right: Sequence[Sequence[str]]) -> list[str]:
     """The words that stand before the right answer in the first prompts, each once."""
-    found = [
-        prompt.words[place - 1]
-        for prompt, answer in list(zip(prompts, right, strict=True))[:CUE_EXAMPLES]
-        for place in prompt.places(answer)
-        if place > 0
-    ]
+    first = list(zip(prompts, right, strict=True))[:CUE_EXAMPLES]
+    found = [prompt.words[place - 1] for prompt, answer in first for place in prompt.places(answer) if place > 0]
     return list(dict.fromkeys(found))
 
 
 def named_last(choices: Sequence[str], text: str) -> str:
     """The choice that ends last in `text` as whole words, the longer of two that end together; the first choice where none occurs."""
-    best, answer = (0, 0), choices[0]
-    for choice in choices:
-        for found in re.finditer(rf"(?<!\w){re.escape(choice)}(?!\w)", text):
-            if (found.end(), len(choice)) > best:
-                best, answer = (found.end(), len(choice)), choice
-    return answer
+    ends = [
+        (found.end(), len(choice), choice)
+        for choice in choices
+        for found in re.finditer(rf"(?<!\w){re.escape(choice)}(?!\w)", text)
+    ]
+    return max(ends, default=(0, 0, choices[0]))[2]
