@@ -1,15 +1,15 @@
-"""What the README says of speed is what was measured."""
+"""What results/README.md says of speed is what was measured."""
 
 import math
 
 import pandas as pd
 
-from tests.benchmarks.__main__ import BEGIN, CSV, END, NAMES, README, table
+from tests.benchmarks.__main__ import BEGIN, CSV, END, NAMES, PAGE, table
 from tests.benchmarks.race import fastest, figure, race
 
 
-def test_the_readme_shows_the_table_of_the_csv():
-    shown = README.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].strip()
+def test_the_page_shows_the_table_of_the_csv():
+    shown = PAGE.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].strip()
     assert shown == table()
     assert set(pd.read_csv(CSV)["benchmark"]) <= set(NAMES)
 

@@ -1,4 +1,4 @@
-"""`make bench`: every benchmark, or those named; prints each figure, writes results/benchmarks.csv and the table in README.md.
+"""`make bench`: every benchmark, or those named; prints each figure, writes results/benchmarks.csv and the table in results/README.md.
 
     python -m tests.benchmarks [scoring training generation stream growth limit startup]
 
@@ -24,7 +24,7 @@ from tests.benchmarks.race import Figure
 
 ROOT = Path(__file__).resolve().parents[2]
 CSV = ROOT / "results" / "benchmarks.csv"
-README = ROOT / "README.md"
+PAGE = ROOT / "results" / "README.md"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 NAMES = ("scoring", "training", "generation", "stream", "growth", "limit", "startup")
 LIBRARIES = ("torch", "transformers", "peft", "lm-eval")
@@ -46,14 +46,14 @@ def main(names: list[str]) -> None:
 
 
 def record(name: str, found: list[dict[str, object]]) -> None:
-    """Puts a benchmark's figures in place of those it had, in the CSV and in the README's table."""
+    """Puts a benchmark's figures in place of those it had, in the CSV and in the page's table."""
     kept = pd.read_csv(CSV, dtype=str, keep_default_na=False) if CSV.is_file() else pd.DataFrame(columns=list(found[0]))
     rows = pd.concat([kept[kept["benchmark"] != name], pd.DataFrame(found).map(written)])
     rows["place"] = rows["benchmark"].map(NAMES.index)
     rows.sort_values("place", kind="stable").drop(columns="place").to_csv(CSV, index=False)
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")
 
 
 def written(value: object) -> object:
@@ -72,7 +72,7 @@ def line(figure: Figure) -> str:
 
 
 def table() -> str:
-    """The table of README.md, from the CSV."""
+    """The table of results/README.md, from the CSV."""
     rows = pd.read_csv(CSV, keep_default_na=False)
     lines = ["| work | against | figure | target |", "|---|---|---|---|"]
     for row in rows.to_dict("records"):

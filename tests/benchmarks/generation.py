@@ -8,9 +8,9 @@ from functools import partial
 
 import torch
 from torch.nn import Module
+from torch.nn.utils.rnn import pad_sequence
 
 from clbench.data.encoder import Encoder
-from clbench.examine.generation import pad_left
 from clbench.examine.student import Student
 from tests.benchmarks.models import random_llama, words
 from tests.benchmarks.race import Figure, fastest, figure, race
@@ -43,10 +43,10 @@ def theirs(model: Module, rows: list[tuple[int, ...]], *, batch: int) -> list[li
     """Batches as they come, padded on the left."""
     written = []
     for start in range(0, len(rows), batch):
-        ids, mask = pad_left(rows[start : start + batch], pad=2, device=torch.device("cpu"))
+        ids = pad_sequence([torch.tensor(row) for row in rows[start : start + batch]], True, 2, "left")
         found = model.generate(
             input_ids=ids,
-            attention_mask=mask,
+            attention_mask=(ids != 2).long(),
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
             eos_token_id=1,

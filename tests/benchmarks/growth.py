@@ -23,7 +23,7 @@ def run() -> Iterator[Figure]:
     shortest = math.nan
     for length in LENGTHS:
         with tempfile.TemporaryDirectory() as folder:
-            settings = [f"results_dir={folder}", f"stream.limit={length}", "tracking.progress=false", "cache=false"]
+            settings = [f"results_dir={folder}", f"stream.limit={length}", "tracking.progress=false"]
             seconds, rows = examined(experiment.run(compose([*settings, "method=seq"])))
         each = 1000 * seconds / rows
         shortest = each if length == LENGTHS[0] else shortest

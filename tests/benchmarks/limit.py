@@ -52,14 +52,12 @@ def run() -> Iterator[Figure]:
     """Training with LoRA on answers of half the sequence; scoring sequences of that length, no two alike."""
     model = random_llama(VOCABULARY, hidden=HIDDEN, layers=LAYERS)
     layer = sum(tensor.numel() for tensor in model.get_decoder().layers[0].parameters())
-    keys = 2 * HIDDEN**2  # of the last layer all that prompts need
     rng = torch.Generator().manual_seed(0)
     ids = torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=rng).tolist()
     tokens, answers = ROWS * LENGTH, ROWS * 16
     attention = 4 * HIDDEN * LENGTH / 2  # per token and layer: two products with the half of the tokens before it
     head = HIDDEN * VOCABULARY
-    forward = tokens * ((LAYERS - 1) * (2 * layer + attention) + 2 * keys)
-    forward += answers * (2 * (layer - keys + head) + 2 * attention)
+    forward = tokens * LAYERS * (2 * layer + attention) + answers * 2 * head
     student = Student(model, Encoder(words(VOCABULARY), max_length=LENGTH + 1))
     pairs = [(tuple(row[: LENGTH - 15]), tuple(row[LENGTH - 15 :]) + (5,)) for row in ids]
     yield share("scoring", achieved(lambda: student.log_likelihoods(pairs), forward))
@@ -78,10 +76,9 @@ def run() -> Iterator[Figure]:
         engine = LocalEngine(adapted, optimizer=optimizer, schedule=schedule, clip=1.0)
         train_step(rows, method=Seq(lora=LORA, seed=0), engine=engine, encoder=encoder, config=config)
 
-    # Backward: gradients of activations cost what the forward does, attention's twice; frozen weights get none, nor do the embeddings, so that
-    # the first layer's queries, keys and values pass nothing on.
-    backward = tokens * ((LAYERS - 1) * (2 * layer + 2.5 * attention) + 2 * keys - 6 * HIDDEN**2)
-    backward += answers * (2 * (layer - keys + head) + 5 * attention)
+    # Backward: gradients of activations cost what the forward does, attention's 2.5 times; frozen weights get none, nor do the embeddings, so
+    # that the first layer's queries, keys and values pass nothing on.
+    backward = tokens * (LAYERS * (2 * layer + 2.5 * attention) - 6 * HIDDEN**2) + answers * 2 * head
     yield share("training", achieved(step, forward + backward))
 
 
