@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clbench.types import Example, UserMistake
-from tasks.hub import HubTask, Row, accepted, lookup, render
+from tasks.hub import ClosedTask, Row, lookup, render
 
 CHOICES, SCORES, TARGETS = "multiple_choice_targets", "multiple_choice_scores", "targets"
 
 
 @dataclass(kw_only=True)
-class BigBenchChoice(HubTask):
+class BigBenchChoice(ClosedTask):
     """The choices are the answers, in words. `{options}` in the template lists them as BIG-bench does, where `inputs` does not."""
 
     @property
@@ -34,9 +34,3 @@ class BigBenchChoice(HubTask):
         right = [choice for choice, score in zip(choices, scores, strict=True) if score == max(scores)]
         prompt = render(self.template, {**row, "options": [f"choice: {choice}" for choice in choices]})
         return Example(id=id, prompt=prompt, answer=right[0], choices=choices, references=tuple(right[1:]))
-
-    def score(self, example: Example, answer: str) -> float:
-        return float(answer.strip() in accepted(example))
-
-    def is_valid(self, example: Example, answer: str) -> bool:
-        return answer.strip() in example.choices

@@ -13,11 +13,11 @@ from typing import Any
 from sklearn.metrics import f1_score
 
 from clbench.types import Example, UserMistake
-from tasks.hub import HubTask, Row, lookup, render
+from tasks.hub import ClosedTask, Row, lookup, render
 
 
 @dataclass(kw_only=True)
-class Classification(HubTask):
+class Classification(ClosedTask):
     """`labels` are the words that the model writes.
 
     `label` is the column of the right one: its position in `labels`, or the word itself. Where the rows have other codes, `codes` lists
@@ -48,12 +48,6 @@ class Classification(HubTask):
         if given in known:
             return known.index(given)
         return given if not self.codes and isinstance(given, int) and 0 <= given < len(known) else None
-
-    def score(self, example: Example, answer: str) -> float:
-        return float(answer.strip() == example.answer)
-
-    def is_valid(self, example: Example, answer: str) -> bool:
-        return answer.strip() in example.choices
 
     def corpus_scores(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
         """Macro-F1 in [0, 1]: the plain mean of F1 over the labels that occur among the right ones."""

@@ -139,6 +139,16 @@ class TextTask(HubTask):
         return Example(id=id, prompt=render(self.template, row), answer=first, references=tuple(others))
 
 
+class ClosedTask(HubTask):
+    """A task whose answer is one of the example's choices: 1 for a right one, else 0."""
+
+    def score(self, example: Example, answer: str) -> float:
+        return float(answer.strip() in accepted(example))
+
+    def is_valid(self, example: Example, answer: str) -> bool:
+        return answer.strip() in example.choices
+
+
 class _Joining(Formatter):
     """str.format, except that a list prints as its items on lines of their own."""
 

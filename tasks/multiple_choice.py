@@ -13,11 +13,11 @@ from string import ascii_uppercase
 from typing import Any
 
 from clbench.types import Example, UserMistake
-from tasks.hub import HubTask, Row, lookup, render
+from tasks.hub import ClosedTask, Row, lookup, render
 
 
 @dataclass(kw_only=True)
-class MultipleChoice(HubTask):
+class MultipleChoice(ClosedTask):
     """`options` is the column that lists the options, or several columns with one option each.
 
     `{options}` in the template stands for them, a line each: "A. ...". `answer` is the column of the right one: its
@@ -42,12 +42,6 @@ class MultipleChoice(HubTask):
         lines = [f"{letter}. {without_letter(text, letter)}" for letter, text in zip(letters, texts, strict=True)]
         prompt = render(self.template, {**row, "options": lines})
         return Example(id=id, prompt=prompt, answer=letters[right], choices=tuple(letters))
-
-    def score(self, example: Example, answer: str) -> float:
-        return float(answer.strip() == example.answer)
-
-    def is_valid(self, example: Example, answer: str) -> bool:
-        return answer.strip() in example.choices
 
 
 def position(answer: Any, labels: Sequence[str], *, id: str) -> int:

@@ -59,32 +59,24 @@ Asked = tuple[str, str]
 Ask = Callable[[Draw], Asked]
 
 
-def zone(draw: Draw) -> Asked:
-    """Which region somebody comes from."""
-    name = draw.person()
-    prompt = draw.rng.choice((f"zone of {name} :", f"question zone {name} answer"))
-    return prompt, draw.here.facts[name]["zone"]
+def about(fact: str, *prompts: str) -> Ask:
+    """One of the `prompts` about a fact of somebody's."""
+
+    def ask(draw: Draw) -> Asked:
+        name = draw.person()
+        return draw.rng.choice(prompts).format(name), draw.here.facts[name][fact]
+
+    return ask
 
 
-def place(draw: Draw) -> Asked:
-    """Whether somebody works inside or outside."""
-    name = draw.person()
-    prompt = draw.rng.choice((f"label place of work {name} :", f"label work of {name} :"))
-    return prompt, draw.here.facts[name]["place"]
+def out_of_four(fact: str, prompt: str, separator: str) -> Ask:
+    """A fact of somebody's, out of four possible values that the prompt lists."""
 
+    def ask(draw: Draw) -> Asked:
+        name = draw.person()
+        return prompt.format(separator.join(draw.options(name, fact)), name), draw.here.facts[name][fact]
 
-def pet_choice(draw: Draw) -> Asked:
-    """Somebody's pet, out of four."""
-    name = draw.person()
-    options = draw.options(name, "pet")
-    return f"choose {' , '.join(options)} pet of {name} :", draw.here.facts[name]["pet"]
-
-
-def home_choice(draw: Draw) -> Asked:
-    """Somebody's home, out of four."""
-    name = draw.person()
-    options = draw.options(name, "home")
-    return f"find {' or '.join(options)} home of {name} ?", draw.here.facts[name]["home"]
+    return ask
 
 
 def kind(draw: Draw) -> Asked:
@@ -117,21 +109,6 @@ def before(draw: Draw) -> Asked:
     """Whether a letter comes before another."""
     first, second = draw.rng.sample(LETTERS, 2)
     return f"check order {first} , {second} :", TRUE_FALSE[0 if first < second else 1]
-
-
-def food(draw: Draw) -> Asked:
-    """What somebody eats."""
-    name = draw.person()
-    return draw.rng.choice(
-        (f"question what does {name} eat answer", f"question which food for {name} answer")
-    ), draw.here.facts[name]["food"]
-
-
-def job(draw: Draw) -> Asked:
-    """What somebody does."""
-    name = draw.person()
-    prompt = draw.rng.choice((f"describe job of {name} :", f"report what work for {name} :"))
-    return prompt, draw.here.facts[name]["job"]
 
 
 def translate(draw: Draw) -> Asked:
@@ -181,17 +158,22 @@ class Form:
 
 
 FORMS = {
-    "zone": Form(zone, choices=REGIONS),
-    "place": Form(place, choices=WORKPLACES),
-    "pet_choice": Form(pet_choice, choices=PETS, listed=True),
-    "home_choice": Form(home_choice, choices=CITIES, listed=True),
+    "zone": Form(about("zone", "zone of {} :", "question zone {} answer"), choices=REGIONS),
+    "place": Form(about("place", "label place of work {} :", "label work of {} :"), choices=WORKPLACES),
+    "pet_choice": Form(out_of_four("pet", "choose {} pet of {} :", " , "), choices=PETS, listed=True),
+    "home_choice": Form(out_of_four("home", "find {} home of {} ?", " or "), choices=CITIES, listed=True),
     "kind": Form(kind, choices=KINDS),
     "length": Form(length, choices=YES_NO),
     "review": Form(review, choices=VERDICTS),
     "more": Form(more, choices=YES_NO),
     "before": Form(before, choices=TRUE_FALSE),
-    "food": Form(food, words=lambda here: here.values["food"]),
-    "job": Form(job, words=lambda here: here.values["job"]),
+    "food": Form(
+        about("food", "question what does {} eat answer", "question which food for {} answer"),
+        words=lambda here: here.values["food"],
+    ),
+    "job": Form(
+        about("job", "describe job of {} :", "report what work for {} :"), words=lambda here: here.values["job"]
+    ),
     "translate": Form(translate, words=lambda here: VELAN),
     "total": Form(total, words=lambda here: NUMBERS),
     "reverse": Form(reverse, words=lambda here: NOUNS),
