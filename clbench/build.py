@@ -19,12 +19,11 @@ from torch.nn import Module
 from clbench.config import Config, run_directory
 from clbench.data.encoder import Encoder
 from clbench.models.architecture import is_sharded
-from clbench.models.sharding import start
 from clbench.protocols import Method, Probe, Stream, Task
 from clbench.record.ledger import Checkpoint, Ledger
 from clbench.record.manifest import data_contract, manifest
 from clbench.stream import build_stream
-from clbench.train.ranks import World
+from clbench.train.ranks import Ranks
 from clbench.types import UserMistake
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -34,7 +33,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Run:
     """Everything a run is made of, complete after `prepare`. `overlapping`: ids of training examples that a test or probe holds, too.
 
-    Only the first rank of the world writes: elsewhere there is no ledger. `moments`: the optimizer's state as the last stage left it, where it is
+    Only the first rank writes: elsewhere there is no ledger. `moments`: the optimizer's state as the last stage left it, where it is
     carried (`optim`). `within`: where the next stage goes on, if it was begun before.
     """
 
@@ -46,7 +45,7 @@ class Run:
     encoder: Encoder
     ledger: Ledger | None
     overlapping: frozenset[str] = frozenset()
-    world: World = field(default_factory=World)
+    ranks: Ranks = field(default_factory=Ranks)
     moments: dict[str, Tensor] = field(default_factory=dict)
     within: Checkpoint | None = None
 
@@ -64,13 +63,13 @@ def set_up_torch(config: Config) -> None:
     transformers.logging.disable_progress_bar()
 
 
-def prepare(config: Config, *, command: str, world: World) -> Run:
+def prepare(config: Config, *, command: str, ranks: Ranks) -> Run:
     """Builds what the configuration names and opens the ledger. The first rank goes first and fills the cache for the others."""
-    if not world.is_first:
-        world.wait()
-    prepared = build(config, command=command, world=world)
-    if world.is_first:
-        world.wait()
+    if not ranks.is_first:
+        ranks.wait()
+    prepared = build(config, command=command, ranks=ranks)
+    if ranks.is_first:
+        ranks.wait()
     if config.engine.shard_base:
         prepared.model = sharded_model(config, prepared.method)
     return prepared
@@ -89,7 +88,6 @@ def sharded_model(config: Config, method: Method) -> Module:
             f"method={config.method['name']} trains the base model, which engine.shard_base=true keeps frozen; "
             "choose a method with adapters, or engine.shard_base=false"
         )
-    start(model)
     return model
 
 
@@ -99,7 +97,7 @@ def device_of(config: Config) -> torch.device:
     return torch.device(("cuda" if has_gpu else "cpu") if config.engine.device == "auto" else config.engine.device)
 
 
-def build(config: Config, *, command: str, world: World) -> Run:
+def build(config: Config, *, command: str, ranks: Ranks) -> Run:
     """As `prepare`, for one rank; a model that is sharded is not there yet."""
     source = instantiate(config.model)
     method, model, device = make_method(config), Module(), device_of(config)
@@ -113,7 +111,7 @@ def build(config: Config, *, command: str, world: World) -> Run:
     stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
     probes = make_probes(config)
     ledger, overlapping = None, frozenset()
-    if world.is_first:
+    if ranks.is_first:
         contract, overlapping = data_contract(config, stream, probes, encoder)
         named = {"model_label": source.label, "fingerprint": source.fingerprint(), "command": command}
         ledger = Ledger(
@@ -128,7 +126,7 @@ def build(config: Config, *, command: str, world: World) -> Run:
         encoder=encoder,
         ledger=ledger,
         overlapping=overlapping,
-        world=world,
+        ranks=ranks,
     )
 
 

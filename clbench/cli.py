@@ -71,7 +71,8 @@ def _run(composed: DictConfig) -> None:
 
 def _experiment(config: Config, *, command: str) -> Path | None:
     """Runs it in this process, in ranks started here, or as one rank of many; its directory, None where another rank writes."""
-    from clbench.train.worker import is_first, is_rank, take_part
+    from clbench.train.ranks import is_first, is_rank, launch
+    from clbench.worker import take_part
 
     joined = config.engine.name == "deepspeed" and is_rank()
     if joined and not is_first():
@@ -83,8 +84,6 @@ def _experiment(config: Config, *, command: str) -> Path | None:
     if joined:
         return take_part(config, command=command)
     if config.engine.name == "deepspeed":
-        from clbench.train.launch import launch
-
         return launch(config, command=command)
     from clbench.experiment import run
 

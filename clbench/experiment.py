@@ -25,6 +25,7 @@ from clbench.examine.student import Student
 from clbench.examine.student_ranks import RankStudent
 from clbench.models.architecture import causal_lm
 from clbench.models.folding import folded
+from clbench.models.sharding import gathering
 from clbench.models.weights import describe, load_trainable_state, trainable, trainable_state
 from clbench.protocols import Engine, Stage
 from clbench.record.ledger import COMPLETE, Checkpoint
@@ -32,21 +33,21 @@ from clbench.record.tracking import Tracker
 from clbench.train import optimizer as optim
 from clbench.train.local import LocalEngine
 from clbench.train.loop import Plan, Trained, plan_stage, train_stage
-from clbench.train.ranks import World
+from clbench.train.ranks import Ranks
 from clbench.types import Cost, Score, Source
 
 log = logging.getLogger("clbench")
 
 
-def run(config: Config, *, command: str = "", world: World | None = None) -> Path:
+def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Path:
     """Runs (or continues) one experiment to its end; gives its directory. A run that is complete is left alone.
 
-    `command` is what the user typed, for the record. `world`: the processes that run it together, each of which calls this.
+    `command` is what the user typed, for the record. `ranks`: the processes that run it together, each of which calls this.
     """
     set_up_torch(config)
-    prepared = prepare(config, command=command, world=world or World())
+    prepared = prepare(config, command=command, ranks=ranks or Ranks())
     ledger, path = prepared.ledger, run_directory(config)
-    if prepared.world.share(ledger is not None and ledger.status() == COMPLETE):
+    if prepared.ranks.share(ledger is not None and ledger.status() == COMPLETE):
         if ledger is not None:
             log.info("%s is complete already", path)
         return path
@@ -59,11 +60,12 @@ def run(config: Config, *, command: str = "", world: World | None = None) -> Pat
 
 def run_stages(run: Run) -> None:
     """Every stage that the ledger does not hold yet, the untouched model first."""
-    first = run.world.share(run.ledger.finished + 1 if run.ledger else 0)
+    first = run.ranks.share(run.ledger.finished + 1 if run.ledger else 0)
     run.model.eval()
     untouched = student_of(run)
-    for probe in run.probes:
-        probe.begin(untouched)
+    with gathering(run.model):
+        for probe in run.probes:
+            probe.begin(untouched)
     if first > 0:
         go_on(run)
     with open_tracker(run, first=max(first - 1, 0)) as tracker:
@@ -75,7 +77,7 @@ def run_stages(run: Run) -> None:
 
 def go_on(run: Run) -> None:
     """Takes back the last finished stage, and whatever of the next was kept."""
-    finished, run.within = run.world.share((run.ledger.load(), run.ledger.load_within()) if run.ledger else None)
+    finished, run.within = run.ranks.share((run.ledger.load(), run.ledger.load_within()) if run.ledger else None)
     load_trainable_state(run.model, finished.weights)
     run.method.load_state_dict(finished.state)
     run.moments = finished.moments
@@ -86,7 +88,7 @@ def go_on(run: Run) -> None:
 def open_tracker(run: Run, *, first: int) -> Tracker:
     """What a person sees, on the first rank; the others follow the run in silence."""
     return Tracker(
-        run.config.tracking if run.world.is_first else TrackingConfig(progress=False),
+        run.config.tracking if run.ranks.is_first else TrackingConfig(progress=False),
         run=run_name(run.config),
         stages=run.stream.stages,
         manifest={"config": asdict(run.config), "results_dir": run.config.results_dir},
@@ -106,12 +108,12 @@ def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
     after_training = time.perf_counter()
     examined, tokens = examine(run, index)
     scores = [*replay, *examined]
-    tokens_scored = sum(run.world.gather(tokens))
+    tokens_scored = sum(run.ranks.gather(tokens))
     after_probes = time.perf_counter()
     # On every rank: it may take all of them to read a weight.
     state = run.method.state_dict()
     if run.ledger is None:
-        return run.world.wait()
+        return run.ranks.wait()
     run.ledger.append(scores)
     counts = describe(run.model)
     read = trained.tokens_trained + trained.tokens_replayed
@@ -136,7 +138,7 @@ def run_stage(run: Run, stage: Stage | None, tracker: Tracker) -> None:
     whole = {"weights": trainable_state(run.model), "state": state, "moments": run.moments}
     run.ledger.save(Checkpoint(stage=index, **whole))
     tracker.stage(index, name, scores, loss=trained.loss, seconds=time.perf_counter() - started)
-    run.world.wait()
+    run.ranks.wait()
 
 
 def train(run: Run, stage: Stage, tracker: Tracker) -> tuple[Sequence[Source], Trained]:
@@ -235,9 +237,9 @@ def open_engine(
 
 
 def student_of(run: Run) -> Student:
-    """The model as it stands; many processes share its requests."""
-    if run.world.size > 1:
-        return RankStudent(run.model, run.encoder, world=run.world)
+    """The model as it stands. Ranks share its requests, unless they hold slices of the base and make every forward together."""
+    if run.ranks.size > 1 and not run.config.engine.shard_base:
+        return RankStudent(run.model, run.encoder, ranks=run.ranks)
     return Student(run.model, run.encoder)
 
 
@@ -248,7 +250,7 @@ def examine(run: Run, index: int) -> tuple[list[Score], int]:
     last = len(run.stream.stages)
     due = [probe for probe in run.probes if is_due(run.config.probe.cadence.get(probe.name, "all"), index, last)]
     for number, (view, weights) in enumerate(run.method.views(run.model).items()):
-        with weights, folded(run.model) if number == 0 else nullcontext():
+        with weights, folded(run.model) if number == 0 else nullcontext(), gathering(run.model):
             student = student_of(run)
             for probe in due:
                 for score in probe.measure(student, run.stream, index):

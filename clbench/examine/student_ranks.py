@@ -1,9 +1,4 @@
-"""A student of many processes: each rank answers its part of the requests, and every rank gets all answers.
-
-Probes run on every rank alike, in lock-step; what they ask for is dealt out here. Requests that share a context stay together, as a context is read
-once for all of them. Where ranks hold slices of the weights (`sharding`), one that has answered its part helps the others to gather theirs. Not here:
-how a request is answered (`student`).
-"""
+"""A student of many processes: each rank answers its part of the requests, and every rank gets all answers."""
 
 from __future__ import annotations
 
@@ -17,18 +12,17 @@ from torch.nn import Module
 
 from clbench.data.encoder import Encoder
 from clbench.examine.student import Ids, Student
-from clbench.models.sharding import serve
-from clbench.train.ranks import World
+from clbench.train.ranks import Ranks, shared
 
 T, R = TypeVar("T"), TypeVar("R")
 
 
 class RankStudent(Student):
-    """`Student` among the ranks of `world`; every rank makes the same calls. `tokens_scored` counts this rank's part."""
+    """`Student` among `ranks`; every rank makes the same calls. `tokens_scored` counts this rank's part."""
 
-    def __init__(self, model: Module, encoder: Encoder, *, world: World) -> None:
+    def __init__(self, model: Module, encoder: Encoder, *, ranks: Ranks) -> None:
         super().__init__(model, encoder)
-        self.world = world
+        self.ranks = ranks
         self._is_sharing = False
 
     def log_likelihoods(self, requests: Sequence[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
@@ -50,30 +44,8 @@ class RankStudent(Student):
         """The results of `work` for all items, in their order: each rank works on its part. What `work` asks of this student is its own."""
         if self._is_sharing:
             return list(work(items))
-        parts = dealt(by, size=self.world.size)
-        mine = [items[index] for index in parts[self.world.rank]]
         self._is_sharing = True
         try:
-            found = list(work(mine)) if mine else []
+            return shared(self.ranks, work, items, by=by)
         finally:
             self._is_sharing = False
-        serve(self.model)
-        together = {
-            index: result
-            for part, results in zip(parts, self.world.gather(found), strict=True)
-            for index, result in zip(part, results, strict=True)
-        }
-        return [together[index] for index in range(len(items))]
-
-
-def dealt(keys: Sequence[Ids], *, size: int) -> list[list[int]]:
-    """The indices of `keys` in `size` parts: equal keys in one part, long and short ones evenly, each part in ascending order.
-
-    >>> dealt([(1, 2), (3,), (1, 2), (4,)], size=2)
-    [[0, 2, 3], [1]]
-    """
-    members: dict[Ids, list[int]] = {}
-    for index, key in enumerate(keys):
-        members.setdefault(key, []).append(index)
-    longest_first = sorted(members, key=len, reverse=True)
-    return [sorted(index for key in longest_first[rank::size] for index in members[key]) for rank in range(size)]

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedModel
 
-from clbench.models.architecture import is_sharded
 from clbench.models.cur import CurLinear
-from clbench.models.sharding import copied, is_first, stored, whole
+from clbench.models.sharding import copied, entries, is_first, stored, whole
 from clbench.types import UserMistake
 
 
@@ -127,5 +126,5 @@ def ordinary_state(model: Module) -> dict[str, Tensor]:
                 plain["bias"] = layer.shifted(plain.get("bias", torch.zeros_like(layer.weight[:, 0]))).detach()
         state |= {f"{name}.{key}": tensor for key, tensor in plain.items()}
     # By identity, so that tied tensors stay tied.
-    found = {tensor: copied(tensor) if is_sharded(tensor) else tensor.detach() for tensor in state.values()}
+    found = {tensor: copied(tensor) if entries(tensor) > tensor.numel() else tensor.detach() for tensor in state.values()}
     return {name: found[tensor] for name, tensor in state.items()}
