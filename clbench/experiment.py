@@ -225,15 +225,7 @@ def open_engine(
         return LocalEngine(model, optimizer=optimizer, schedule=schedule, clip=config.train.clip, moments=moments)
     from clbench.train.zero import DeepSpeedEngine
 
-    return DeepSpeedEngine(
-        model,
-        optimizer=optimizer,
-        schedule=schedule,
-        clip=config.train.clip,
-        zero_stage=config.engine.zero_stage,
-        offload=config.engine.offload,
-        moments=moments,
-    )
+    return DeepSpeedEngine(model, optimizer=optimizer, schedule=schedule, config=config, moments=moments)
 
 
 def student_of(run: Run) -> Student:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
+from deepspeed.utils import safe_set_full_fp32_param  # noqa: E402
 from torch import Tensor, distributed  # noqa: E402
 
 from clbench import (
@@ -27,6 +28,7 @@ from clbench import (
 from clbench.config import TrackingConfig, run_directory  # noqa: E402
 from clbench.data.encoder import Encoder  # noqa: E402
 from clbench.models.loss import answer_loss  # noqa: E402
+from clbench.models.weights import trainable  # noqa: E402
 from clbench.protocols import Engine, Method  # noqa: E402
 from clbench.record.ledger import Checkpoint, Ledger  # noqa: E402
 from clbench.record.tracking import Tracker  # noqa: E402
@@ -261,6 +263,19 @@ def descent(clip: float, *overrides: str) -> dict[str, object]:
     return {"gradient": found, "way": {name: start[name] - value for name, value in after.items()}}
 
 
+def uneven(*overrides: str) -> dict[str, object]:
+    """What the last rank is told that writes nine entries, in parts of five, by DeepSpeed's function for whole tensors."""
+    toy = methods.lab("curlora", *ARITHMETIC, "method.rank=3", *overrides)
+    _, engine = toy.open(1)
+    error = ""
+    try:
+        safe_set_full_fp32_param(next(iter(trainable(toy.model).values())), torch.ones(3, 3))
+    except RuntimeError as refusal:
+        error = str(refusal)
+    engine.close()
+    return {"error": from_all(error)[-1]}
+
+
 TOY_STEP = ("train.warmup=0", "train.schedule=constant", "train.micro_batch_size=1")
 
 
@@ -325,7 +340,9 @@ def rejoin(port: str, *overrides: str) -> dict[str, object]:
     return outcome("seq", *overrides)
 
 
-def main(folder: Path, functions: Sequence[Callable[..., dict]] = (outcome, facts, descent, life, run, rejoin)) -> None:
+def main(
+    folder: Path, functions: Sequence[Callable[..., dict]] = (outcome, facts, uneven, descent, life, run, rejoin)
+) -> None:
     torch.set_num_threads(1)
     joined = join()
     for line in sys.stdin:

@@ -23,9 +23,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.distributed.elastic.utils.distributed import get_free_port
 
-from clbench.cli import compose
-from clbench.train.ranks import free_port, launch
+from clbench.cli import compose, take_part
+from clbench.train.ranks import launch
 from clbench.types import RankFailed, UserMistake
 from tests import ranks
 from tests.conftest import QUIET, TINY_MODEL, TINY_STREAM
@@ -92,7 +93,7 @@ def start_ranks(command: list[str], folder: Path) -> list[subprocess.Popen]:
     common = os.environ | {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(get_free_port()),
         "OMP_NUM_THREADS": "1",
         "TORCH_EXTENSIONS_DIR": str(folder / "compiled"),
     }
@@ -306,7 +307,7 @@ def test_no_engine_goes_through_accelerate():
 
 def test_ranks_that_left_each_other_can_join_anew(pair):
     before = pair.ask("outcome", "seq", *two(2))
-    after = pair.ask("rejoin", str(free_port()), *two(2))
+    after = pair.ask("rejoin", str(get_free_port()), *two(2))
     assert distance(after["weights"], before["weights"]) == 0
 
 
@@ -428,7 +429,7 @@ def test_memory_does_not_grow_over_sixteen_stages(cache_dir, tmp_path):
 def test_a_launched_run_has_the_scores_of_one_process(overrides, tmp_path):
     alone = run(elsewhere(overrides, tmp_path, "alone"), "method=ilora", "train.lr=3e-4", *SHORT)
     config = compose([*elsewhere(overrides, tmp_path, "two"), "method=ilora", "train.lr=3e-4", *SHORT, *two()])
-    together = launch(config, command="")
+    together = launch(take_part, config, command="")
     assert together.name == alone.name
     check_equal_runs(together, alone)
 
@@ -440,15 +441,14 @@ def test_a_killed_rank_ends_the_run_and_resume_continues_it(overrides, tmp_path)
         parent = subprocess.Popen(command, cwd=ROOT, stderr=output)
     ledgers = tmp_path / "results" / "runs"
     wait_for(lambda: any('"stage": 1,' in path.read_text() for path in ledgers.glob("*/cost.jsonl")), parent)
-    children = psutil.Process(parent.pid).children(recursive=True)
-    victim = next(child for child in children if child.environ().get("RANK") == "1")
+    started = ranks_among(psutil.Process(parent.pid).children(recursive=True))
     killed = time.monotonic()
-    victim.kill()
+    started[1].kill()
     assert parent.wait(30) == 1
     print(f"the run ended {time.monotonic() - killed:.1f} s after the kill")
     error = log.read_text()
     assert error.count("rank 1 was killed by signal 9 (SIGKILL)") == 1 and "Traceback" not in error
-    assert not psutil.wait_procs(children, timeout=1)[1]
+    assert not psutil.wait_procs(started, timeout=1)[1]
     (path,) = ledgers.glob("*/status")
     assert path.read_text() == "interrupted\n"
     assert len((path.parent / "cost.jsonl").read_text().splitlines()) == 2, "killed within stage 2"
@@ -463,13 +463,18 @@ def test_no_rank_outlives_its_parent(overrides, tmp_path, how):
     ledgers = tmp_path / "results" / "runs"
     wait_for(lambda: any('"stage": 0,' in path.read_text() for path in ledgers.glob("*/scores.jsonl")), parent)
     children = psutil.Process(parent.pid).children(recursive=True)
-    assert len([child for child in children if "RANK" in child.environ()]) == 2
+    assert len(ranks_among(children)) == 2
     parent.send_signal(how)
     assert parent.wait(30) != 0
     assert not psutil.wait_procs(children, timeout=10)[1]
     if how == signal.SIGTERM:
         (path,) = ledgers.glob("*/status")
         assert path.read_text() == "interrupted\n"
+
+
+def ranks_among(children: list[psutil.Process]) -> list[psutil.Process]:
+    """The ranks, in order; the others are what multiprocessing keeps its books with."""
+    return sorted((child for child in children if "spawn_main" in "".join(child.cmdline())), key=lambda c: c.pid)
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
@@ -482,13 +487,13 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 def test_the_error_of_the_first_rank_is_told_once(overrides, tmp_path):
     broken = [*overrides, *two(), "train.lr=1e30", "train.clip=0", "train.schedule=constant", "train.warmup=0"]
     with pytest.raises(RankFailed, match="loss is (nan|inf)") as told:
-        launch(compose(broken), command="")
+        launch(take_part, compose(broken), command="")
     assert str(told.value).count("Traceback") == 1
 
 
 def test_a_users_mistake_in_a_rank_is_one_line(overrides):
     with pytest.raises(UserMistake, match="resume=must"):
-        launch(compose([*overrides, *two(), "resume=must"]), command="")
+        launch(take_part, compose([*overrides, *two(), "resume=must"]), command="")
 
 
 @pytest.mark.parametrize("key", ["gradient_clipping=1", "bf16.enabled=true", "zero_optimization.stage=3"])

@@ -17,7 +17,7 @@ from clbench.cli import compose
 from clbench.config import TrainConfig, run_hash
 from clbench.examine.rolling import rolling_nll
 from clbench.examine.student import Student
-from clbench.examine.student_ranks import RankStudent, dealt
+from clbench.examine.student_ranks import RankStudent
 from clbench.models.architecture import causal_lm
 from clbench.models.weights import trainable
 from clbench.record import ledger
@@ -25,6 +25,7 @@ from clbench.record.ledger import Checkpoint, Ledger
 from clbench.train import loop as train
 from clbench.train import optimizer as optim
 from clbench.train.local import LocalEngine
+from clbench.train.ranks import Ranks, dealt, shared
 from clbench.types import UserMistake
 from tests import test_methods as methods
 from tests.test_run import elsewhere, run, scores
@@ -333,9 +334,7 @@ def asked(toy: methods.Lab, student: Student) -> dict[str, object]:
 def test_ranks_that_share_requests_get_the_answers_of_one():
     toy = methods.lab("base")
     alone = asked(toy, Student(toy.model, toy.run.encoder))
-    ranks = Threads().both(
-        lambda world: asked(toy, RankStudent(copy.deepcopy(toy.model), toy.run.encoder, world=world))
-    )
+    ranks = Threads().both(lambda one: asked(toy, RankStudent(copy.deepcopy(toy.model), toy.run.encoder, ranks=one)))
     for found in ranks:
         assert found["answers"] == alone["answers"] and found["none"] == []
         torch.testing.assert_close(found["distributions"], alone["distributions"], rtol=0, atol=1e-5)
@@ -359,9 +358,24 @@ def test_what_a_shared_piece_of_work_asks_of_its_student_is_its_own():
 
     alone = one_by_one(Student(toy.model, toy.run.encoder))
     for found in Threads().both(
-        lambda world: one_by_one(RankStudent(copy.deepcopy(toy.model), toy.run.encoder, world=world))
+        lambda one: one_by_one(RankStudent(copy.deepcopy(toy.model), toy.run.encoder, ranks=one))
     ):
         assert found == pytest.approx(alone, abs=1e-5)
+
+
+def test_every_rank_gets_all_results_in_order_and_works_on_its_part():
+    words, worked = ["aa", "b", "c", "aa", "dd", "b"], []
+
+    def upper(mine: list[str]) -> list[str]:
+        worked.append(mine)
+        return [word.upper() for word in mine]
+
+    for ranks in (None, Threads()):
+        work = lambda one: shared(one, upper, words, by=[tuple(map(ord, word)) for word in words])  # noqa: E731
+        found = ranks.both(work) if ranks else [work(Ranks())]
+        assert all(each == ["AA", "B", "C", "AA", "DD", "B"] for each in found)
+    assert worked[0] == words and sorted(worked[1:]) == [["aa", "b", "aa", "b"], ["c", "dd"]]
+    assert Threads().both(lambda one: shared(one, upper, [], by=[])) == [[], []] and len(worked) == 3
 
 
 def test_requests_of_one_context_stay_together():

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.utils.distributed import get_free_port
 
-from clbench.cli import compose
-from clbench.train import launch, worker
+from clbench.cli import compose, take_part
+from clbench.train import ranks
+from clbench.train.ranks import launch
 from tests.conftest import QUIET, TINY_MODEL, TINY_STREAM
 from tests.test_run import scores
 
@@ -37,33 +39,33 @@ def found() -> tuple[str, ...]:
 
 def test_a_task_of_a_slurm_step_is_a_rank():
     os.environ |= STEP
-    assert worker.is_rank() and not worker.is_first()
+    assert ranks.is_rank()
     assert found() == ("9", "1", "16", "gpu07", "23456")
 
 
 def test_an_address_and_a_port_that_are_given_stay():
     os.environ |= STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    assert worker.is_rank() and found()[3:] == ("10.0.0.1", "29500")
+    assert ranks.is_rank() and found()[3:] == ("10.0.0.1", "29500")
 
 
 def test_the_first_task_of_a_slurm_step_is_the_first_rank():
     os.environ |= STEP | {"SLURM_PROCID": "0"}
-    assert worker.is_rank() and worker.is_first()
+    assert ranks.is_rank() and found()[0] == "0"
 
 
 def test_a_slurm_job_of_one_task_is_no_rank():
     os.environ |= STEP | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}
-    assert not worker.is_rank() and worker.is_first() and "RANK" not in os.environ
+    assert not ranks.is_rank() and "RANK" not in os.environ
 
 
 def test_a_batch_script_is_no_rank_though_its_allocation_has_many_tasks():
     os.environ |= {"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "1"}
-    assert not worker.is_rank()
+    assert not ranks.is_rank()
 
 
 def test_torchs_own_variables_come_first():
     os.environ |= STEP | {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    assert worker.is_rank() and found() == ("3", "3", "4", "a", "1")
+    assert ranks.is_rank() and found() == ("3", "3", "4", "a", "1")
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def test_torchs_own_variables_come_first():
     ],
 )
 def test_the_first_node_of_a_list(nodes, first):
-    assert worker.first_node(nodes) == first
+    assert ranks.first_node(nodes) == first
 
 
 ENGINE = ("engine=deepspeed", "engine.processes=2", "engine.zero_stage=2", "method=er")
@@ -87,7 +89,7 @@ ENGINE = ("engine=deepspeed", "engine.processes=2", "engine.zero_stage=2", "meth
 def expected(cache_dir, tmp_path_factory) -> list[dict]:
     """The scores of a run in two ranks that clbench starts itself."""
     places = (f"cache_dir={cache_dir}", f"results_dir={tmp_path_factory.mktemp('own')}")
-    return scores(launch.launch(compose([*TINY_MODEL, *TINY_STREAM, *QUIET, *places, *ENGINE]), command=""))
+    return scores(launch(take_part, compose([*TINY_MODEL, *TINY_STREAM, *QUIET, *places, *ENGINE]), command=""))
 
 
 def recorded(tmp_path: Path) -> list[dict]:
@@ -125,7 +127,7 @@ def test_srun_gives_the_scores_of_ranks_that_clbench_starts(expected, overrides,
     step = STEP | {
         "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_STEP_NODELIST": "localhost",
-        "MASTER_PORT": str(launch.free_port()),
+        "MASTER_PORT": str(get_free_port()),
     }
     tasks = [
         launched(
@@ -141,7 +143,7 @@ def test_srun_gives_the_scores_of_ranks_that_clbench_starts(expected, overrides,
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--no_local_rank"], []])
 def test_deepspeeds_launcher_works_as_the_readme_says(expected, overrides, tmp_path, flags):
-    port = ["--num_gpus=2", f"--master_port={launch.free_port()}"]
+    port = ["--num_gpus=2", f"--master_port={get_free_port()}"]
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", *port, *flags, "--module", "clbench"]
     code, printed = ended(launched([*runner, *overrides, *ENGINE]))
     if flags:

@@ -126,5 +126,7 @@ def ordinary_state(model: Module) -> dict[str, Tensor]:
                 plain["bias"] = layer.shifted(plain.get("bias", torch.zeros_like(layer.weight[:, 0]))).detach()
         state |= {f"{name}.{key}": tensor for key, tensor in plain.items()}
     # By identity, so that tied tensors stay tied.
-    found = {tensor: copied(tensor) if entries(tensor) > tensor.numel() else tensor.detach() for tensor in state.values()}
+    found = {
+        tensor: copied(tensor) if entries(tensor) > tensor.numel() else tensor.detach() for tensor in state.values()
+    }
     return {name: found[tensor] for name, tensor in state.items()}

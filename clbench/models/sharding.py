@@ -6,8 +6,8 @@ written inside `whole`. Gathering takes all ranks, so all of them make the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, distributed
@@ -26,15 +26,25 @@ def stored(parameter: Tensor) -> Tensor:
     return parameter.ds_tensor if is_sharded(parameter) else parameter.detach()
 
 
-def whole(layer: Module, *, writing: bool = False) -> AbstractContextManager[None]:
-    """The layer's own weights are whole inside; with `writing` the ranks keep what they wrote, each the same."""
-    return gathered(layer.parameters(recurse=False), writing=writing)
+@contextmanager
+def whole(part: Module | Parameter, *, writing: bool = False) -> Iterator[None]:
+    """A parameter, or a layer's own ones, are whole inside; with `writing` the ranks keep what they wrote, each the same.
+
+    What an engine has gathered already stays as it is.
+    """
+    parameters = part.parameters(recurse=False) if isinstance(part, Module) else [part]
+    slices = [parameter for parameter in parameters if is_sharded(parameter) and not parameter.numel()]
+    gather(slices)
+    try:
+        yield
+    finally:
+        release(slices, writing=writing)
 
 
-def copied(parameter: Tensor) -> Tensor:
+def copied(parameter: Parameter) -> Tensor:
     """A copy on the CPU; of slices the first rank alone gets one, the others a tensor without storage."""
-    with gathered([parameter]):
-        keeps = not is_sharded(parameter) or is_first()
+    with whole(parameter):
+        keeps = is_first() or not is_sharded(parameter)
         return parameter.detach().to("cpu" if keeps else "meta", copy=True)
 
 
@@ -61,17 +71,6 @@ def units(module: Module) -> Iterator[Module]:
             yield child
         else:
             yield from units(child)
-
-
-@contextmanager
-def gathered(parameters: Iterable[Parameter], *, writing: bool = False) -> Iterator[None]:
-    """As `whole`. What an engine has gathered already stays as it is."""
-    slices = [parameter for parameter in parameters if is_sharded(parameter) and not parameter.numel()]
-    gather(slices)
-    try:
-        yield
-    finally:
-        release(slices, writing=writing)
 
 
 # Tensors made for inference could not be trained on later.

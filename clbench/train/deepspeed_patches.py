@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
-from torch import Tensor
 from torch.nn import Module, Parameter
 
 from clbench.train.optimizer import AVERAGES
@@ -57,12 +56,12 @@ def renew_norms(optimizer: Any, parameters: Iterable[Parameter]) -> None:
             optimizer.norm_for_param_grads[optimizer.get_param_id(parameter)] = gradient.norm()
 
 
-def begin_moments(optimizer: Any, steps: Iterable[float]) -> None:
-    """The optimizer's state can be read and set only after a first step: makes it, zeros, with each group's count of `steps`."""
-    sharded = "fp32_partitioned_groups_flat" in vars(optimizer)
-    flat = optimizer.fp32_partitioned_groups_flat if sharded else optimizer.single_partition_of_fp32_groups
-    for tensor, count in zip(flat, steps, strict=True):
-        optimizer.optimizer.state[tensor] = {"step": torch.tensor(count, device=tensor.device)}
-        optimizer.optimizer.state[tensor] |= {key: torch.zeros_like(tensor) for key in AVERAGES}
-    if not sharded:
+def begin_moments(optimizer: Any) -> None:
+    """The optimizer's state can be read and set only after a first step: makes it, zeros, with the `steps` that each group has behind it."""
+    groups, is_sharded = optimizer.optimizer.param_groups, "fp32_partitioned_groups_flat" in vars(optimizer)
+    flat = optimizer.fp32_partitioned_groups_flat if is_sharded else optimizer.single_partition_of_fp32_groups
+    for tensor, group in zip(flat, groups, strict=True):
+        averages = {key: torch.zeros_like(tensor) for key in AVERAGES}
+        optimizer.optimizer.state[tensor] = {"step": torch.tensor(group["steps"], device=tensor.device)} | averages
+    if not is_sharded:
         optimizer._lazy_init_hp_params_optimizer_state()

@@ -1,30 +1,28 @@
 """The processes ("ranks") that run one experiment together: which one this is, what they tell each other, how they start and how they end.
 
 One process is a rank of its own and talks to nobody. Ranks that torchrun, DeepSpeed's launcher or SLURM started find each other by the variables that
-those set; otherwise the command starts them itself, on its machine. The first death ends all, and no rank outlives the command. Torch's own launcher
-is not used, as it orders failures by whole seconds: for one rank killed in ten it named another one's broken connection (torch 2.13).
+those set; otherwise the command starts them itself, on its machine, with `torch.multiprocessing.spawn`. The first death ends all, and no rank
+outlives the command. Torchrun orders failures by whole seconds: of a rank killed within a second's last tenth it named another's broken connection.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
+import logging
+import multiprocessing
 import os
+import pickle
 import re
 import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TypeVar
 
-import torch
 from torch import distributed
+from torch.distributed.elastic.utils.distributed import get_free_port
+from torch.multiprocessing.spawn import ProcessException, ProcessExitedException, spawn
 
 from clbench.config import Config, run_directory
 from clbench.record.ledger import mark_interrupted
@@ -33,11 +31,8 @@ from clbench.types import RankFailed, UserMistake
 T, R = TypeVar("T"), TypeVar("R")
 PATIENCE = timedelta(days=1)
 """How long a rank waits for another, which may be pretraining or loading. A rank that died is the launcher's to notice, not a timeout's."""
-LOOK_EVERY = 0.1
-"""Seconds between looks at the ranks."""
-GRACE = 10.0
-"""Seconds that a rank has to end after it was asked to."""
-PR_SET_PDEATHSIG = 1
+GRACE = 5.0
+"""Seconds that ranks have to end by themselves after one has failed, and again after they were asked to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,18 +49,16 @@ class Ranks:
 
     def share(self, value: T) -> T:
         """Rank 0's `value`, on every rank."""
-        if self.size == 1:
-            return value
         box = [value]
-        distributed.broadcast_object_list(box, src=0)
+        if self.size > 1:
+            distributed.broadcast_object_list(box, src=0)
         return box[0]
 
     def gather(self, value: T) -> list[T]:
         """Every rank's `value`, by rank, on every rank."""
-        if self.size == 1:
-            return [value]
-        values: list[T] = [value] * self.size
-        distributed.all_gather_object(values, value)
+        values = [value] * self.size
+        if self.size > 1:
+            distributed.all_gather_object(values, value)
         return values
 
     def wait(self) -> None:
@@ -84,12 +77,10 @@ def shared(
     parts = dealt(by, size=ranks.size)
     mine = [items[index] for index in parts[ranks.rank]]
     found = ranks.gather(list(work(mine)) if mine else [])
-    together = {
-        index: result
-        for part, results in zip(parts, found, strict=True)
-        for index, result in zip(part, results, strict=True)
-    }
-    return [together[index] for index in range(len(items))]
+    answers: dict[int, R] = {}
+    for part, results in zip(parts, found, strict=True):
+        answers |= zip(part, results, strict=True)
+    return [answers[index] for index in range(len(items))]
 
 
 def dealt(keys: Sequence[Sequence[int]], *, size: int) -> list[list[int]]:
@@ -137,22 +128,15 @@ def first_node(nodes: str) -> str:
     return re.sub(r"^([^,\[]*)(?:\[([^],-]*)[^]]*\]([^,]*))?.*", r"\1\2\3", nodes)
 
 
-def is_first() -> bool:
-    """Whether this process writes and speaks: the first rank, or no rank at all."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def join() -> Ranks:
     """Makes this process the rank that its environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)."""
     import deepspeed
 
-    from clbench.train import deepspeed_patches
+    from clbench.train.deepspeed_patches import skip_shared_memory_op
 
-    has_gpu = torch.cuda.is_available()
-    if has_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed_patches.skip_shared_memory_op()
-    deepspeed.init_distributed("nccl" if has_gpu else "gloo", auto_mpi_discovery=False, timeout=PATIENCE, verbose=False)
+    skip_shared_memory_op()
+    deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=PATIENCE, verbose=False)
     return Ranks(rank=distributed.get_rank(), size=distributed.get_world_size())
 
 
@@ -166,94 +150,64 @@ def leave() -> None:
 # --- starting the ranks of one machine ---------------------------------------------------------------------------------------
 
 
-def launch(config: Config, *, command: str) -> Path:
-    """Runs the experiment in `config.engine.processes` ranks; gives the run's directory.
+def launch(work: Callable[..., Path | None], config: Config, *, command: str) -> Path:
+    """Does `work(config, command=command)` in `config.engine.processes` ranks on this machine; gives the run's directory.
 
-    Raises UserMistake or RankFailed as the first failing rank reports, KeyboardInterrupt on SIGINT or SIGTERM; by then no rank is left.
+    Raises UserMistake or RankFailed as the rank says that failed first, KeyboardInterrupt on SIGINT or SIGTERM; by then no rank is left.
     """
-    path, size, port = run_directory(config), config.engine.processes, free_port()
-    with TemporaryDirectory(prefix="clbench-") as name:
-        folder, ranks = Path(name), []
-        (folder / "order.json").write_text(json.dumps({"config": asdict(config), "command": command}))
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            for number in range(size):
-                ranks.append(start(number, size=size, folder=folder, port=port))
-            failed = watch(ranks)
-        except KeyboardInterrupt:
-            stop(ranks)
+    path = run_directory(config)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Children of a process that joblib started would otherwise look for a way of starting that they do not know.
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        given = (work, config, command, get_free_port(), os.getpid())
+        ranks = spawn(be_rank, given, nprocs=config.engine.processes, join=False)
+        while not ranks.join(grace_period=GRACE):
+            pass
+    except KeyboardInterrupt:
+        started = multiprocessing.active_children()
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.join(GRACE)
+            process.kill()
+        mark_interrupted(path)
+        raise
+    except ProcessException as error:
+        if isinstance(error, ProcessExitedException):
             mark_interrupted(path)
-            raise
-        finally:
-            stop(ranks)
-            signal.signal(signal.SIGTERM, previous)
-        if any(code < 0 for code in failed.values()):
-            mark_interrupted(path)
-        if failed:
-            raise failure(folder, failed)
+        raise failure(error, ranks.error_files) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     return path
 
 
-def start(number: int, *, size: int, folder: Path, port: int) -> subprocess.Popen:
-    """Starts rank `number`; the first one speaks to the terminal, the others to a file."""
-    environment = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CLBENCH_PARENT": os.getpid()}
-    with (folder / f"{number}.log").open("w") as log:
-        output = log if number else None
-        return subprocess.Popen(
-            [sys.executable, "-m", "clbench.worker", str(folder)],
-            env=os.environ | {key: str(value) for key, value in environment.items()},
-            stdout=output,
-            stderr=output,
-            # Ctrl-C then comes to us alone and is passed on once.
-            start_new_session=True,
-        )
-
-
-def watch(ranks: Sequence[subprocess.Popen]) -> dict[int, int]:
-    """Waits until all ranks are done or one has failed; gives the exit codes of those that failed, by rank (below 0: the signal that killed it)."""
-    while True:
-        codes = [rank.poll() for rank in ranks]
-        if any(codes) or None not in codes:
-            return {number: code for number, code in enumerate(codes) if code}
-        time.sleep(LOOK_EVERY)
-
-
-def stop(ranks: Sequence[subprocess.Popen]) -> None:
-    """Asks the ranks that are left to end, and ends those that do not."""
-    for rank in ranks:
-        rank.terminate()
-    deadline = time.monotonic() + GRACE
-    for rank in ranks:
-        try:
-            rank.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            rank.kill()
-            rank.wait()
-
-
-def failure(folder: Path, failed: Mapping[int, int]) -> Exception:
-    """What the first failing rank says. The errors of others are mostly that it was gone."""
-    for number, code in failed.items():
-        if code < 0:
-            return RankFailed(f"rank {number} was killed by signal {-code} ({signal.Signals(-code).name})")
-    reports = [json.loads(path.read_text()) for path in folder.glob("error-*.json")]
-    if reports:
-        first = min(reports, key=lambda report: report["time"])
-        return UserMistake(first["text"]) if first["is_mistake"] else RankFailed(first["text"])
-    number, code = next(iter(failed.items()))
-    return RankFailed(f"rank {number} ended with exit code {code}\n{(folder / f'{number}.log').read_text()[-2000:]}")
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def die_with_parent() -> None:
-    """Has the kernel kill this process when its parent ends, by whatever end."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(os.environ["CLBENCH_PARENT"]):
+def be_rank(
+    number: int, work: Callable[..., Path | None], config: Config, command: str, port: int, parent: int
+) -> None:
+    """What a process does that `launch` has started."""
+    # The kernel kills it when its parent ends, by whatever end; Ctrl-C comes to the parent alone, which passes it on once.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
         raise SystemExit("the parent is gone already")
+    os.setsid()
+    if number:
+        logging.disable()
+    place = {"RANK": number, "LOCAL_RANK": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    sizes = {"WORLD_SIZE": config.engine.processes, "LOCAL_WORLD_SIZE": config.engine.processes}
+    os.environ |= {key: str(value) for key, value in (place | sizes).items()}
+    work(config, command=command)
+
+
+def failure(error: ProcessException, reports: Sequence[str]) -> Exception:
+    """What the rank says that failed first. The errors of others are mostly that it was gone."""
+    written = sorted(filter(Path.is_file, map(Path, reports)), key=os.path.getmtime)
+    text = pickle.loads(written[0].read_bytes()) if written else ""
+    for report in written:
+        report.unlink()
+    if isinstance(error, ProcessExitedException):
+        by = f"was killed by signal {-error.exit_code} ({error.signal_name})"
+        how = by if error.exit_code < 0 else f"ended with exit code {error.exit_code}"
+        return RankFailed(f"rank {error.error_index} {how}")
+    kind, _, mistake = text.strip().rpartition("\n")[2].partition(": ")
+    return UserMistake(mistake) if kind.endswith(".UserMistake") else RankFailed(text)
