@@ -496,12 +496,6 @@ def test_a_users_mistake_in_a_rank_is_one_line(overrides):
         launch(take_part, compose([*overrides, *two(), "resume=must"]), command="")
 
 
-@pytest.mark.parametrize("key", ["gradient_clipping=1", "bf16.enabled=true", "zero_optimization.stage=3"])
-def test_a_key_that_clbench_sets_is_refused(overrides, key):
-    with pytest.raises(UserMistake, match="is set by clbench"):
-        compose([*overrides, *two(), f"+engine.deepspeed.{key}"])
-
-
 def test_the_wrong_number_of_processes_is_refused(overrides):
     command = [sys.executable, "-m", "clbench", *overrides, *two()]
     environment = os.environ | {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}
