@@ -72,9 +72,11 @@ def _run(composed: DictConfig) -> None:
 def _experiment(config: Config, *, command: str) -> Path | None:
     """Runs it in this process, in ranks started here, or as one rank of many; its directory, None where another rank writes."""
     if config.engine.name == "deepspeed":
-        from clbench.train.ranks import is_rank, launch
+        from clbench.train.ranks import launch, place
 
-        return take_part(config, command=command) if is_rank() else launch(take_part, config, command=command)
+        launched = place(os.environ)
+        os.environ |= launched
+        return take_part(config, command=command) if launched else launch(take_part, config, command=command)
     from clbench.experiment import run
     from clbench.record.tracking import set_up_logging
 

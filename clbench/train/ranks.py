@@ -17,6 +17,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,10 +30,10 @@ from clbench.record.ledger import mark_interrupted
 from clbench.types import RankFailed, UserMistake
 
 T, R = TypeVar("T"), TypeVar("R")
+# How long a rank waits for another, which may be pretraining or loading. A rank that died is the launcher's to notice, not a timeout's.
 PATIENCE = timedelta(days=1)
-"""How long a rank waits for another, which may be pretraining or loading. A rank that died is the launcher's to notice, not a timeout's."""
+# Seconds that ranks have to end by themselves after one has failed, and again after they were asked to.
 GRACE = 5.0
-"""Seconds that ranks have to end by themselves after one has failed, and again after they were asked to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,16 +100,14 @@ def dealt(keys: Sequence[Sequence[int]], *, size: int) -> list[list[int]]:
 # --- who this process is ------------------------------------------------------------------------------------------------------
 
 
-def is_rank() -> bool:
-    """Whether another launcher started this process as one rank of several. What SLURM says of it is put into torch's words first."""
+def place(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a launcher says of this process in torch's variables, also where srun says it in SLURM's; empty where it is not one rank of several.
+
+    The first rank is on the step's first node; MASTER_ADDR and MASTER_PORT may be given.
+    """
     # A job of one task starts its own ranks, and so does a batch script, which is no step.
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        os.environ |= ranks_of_slurm(os.environ)
-    return "RANK" in os.environ
-
-
-def ranks_of_slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    """Torch's variables from those that srun sets. The first rank is on the step's first node; MASTER_ADDR and MASTER_PORT may be given."""
+    if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return {key: environment[key] for key in ("RANK",) if key in environment}
     return {
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
@@ -155,13 +154,19 @@ def launch(work: Callable[..., Path | None], config: Config, *, command: str) ->
 
     Raises UserMistake or RankFailed as the rank says that failed first, KeyboardInterrupt on SIGINT or SIGTERM; by then no rank is left.
     """
-    path = run_directory(config)
+    path, size = run_directory(config), config.engine.processes
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Children of a process that joblib started would otherwise look for a way of starting that they do not know.
     multiprocessing.set_start_method("spawn", force=True)
     try:
-        given = (work, config, command, get_free_port(), os.getpid())
-        ranks = spawn(be_rank, given, nprocs=config.engine.processes, join=False)
+        common = {
+            "WORLD_SIZE": size,
+            "LOCAL_WORLD_SIZE": size,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": get_free_port(),
+        }
+        given = (partial(work, config, command=command), common, os.getpid())
+        ranks = spawn(be_rank, given, nprocs=size, join=False)
         while not ranks.join(grace_period=GRACE):
             pass
     except KeyboardInterrupt:
@@ -182,10 +187,8 @@ def launch(work: Callable[..., Path | None], config: Config, *, command: str) ->
     return path
 
 
-def be_rank(
-    number: int, work: Callable[..., Path | None], config: Config, command: str, port: int, parent: int
-) -> None:
-    """What a process does that `launch` has started."""
+def be_rank(number: int, work: Callable[[], Path | None], common: Mapping[str, object], parent: int) -> None:
+    """What a process does that `launch` has started; `common`: variables of the environment that all have in common."""
     # The kernel kills it when its parent ends, by whatever end; Ctrl-C comes to the parent alone, which passes it on once.
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
@@ -193,10 +196,8 @@ def be_rank(
     os.setsid()
     if number:
         logging.disable()
-    place = {"RANK": number, "LOCAL_RANK": number, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    sizes = {"WORLD_SIZE": config.engine.processes, "LOCAL_WORLD_SIZE": config.engine.processes}
-    os.environ |= {key: str(value) for key, value in (place | sizes).items()}
-    work(config, command=command)
+    os.environ |= {key: str(value) for key, value in {**common, "RANK": number, "LOCAL_RANK": number}.items()}
+    work()
 
 
 def failure(error: ProcessException, reports: Sequence[str]) -> Exception:

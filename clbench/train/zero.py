@@ -66,23 +66,22 @@ class Whole(Trainable):
 
     def __init__(self, name: str, parameter: Parameter) -> None:
         self.name = name
-        self._parameter = parameter
+        self._tensor = parameter
 
     @property
     def value(self) -> Tensor:
         """The parameter's values; at stage 3 a copy."""
-        whole = utils.safe_get_full_fp32_param(self._parameter) if is_sharded(self._parameter) else self._parameter
-        return whole.detach()
+        return utils.safe_get_full_fp32_param(self._tensor) if is_sharded(self._tensor) else stored(self._tensor)
 
     @value.setter
     def value(self, value: Tensor) -> None:
-        kept = self._write(value, utils.safe_set_full_fp32_param, utils.safe_set_local_fp32_param)
-        stored(self._parameter).copy_(kept)
+        part = self._write(value, utils.safe_set_full_fp32_param, utils.safe_set_local_fp32_param)
+        stored(self._tensor).copy_(part)
 
     @property
     def grad(self) -> Tensor:
         """The gradient, once it is complete; above stage 0 a copy."""
-        return utils.safe_get_full_grad(self._parameter)
+        return utils.safe_get_full_grad(self._tensor)
 
     @grad.setter
     def grad(self, grad: Tensor) -> None:
@@ -94,14 +93,14 @@ class Whole(Trainable):
 
     def _write(self, whole: Tensor, full: Callable, local: Callable, *key: str) -> Tensor:
         """Writes by DeepSpeed's function for whole tensors or, at stage 3, by the one for slices; gives what this rank keeps."""
-        if not is_sharded(self._parameter):
-            full(self._parameter, whole, *key)
+        if not is_sharded(self._tensor):
+            full(self._tensor, whole, *key)
             return whole
         # Equal parts, the last one filled up; where one has to be, the function for whole tensors fails.
-        length = self._parameter.ds_tensor.numel()
+        length = self._tensor.ds_tensor.numel()
         filled = torch.nn.functional.pad(whole.flatten(), (0, length * distributed.get_world_size() - whole.numel()))
         part = filled[length * distributed.get_rank() :][:length]
-        local(self._parameter, part, *key)
+        local(self._tensor, part, *key)
         return part
 
 
