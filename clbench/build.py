@@ -18,7 +18,7 @@ from torch.nn import Module
 
 from clbench.config import Config
 from clbench.data.encoder import Encoder
-from clbench.models.sharding import is_sharded, start
+from clbench.models.sharding import is_sharded
 from clbench.protocols import Method, Probe, Stream, Task
 from clbench.stream import build_stream
 from clbench.types import UserMistake
@@ -85,7 +85,6 @@ def wrap(config: Config, method: Method, model: Module) -> Module:
             f"method={config.method['name']} trains the base model, which engine.shard_base=true keeps frozen; "
             "choose a method with adapters, or engine.shard_base=false"
         )
-    start(wrapped)
     return wrapped.eval()
 
 

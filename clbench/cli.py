@@ -71,24 +71,39 @@ def _run(composed: DictConfig) -> None:
 
 def _experiment(config: Config, *, command: str) -> Path | None:
     """Runs it in this process, in ranks started here, or as one rank of many; its directory, None where another rank writes."""
-    from clbench.train.worker import is_first, is_rank, take_part
+    if config.engine.name == "deepspeed":
+        from clbench.train.launch import launch, place
 
-    joined = config.engine.name == "deepspeed" and is_rank()
-    if joined and not is_first():
-        take_part(config, command=command)
-        return None
+        launched = place(os.environ)
+        os.environ |= launched
+        return take_part(config, command=command) if launched else launch(take_part, config, command=command)
+    from clbench.experiment import run
     from clbench.record.tracking import set_up_logging
 
     set_up_logging()
-    if joined:
-        return take_part(config, command=command)
-    if config.engine.name == "deepspeed":
-        from clbench.train.launch import launch
-
-        return launch(config, command=command)
-    from clbench.experiment import run
-
     return run(config, command=command)
+
+
+def take_part(config: Config, *, command: str) -> Path | None:
+    """Runs the experiment as the rank that the environment names; on the first rank, gives its directory."""
+    size = int(os.environ["WORLD_SIZE"])
+    if size != config.engine.processes:
+        raise UserMistake(
+            f"engine.processes={config.engine.processes}, but {size} processes were started; give both the same number"
+        )
+    from clbench.build import set_up_torch
+    from clbench.experiment import run
+    from clbench.record.tracking import set_up_logging
+    from clbench.train.launch import join, leave
+
+    set_up_torch(config)
+    ranks = join()
+    if ranks.is_first:
+        set_up_logging()
+    path = run(config, command=command, ranks=ranks)
+    ranks.wait()
+    leave()
+    return path if ranks.is_first else None
 
 
 class Hooks(Callback):

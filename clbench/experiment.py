@@ -28,6 +28,7 @@ from clbench.examine.student import Student
 from clbench.examine.together import reads_together
 from clbench.models.folding import folded
 from clbench.models.loss import causal_lm
+from clbench.models.sharding import gathering
 from clbench.models.weights import describe as count_parameters
 from clbench.models.weights import load_trainable_state, trainable, trainable_state
 from clbench.protocols import Engine, Method, Probe, Stage, Stream
@@ -75,8 +76,9 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
         log.info("%s is complete already", path)
         return path
     model = load_model(config, parts.source)
-    parts.encoder.together = reads_together(model, parts.encoder)
-    untouched = measure_untouched(config, parts, model, manifest=manifest, ranks=ranks)
+    with gathering(model):
+        parts.encoder.together = reads_together(model, parts.encoder)
+        untouched = measure_untouched(config, parts, model, manifest=manifest, ranks=ranks)
     model = wrap(config, parts.method, model)
     # A polite kill counts as an interruption, like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -114,9 +116,8 @@ def measure_untouched(
     config: Config, parts: Parts, model: Module, *, manifest: Mapping[str, Any], ranks: Ranks
 ) -> Untouched:
     """The untouched model's scores: those that another run has measured, or else measured now and kept for others."""
-    student = Student(model, parts.encoder, ranks=ranks)
     for probe in parts.probes:
-        probe.begin(student)
+        probe.begin(student_of(config, model, parts.encoder, ranks))
     settings = identity(manifest["config"])
     shared = (
         "engine.dtype",
@@ -135,7 +136,7 @@ def measure_untouched(
     kept = ranks.share(find(path) if ranks.is_first else None)
     if kept is not None:
         return kept
-    student = Student(model, parts.encoder, ranks=ranks)
+    student = student_of(config, model, parts.encoder, ranks)
     scores = [score for probe in parts.probes for score in probe.measure(student, parts.stream, 0)]
     tokens = sum(ranks.gather(student.tokens_scored))
     measured = Untouched(run=manifest["run"], tokens=tokens, scores=tuple(scores))
@@ -317,12 +318,16 @@ def open_engine(
     moments = optim.fitting(moments or {}, trainable(model))
     optimizer = optim.optimizer(trainable(model), config.train, moments)
     schedule = optim.schedule(optimizer, config.train, steps=plan.total, done=done)
-    both = {"optimizer": optimizer, "schedule": schedule, "clip": config.train.clip, "moments": moments}
     if config.engine.name == "local":
-        return LocalEngine(model, **both)
+        return LocalEngine(model, optimizer=optimizer, schedule=schedule, clip=config.train.clip, moments=moments)
     from clbench.train.zero import DeepSpeedEngine
 
-    return DeepSpeedEngine(model, zero_stage=config.engine.zero_stage, offload=config.engine.offload, **both)
+    return DeepSpeedEngine(model, optimizer=optimizer, schedule=schedule, config=config, moments=moments)
+
+
+def student_of(config: Config, model: Module, encoder: Encoder, ranks: Ranks) -> Student:
+    """The model under examination. Ranks share its requests, unless they hold slices of the base and make every forward together."""
+    return Student(model, encoder, ranks=Ranks() if config.engine.shard_base else ranks)
 
 
 def examine(run: Run, index: int) -> tuple[list[Score], int]:
@@ -332,8 +337,8 @@ def examine(run: Run, index: int) -> tuple[list[Score], int]:
     last, cadence = len(run.stream.stages), run.config.probe.cadence
     due = [probe for probe in run.probes if is_due(cadence.get(probe.name, "all"), index, last)]
     for number, (view, weights) in enumerate(run.method.views(run.model).items()):
-        with weights, folded(run.model) if number == 0 else nullcontext():
-            student = Student(run.model, run.encoder, ranks=run.ranks)
+        with weights, folded(run.model) if number == 0 else nullcontext(), gathering(run.model):
+            student = student_of(run.config, run.model, run.encoder, run.ranks)
             for probe in due:
                 found = probe.measure(student, run.stream, index)
                 scores += [replace(score, probe=f"{score.probe}@{view}") if number else score for score in found]

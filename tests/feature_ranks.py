@@ -4,6 +4,7 @@ The same functions run under the local engine in the test's own process, so that
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -12,7 +13,8 @@ import torch  # noqa: E402
 
 from clbench import experiment  # noqa: E402
 from clbench.record.ledger import Checkpoint, Ledger  # noqa: E402
-from clbench.train.ranks import World  # noqa: E402
+from clbench.train.launch import join, leave  # noqa: E402
+from clbench.train.ranks import Ranks  # noqa: E402
 from tests import ranks  # noqa: E402
 from tests import test_methods as methods  # noqa: E402
 
@@ -42,15 +44,14 @@ def carried(*overrides: str) -> dict[str, object]:
             parameter.requires_grad_(number != 2)
         toy.train(number)
         if number == 1:
-            once = dict(toy.run.moments)
-    return {"weights": methods.everything(toy.model), "once": once, "moments": toy.run.moments}
+            once = dict(toy.moments)
+    return {"weights": methods.everything(toy.model), "once": once, "moments": toy.moments}
 
 
-def stage(case: str, folder: Path, *overrides: str, world: World, killed: bool) -> dict[str, object]:
+def stage(case: str, folder: Path, *overrides: str, joined: Ranks, killed: bool) -> dict[str, object]:
     """Stage 1 of `case`, up to its checkpoint at step 2 or from wherever `folder` says it is."""
     toy = lab(case, *KEEP, *overrides)
-    toy.run.world = world
-    toy.run.ledger = Ledger(folder, manifest=SAME) if world.is_first else None
+    toy.run = replace(toy.run, ranks=joined, ledger=Ledger(folder, manifest=SAME) if joined.is_first else None)
     save = experiment.save_within
 
     def save_and_die(*args, step: int, **rest) -> None:
@@ -58,12 +59,12 @@ def stage(case: str, folder: Path, *overrides: str, world: World, killed: bool) 
         if killed and step == KILLED_AFTER:
             raise Killed
 
-    if world.share(toy.run.ledger is not None and toy.run.ledger.finished == 0):
-        experiment.go_on(toy.run)
+    if joined.share(toy.run.ledger is not None and toy.run.ledger.finished == 0):
+        toy.moments, toy.within = experiment.go_on(toy.run)
     elif toy.run.ledger:
         state = {"weights": methods.trainable_state(toy.model), "state": toy.method.state_dict()}
         toy.run.ledger.save(Checkpoint(stage=0, moments={}, **state))
-    reached = toy.run.within.step if toy.run.within else 0
+    reached = toy.within.step if toy.within else 0
     experiment.save_within = save_and_die
     try:
         toy.train(1)
@@ -76,7 +77,7 @@ def stage(case: str, folder: Path, *overrides: str, world: World, killed: bool) 
     return {
         "weights": methods.everything(toy.model),
         "state": toy.method.state_dict(),
-        "moments": toy.run.moments,
+        "moments": toy.moments,
         "reached": reached,
     }
 
@@ -96,14 +97,12 @@ def trained(case: str, *overrides: str, dtype: torch.dtype = torch.float32) -> d
 
 def main(path: Path, *wanted: str) -> None:
     """Runs each `job:zero_stage[:case:more]` of `wanted`; rank 0 writes the outcomes."""
-    from clbench.train import zero as engine_deepspeed
-
     torch.set_num_threads(1)
-    world = engine_deepspeed.join()
+    joined = join()
     outcomes = {}
     for item in wanted:
         job, zero_stage, *rest = item.split(":")
-        engine = ("engine=deepspeed", f"engine.processes={world.size}", f"engine.zero_stage={zero_stage}")
+        engine = ("engine=deepspeed", f"engine.processes={joined.size}", f"engine.zero_stage={zero_stage}")
         if job == "carried":
             found = carried(*engine)
         elif job == "facts":
@@ -112,14 +111,14 @@ def main(path: Path, *wanted: str) -> None:
             found = trained(rest[0], *engine, *rest[1:], dtype=getattr(torch, job))
         else:
             case, folder = rest
-            found = stage(case, Path(folder), *engine, world=world, killed=job == "kill")
+            found = stage(case, Path(folder), *engine, joined=joined, killed=job == "kill")
         if "weights" in found:
-            assert methods.same(world.share(found["weights"]), found["weights"]), f"ranks differ: {item}"
+            assert methods.same(joined.share(found["weights"]), found["weights"]), f"ranks differ: {item}"
         outcomes[item if job not in ("kill", "go on") else f"{job}:{zero_stage}:{rest[0]}"] = found
-        if world.is_first:
+        if joined.is_first:
             torch.save(outcomes, path)
-    world.wait()
-    engine_deepspeed.leave()
+    joined.wait()
+    leave()
 
 
 if __name__ == "__main__":

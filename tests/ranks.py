@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
+from deepspeed.utils import safe_set_full_fp32_param  # noqa: E402
 from torch import Tensor, distributed  # noqa: E402
 
 from clbench import (
@@ -27,11 +28,13 @@ from clbench import (
 from clbench.config import TrackingConfig, run_directory  # noqa: E402
 from clbench.data.encoder import Encoder  # noqa: E402
 from clbench.models.loss import answer_loss  # noqa: E402
+from clbench.models.weights import trainable  # noqa: E402
 from clbench.protocols import Engine, Method  # noqa: E402
 from clbench.record.ledger import Checkpoint, Ledger  # noqa: E402
 from clbench.record.tracking import Tracker  # noqa: E402
+from clbench.train.launch import join, leave  # noqa: E402
 from clbench.train.local import LocalEngine  # noqa: E402
-from clbench.train.ranks import World  # noqa: E402
+from clbench.train.ranks import Ranks  # noqa: E402
 from clbench.types import Batch  # noqa: E402
 from tests import test_methods as methods  # noqa: E402
 
@@ -134,7 +137,7 @@ def train(toy: methods.Lab, number: int) -> float:
     tracker = Tracker(
         TrackingConfig(progress=False), run="toy", stages=toy.run.stream.stages, manifest={}, first=number
     )
-    _, trained = experiment.train(toy.run, toy.stage(number), tracker)
+    _, trained, toy.moments = experiment.train(toy.run, toy.stage(number), tracker, moments=toy.moments, within=None)
     toy.model.eval()
     return trained.loss
 
@@ -157,13 +160,9 @@ class InTurn(LocalEngine):
         self._reduce()
         super().step()
 
-    def shards(self) -> Iterator:
+    def tensors(self, names: list[str] | None = None) -> Iterator:
         self._reduce()
-        return super().shards()
-
-    def matrices(self, names: list[str]) -> Iterator:
-        self._reduce()
-        return super().matrices(names)
+        return super().tensors(names)
 
 
 def in_turn(case: str) -> dict[str, object]:
@@ -200,14 +199,11 @@ def facts(*overrides: str) -> dict[str, object]:
         with torch.no_grad():
             return float(engine.total(sum(answer_loss(toy.model, batch) for batch in batches)))
 
-    for number, shard in enumerate(engine.matrices(names(toy))):
-        shard.value = torch.sin(number + torch.arange(9.0)).view(3, 3)
-    start = whole_value(engine, toy)
-    answers["value by shards"] = value_by_shards(engine)
-    answers["value by matrices"] = start
+    for number, tensor in enumerate(engine.tensors()):
+        tensor.value = torch.sin(number + torch.arange(9.0)).view(3, 3)
+    answers["value"] = values(engine)
     backward()
     answers["gradient"] = gradient(engine)
-    answers["gradient by matrices"] = {shard.name: shard.grad.clone() for shard in engine.matrices(names(toy))}
     engine.clear()
     backward(0.5)
     answers["half the gradient"] = gradient(engine)
@@ -215,13 +211,13 @@ def facts(*overrides: str) -> dict[str, object]:
     engine.clear()
     backward()
     answers["gradient again"] = gradient(engine)
-    answers["owned"] = from_all({shard.name: shard.value.numel() for shard in engine.shards()})
-    for shard in engine.shards():
-        shard.grad += 2.0 * shard.part(start[shard.name])
-    answers["gradient after shards"] = gradient(engine)
-    for shard in engine.matrices(names(toy)):
-        shard.grad += 3.0 * shard.value
-    answers["gradient after matrices"] = gradient(engine)
+    for tensor in engine.tensors():
+        tensor.grad += 5.0 * tensor.value
+    answers["gradient after edit"] = gradient(engine)
+    some = list(answers["value"])[1::2]
+    for tensor in engine.tensors(some):
+        tensor.grad = tensor.grad - 5.0 * tensor.value
+    answers["gradient after edits of some"] = gradient(engine)
     engine.clear()
     # A penalty as a hook: its term comes once a micro-batch, so each brings its share.
     hooks = [
@@ -234,15 +230,15 @@ def facts(*overrides: str) -> dict[str, object]:
     for hook in hooks:
         hook.remove()
     engine.clear()
-    for shard in engine.shards():
-        shard.value = shard.value + 8.0
-    answers["loss after shards"], answers["value after shards"] = loss(), whole_value(engine, toy)
-    for shard in engine.matrices(names(toy)):
-        shard.value = shard.value * 0.5
-    answers["loss after matrices"], answers["value after matrices"] = loss(), whole_value(engine, toy)
+    for tensor in engine.tensors():
+        tensor.value = tensor.value + 8.0
+    answers["loss after write"], answers["value after write"] = loss(), values(engine)
+    for tensor in engine.tensors():
+        tensor.value *= 0.5
+    answers["loss after edit"], answers["value after edit"] = loss(), values(engine)
     backward()
     engine.step()
-    answers["value after step"] = whole_value(engine, toy)
+    answers["value after step"] = values(engine)
     answers["outside a forward"] = sum(parameter.numel() for parameter in toy.model.parameters())
     engine.close()
     answers["linear"] = torch.nn.functional.linear is torch._C._nn.linear
@@ -258,33 +254,38 @@ def descent(clip: float, *overrides: str) -> dict[str, object]:
     with patch.object(experiment.optim, "optimizer", descend):
         plan, engine = toy.open(1)
     rows = methods.global_batch(plan, 0, config=toy.run.config.train, seed=0, stage=1)
-    start = whole_value(engine, toy)
+    start = values(engine)
     for batch in toy.run.encoder.micro_batches(rows, rows=1, rank=engine.rank, world_size=engine.world_size):
         engine.backward(100 * answer_loss(toy.model, batch))
     found = gradient(engine)
     engine.step()
-    after = whole_value(engine, toy)
+    after = values(engine)
     engine.close()
     return {"gradient": found, "way": {name: start[name] - value for name, value in after.items()}}
+
+
+def uneven(*overrides: str) -> dict[str, object]:
+    """What the last rank is told that writes nine entries, in parts of five, by DeepSpeed's function for whole tensors."""
+    toy = methods.lab("curlora", *ARITHMETIC, "method.rank=3", *overrides)
+    _, engine = toy.open(1)
+    error = ""
+    try:
+        safe_set_full_fp32_param(next(iter(trainable(toy.model).values())), torch.ones(3, 3))
+    except RuntimeError as refusal:
+        error = str(refusal)
+    engine.close()
+    return {"error": from_all(error)[-1]}
 
 
 TOY_STEP = ("train.warmup=0", "train.schedule=constant", "train.micro_batch_size=1")
 
 
 def gradient(engine: Engine) -> dict[str, Tensor]:
-    return engine.whole({shard.name: shard.grad.clone() for shard in engine.shards()})
+    return {tensor.name: tensor.grad.clone() for tensor in engine.tensors()}
 
 
-def value_by_shards(engine: Engine) -> dict[str, Tensor]:
-    return engine.whole({shard.name: shard.value.clone() for shard in engine.shards()})
-
-
-def whole_value(engine: Engine, toy: methods.Lab) -> dict[str, Tensor]:
-    return {shard.name: shard.value.clone() for shard in engine.matrices(names(toy))}
-
-
-def names(toy: methods.Lab) -> list[str]:
-    return [name for name, parameter in toy.model.named_parameters() if parameter.requires_grad]
+def values(engine: Engine) -> dict[str, Tensor]:
+    return {tensor.name: tensor.value.clone() for tensor in engine.tensors()}
 
 
 def from_all(value: object) -> list:
@@ -321,39 +322,38 @@ def run(*overrides: str) -> dict[str, object]:
         if checkpoint.stage == 1 and not checkpoint.step:
             shutil.copytree(path, left)
 
-    def noted_stage(*arguments: object) -> None:
-        stage_of(*arguments)
+    def noted_stage(*arguments: object, **named: object) -> object:
+        found = stage_of(*arguments, **named)
         resident.append(psutil.Process().memory_info().rss)
+        return found
 
     is_many = distributed.is_initialized()
-    world = World(rank=distributed.get_rank(), size=distributed.get_world_size()) if is_many else World()
+    ranks = Ranks(rank=distributed.get_rank(), size=distributed.get_world_size()) if is_many else Ranks()
     with patch.object(Ledger, "save", noted_save), patch.object(experiment, "run_stage", noted_stage):
-        experiment.run(config, world=world)
+        experiment.run(config, ranks=ranks)
     return {"path": path, "after 1": left, "resident": from_all(resident)}
 
 
 def rejoin(port: str, *overrides: str) -> dict[str, object]:
-    """Two stages in a world that was left and joined anew."""
-    from clbench.train import zero as engine_deepspeed
-
-    engine_deepspeed.leave()
+    """Two stages by ranks that have left each other and joined anew."""
+    leave()
     os.environ["MASTER_PORT"] = port
-    engine_deepspeed.join()
+    join()
     return outcome("seq", *overrides)
 
 
-def main(folder: Path, functions: Sequence[Callable[..., dict]] = (outcome, facts, descent, life, run, rejoin)) -> None:
-    from clbench.train import zero as engine_deepspeed
-
+def main(
+    folder: Path, functions: Sequence[Callable[..., dict]] = (outcome, facts, uneven, descent, life, run, rejoin)
+) -> None:
     torch.set_num_threads(1)
-    world = engine_deepspeed.join()
+    joined = join()
     for line in sys.stdin:
         number, function, *arguments = json.loads(line)
         found = {f.__name__: f for f in functions}[function](*arguments)
-        if world.is_first:
+        if joined.is_first:
             torch.save(found, folder / "answer.tmp")
             (folder / "answer.tmp").replace(folder / f"{number}.pt")
-    engine_deepspeed.leave()
+    leave()
 
 
 if __name__ == "__main__":

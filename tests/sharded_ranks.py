@@ -4,16 +4,13 @@ The same functions answer in the test's own process, where weights are whole.
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
-from clbench.examine.student_ranks import RankStudent  # noqa: E402
 from hydra.utils import instantiate  # noqa: E402
-from torch import distributed  # noqa: E402
 from torch.nn import Module, Parameter  # noqa: E402
 from transformers import modeling_utils  # noqa: E402
 
@@ -25,17 +22,16 @@ from clbench import (
 from clbench.build import make_method  # noqa: E402
 from clbench.config import Config  # noqa: E402
 from clbench.data.encoder import Encoder  # noqa: E402
-from clbench.examine import student_ranks  # noqa: E402
 from clbench.examine.student import Student  # noqa: E402
 from clbench.models import sharding  # noqa: E402
 from clbench.models.folding import export, folded  # noqa: E402
+from clbench.models.loss import causal_lm  # noqa: E402
 from clbench.models.weights import describe, trainable  # noqa: E402
-from clbench.train.ranks import World  # noqa: E402
 from clbench.types import UserMistake  # noqa: E402
 from tests import ranks  # noqa: E402
 from tests.ranks import run  # noqa: E402
 
-VIEWS = {"log_likelihoods": 7, "generate": 5, "next_log_probs": 3}
+VIEWS = {"log_likelihoods": 7, "generate": 5, "log_probs": 3}
 """How many requests of each kind the students are asked."""
 
 
@@ -43,10 +39,7 @@ def wrapped(config: Config) -> tuple[Module, Encoder]:
     """The method's model, in slices where the configuration says so, and its encoder."""
     source, method = instantiate(config.model), make_method(config)
     encoder = Encoder(source.load_tokenizer(Path(config.cache_dir)), max_length=config.train.max_length)
-    if config.engine.shard_base:
-        return build.sharded_model(config, method), encoder
-    model, _ = source.load(Path(config.cache_dir))
-    return method.wrap(model.to(build.DTYPES[config.engine.dtype])), encoder
+    return build.wrap(config, method, build.load_model(config, source)), encoder
 
 
 def stirred(model: Module) -> Module:
@@ -75,29 +68,30 @@ def holding(model: Module) -> dict[str, int]:
 
 
 def held(*overrides: str) -> dict[str, object]:
-    """A whole run that is watched: what each rank holds at every turn of an examination, before and after one, and before a stage."""
+    """A whole run that is watched: what each rank holds after every gather, before and after an examination, and before a stage."""
     moments: dict[str, list[dict[str, int]]] = {"examining": [], "between": [], "before a stage": []}
     sizes: dict[str, int] = {}
-    prepare, examine, train, turn = build.prepare, experiment.examine, experiment.train, sharding.LockStep.turn
+    wrap, examine, train, gather = experiment.wrap, experiment.examine, experiment.train, sharding.gather
     adapters: list[int] = []
 
-    def noted_prepare(*arguments: object, **named: object) -> experiment.Run:
-        made = prepare(*arguments, **named)
+    def noted_wrap(*arguments: object) -> Module:
+        model = wrap(*arguments)
+        units = list(sharding.units(causal_lm(model)))
         sizes.update(
-            base=sum(parameter.ds_numel for parameter in base_of(made.model).values()),
-            padding=len(base_of(made.model)),
-            unit=max(sum(p.ds_numel for p in sharding.sharded(u.parameters())) for u in lock_step(made.model).units),
-            units=len(lock_step(made.model).units),
-            counted=describe(made.model)["parameters"] - describe(made.model)["trainable"],
+            base=sum(parameter.ds_numel for parameter in base_of(model).values()),
+            padding=len(base_of(model)),
+            unit=max(sum(p.ds_numel for p in unit.parameters() if sharding.is_sharded(p)) for unit in units),
+            units=len(units),
+            counted=describe(model)["parameters"] - describe(model)["trainable"],
         )
-        moments["between"].append(holding(made.model))
-        moments["model"] = made.model
-        return made
+        moments["between"].append(holding(model))
+        moments["model"] = model
+        return model
 
-    def noted_turn(self: sharding.LockStep, wanted: int) -> int:
-        found = turn(self, wanted)
-        moments["examining"].append(holding(moments["model"]))
-        return found
+    def noted_gather(slices: list[Parameter]) -> None:
+        gather(slices)
+        if slices and "model" in moments:
+            moments["examining"].append(holding(moments["model"]))
 
     def noted_examine(made: experiment.Run, index: int) -> tuple[list, int]:
         moments["between"].append(holding(made.model))
@@ -106,61 +100,41 @@ def held(*overrides: str) -> dict[str, object]:
         moments["between"].append(holding(made.model))
         return found
 
-    def noted_train(made: experiment.Run, *arguments: object) -> object:
+    def noted_train(made: experiment.Run, *arguments: object, **named: object) -> object:
         moments["before a stage"].append(holding(made.model))
-        return train(made, *arguments)
+        return train(made, *arguments, **named)
 
     with (
-        patch.object(experiment, "prepare", noted_prepare),
+        patch.object(experiment, "wrap", noted_wrap),
         patch.object(experiment, "examine", noted_examine),
         patch.object(experiment, "train", noted_train),
-        patch.object(sharding.LockStep, "turn", noted_turn),
+        patch.object(sharding, "gather", noted_gather),
     ):
         found = run(*overrides)
     del moments["model"]
     return found | {"moments": ranks.from_all(moments), "sizes": sizes, "adapters": adapters}
 
 
-def lock_step(model: Module) -> sharding.LockStep:
-    return sharding._in_step[sharding.causal_lm(model)]
+# --- answers in step --------------------------------------------------------------------------------------------------------
 
 
-# --- ranks with different work ----------------------------------------------------------------------------------------------
-
-
-def answers(shares: Sequence[Sequence[int]], *overrides: str) -> dict[str, object]:
-    """A student's answers where rank r takes the requests of `shares[r]` (one process takes all), and the gathers of each rank."""
-    config = cli.compose(list(overrides))
-    model, encoder = wrapped(config)
+def answers(*overrides: str) -> dict[str, object]:
+    """A student's answers to all requests, and which weights each rank gathered for them, in order."""
+    model, encoder = wrapped(cli.compose(list(overrides)))
     stirred(model)
-    many = distributed.is_initialized()
-    world = World(rank=distributed.get_rank(), size=2) if many else World()
-    turns: list[int] = []
-    turn = sharding.LockStep.turn
+    gather, taken = sharding.gather, []
 
-    def counted(self: sharding.LockStep, wanted: int) -> int:
-        turns.append(turn(self, wanted))
-        return turns[-1]
-
-    def as_told(keys: Sequence[tuple[int, ...]], *, size: int) -> list[list[int]]:
-        return [[index for index in share if index < len(keys)] for share in shares]
+    def counted(slices: list[Parameter]) -> None:
+        taken.append([parameter.ds_id for parameter in slices])
+        gather(slices)
 
     found: dict[str, object] = {}
-    with (
-        folded(model),
-        patch.object(sharding.LockStep, "turn", counted),
-        patch.object(student_ranks, "dealt", as_told),
-    ):
-        student = RankStudent(model, encoder, world=world) if many else Student(model, encoder)
-        student.tokens_per_batch = 40
+    with folded(model), patch.object(sharding, "gather", counted), sharding.gathering(model):
+        student = Student(model, encoder, tokens=40)
         for name, asked in requests(len(encoder.tokenizer)).items():
             found[name] = getattr(student, name)(asked, **({"max_new_tokens": 9} if name == "generate" else {}))
         left = [name for name, parameter in model.named_parameters() if parameter.is_inference()]
-    taken = ranks.from_all([number for number in turns if number >= 0])
-    # Outside of a share all ranks make the same calls.
-    with torch.no_grad():
-        found["alike"] = model(input_ids=torch.arange(5, 12)[None]).logits
-    return {"found": found, "gathers": taken, "counted": describe(model), "not to be trained on": left}
+    return {"found": found, "gathers": ranks.from_all(taken), "counted": describe(model), "not to be trained on": left}
 
 
 def requests(vocabulary: int) -> dict[str, list]:
@@ -172,7 +146,7 @@ def requests(vocabulary: int) -> dict[str, list]:
     return {
         "log_likelihoods": [(ids(3 + 5 * n, n), ids(1 + n, n + 50)) for n in range(VIEWS["log_likelihoods"])],
         "generate": [ids(2 + 7 * n, n) for n in range(VIEWS["generate"])],
-        "next_log_probs": [ids(4 + n, n) for n in range(VIEWS["next_log_probs"])],
+        "log_probs": [(ids(4 + n, n), [n, 3 + n]) for n in range(VIEWS["log_probs"])],
     }
 
 

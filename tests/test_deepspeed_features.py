@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
-from clbench.cli import compose
-from clbench.train import launch
-from clbench.train.ranks import World
+from clbench.cli import compose, take_part
+from clbench.train.launch import launch
+from clbench.train.ranks import Ranks
 from tests import feature_ranks
 from tests.test_deepspeed import ANSWERS, STAGES, TOLERANCE, distance, scaled
 from tests.test_run import elsewhere, run, scores
@@ -49,7 +50,7 @@ def outcomes(folder) -> dict[str, dict]:
     """Everything that two ranks found, in one pair of processes: most of their time goes into starting."""
     for case in RESUMED:
         for zero_stage in STAGES:
-            feature_ranks.stage(case, runs(case, zero_stage, "local", folder), world=World(), killed=True)
+            feature_ranks.stage(case, runs(case, zero_stage, "local", folder), joined=Ranks(), killed=True)
     wanted = [f"carried:{zero_stage}" for zero_stage in STAGES]
     for case in RESUMED:
         for zero_stage in STAGES:
@@ -63,7 +64,7 @@ def outcomes(folder) -> dict[str, dict]:
 
 
 def two_ranks(command: list[str]) -> None:
-    port = str(launch.free_port())
+    port = str(get_free_port())
     common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
@@ -83,7 +84,7 @@ def two_ranks(command: list[str]) -> None:
 def whole(case: str, folder: Path) -> dict:
     path = folder / f"whole-{case}"
     path.mkdir()
-    return feature_ranks.stage(case, path, world=World(), killed=False)
+    return feature_ranks.stage(case, path, joined=Ranks(), killed=False)
 
 
 @pytest.mark.parametrize("zero_stage", STAGES)
@@ -111,7 +112,7 @@ def test_a_stage_killed_on_one_process_goes_on_on_two(outcomes, folder, case, ze
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_stage_killed_on_two_processes_goes_on_on_one(outcomes, folder, case, zero_stage):
     path = runs(case, zero_stage, "ranks", folder)
-    check_same(feature_ranks.stage(case, path, world=World(), killed=False), whole(case, folder))
+    check_same(feature_ranks.stage(case, path, joined=Ranks(), killed=False), whole(case, folder))
 
 
 def check_same(found: dict, expected: dict) -> None:
@@ -126,7 +127,7 @@ def test_ranks_share_the_probes_of_every_view_and_score_as_one_does(overrides, t
     more = ("method=ilora", "method.fraction=0.5", "probe=world")
     alone = run(elsewhere(overrides, tmp_path, "alone"), *more)
     places = [*elsewhere(overrides, tmp_path, "two"), *more]
-    together = launch.launch(compose([*places, "engine=deepspeed", "engine.zero_stage=3"]), command="")
+    together = launch(take_part, compose([*places, "engine=deepspeed", "engine.zero_stage=3"]), command="")
     apart = []
     for left, right in zip(scores(together), scores(alone), strict=True):
         apart.append(abs(left["value"] - right["value"]) / max(1.0, abs(right["value"])))

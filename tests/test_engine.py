@@ -348,6 +348,20 @@ def test_ranks_that_share_requests_get_the_answers_of_one():
     assert min(tokens) > 0.3 * sum(tokens) and sum(tokens) == pytest.approx(alone["tokens"], rel=0.1)
 
 
+def test_every_rank_gets_all_results_in_order_and_works_on_its_part():
+    words, worked = ["aa", "b", "c", "aa", "dd", "b"], []
+
+    def upper(mine: list[str]) -> list[str]:
+        worked.append(mine)
+        return [word.upper() for word in mine]
+
+    assert Ranks().shared(upper, words, by=words) == [word.upper() for word in words]
+    for found in Threads().both(lambda one: one.shared(upper, words, by=words)):
+        assert found == ["AA", "B", "C", "AA", "DD", "B"]
+    assert worked[0] == words and sorted(worked[1:]) == [["aa", "b", "aa", "b"], ["c", "dd"]]
+    assert Threads().both(lambda one: one.shared(upper, [], by=[])) == [[], []] and len(worked) == 3
+
+
 def test_requests_of_one_context_stay_together():
     parts = dealt([(1, 2), (3,), (1, 2), (4, 5, 6), (3,)], size=2)
     assert parts == [[1, 3, 4], [0, 2]]

@@ -7,12 +7,14 @@ their path is known to work; what they print there says nothing about a GPU.
 import gc
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
+from torch.distributed.elastic.utils.distributed import get_free_port
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from clbench.build import DTYPES, make_method
@@ -21,8 +23,8 @@ from clbench.data.encoder import Encoder
 from clbench.experiment import open_engine
 from clbench.models.weights import describe, trainable_state
 from clbench.protocols import Stage
-from clbench.train.launch import free_port
 from clbench.train.loop import global_batch, plan_stage, train_step
+from clbench.train.ranks import Ranks, join, leave
 from clbench.types import Example
 from tests.test_methods import ToyTask
 
@@ -135,18 +137,16 @@ def synchronised(device: str) -> float:
 
 
 @pytest.fixture
-def world(monkeypatch):
-    """A world of one rank for DeepSpeed."""
-    from clbench.train import zero as engine_deepspeed
-
-    port = str(free_port())
+def alone(monkeypatch) -> Iterator[Ranks]:
+    """The only rank of its kind, for DeepSpeed."""
+    port = str(get_free_port())
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", port)
     if not torch.cuda.is_available():
         monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    yield engine_deepspeed.join()
-    engine_deepspeed.leave()
+    yield join()
+    leave()
 
 
 def check_rounding(architecture: dict, device: str, *, length: int) -> None:
@@ -200,13 +200,13 @@ def test_a_bfloat16_base_trains_as_a_float32_one_on_a_gpu():
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_zero_2_trains_the_weights_of_the_local_engine_on_a_gpu(world, dtype):
+def test_zero_2_trains_the_weights_of_the_local_engine_on_a_gpu(alone, dtype):
     check_parity(SMALL, "cuda", dtype=dtype, length=128)
 
 
 @pytest.mark.gpu
 @needs_gpu
-def test_llama_3_8b_trains_on_a_gpu(world):
+def test_llama_3_8b_trains_on_a_gpu(alone):
     found = check_size(LLAMA3_8B, "cuda", rows=2, length=1024)
     assert found.parameters["parameters"] - found.parameters["trainable"] == 8_030_261_248
     assert found.losses[-1] < found.losses[0]
@@ -214,7 +214,7 @@ def test_llama_3_8b_trains_on_a_gpu(world):
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA device the checks run there")
-def test_the_checks_for_a_gpu_run_on_the_cpu(world, capsys):
+def test_the_checks_for_a_gpu_run_on_the_cpu(alone, capsys):
     check_rounding(TINY, "cpu", length=32)
     for dtype in ("float32", "bfloat16"):
         check_parity(TINY, "cpu", dtype=dtype, length=32)

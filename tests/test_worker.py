@@ -1,14 +1,20 @@
 """Which rank a process is when another launcher started it."""
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
+import joblib
 import pytest
+from torch.distributed.elastic.utils.distributed import get_free_port
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
-from clbench.cli import compose
-from clbench.train import launch, worker
+from clbench.cli import compose, take_part
+from clbench.train import ranks
+from clbench.train.launch import launch
+from clbench.types import RankFailed, UserMistake
 from tests.conftest import QUIET, TINY_MODEL, TINY_STREAM
 from tests.test_run import scores
 
@@ -25,45 +31,30 @@ STEP = {
 TORCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch):
-    """What a test leaves in the environment is gone after it."""
-    monkeypatch.setattr(os, "environ", {key: value for key, value in os.environ.items() if key not in TORCH})
-
-
-def found() -> tuple[str, ...]:
-    return tuple(os.environ[key] for key in TORCH)
-
-
 def test_a_task_of_a_slurm_step_is_a_rank():
-    os.environ |= STEP
-    assert worker.is_rank() and not worker.is_first()
-    assert found() == ("9", "1", "16", "gpu07", "23456")
+    assert tuple(map(ranks.place(STEP).get, TORCH)) == ("9", "1", "16", "gpu07", "23456")
 
 
 def test_an_address_and_a_port_that_are_given_stay():
-    os.environ |= STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    assert worker.is_rank() and found()[3:] == ("10.0.0.1", "29500")
+    found = ranks.place(STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"})
+    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("10.0.0.1", "29500")
 
 
 def test_the_first_task_of_a_slurm_step_is_the_first_rank():
-    os.environ |= STEP | {"SLURM_PROCID": "0"}
-    assert worker.is_rank() and worker.is_first()
+    assert ranks.place(STEP | {"SLURM_PROCID": "0"})["RANK"] == "0"
 
 
 def test_a_slurm_job_of_one_task_is_no_rank():
-    os.environ |= STEP | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}
-    assert not worker.is_rank() and worker.is_first() and "RANK" not in os.environ
+    assert ranks.place(STEP | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}) == {}
 
 
 def test_a_batch_script_is_no_rank_though_its_allocation_has_many_tasks():
-    os.environ |= {"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "1"}
-    assert not worker.is_rank()
+    assert ranks.place({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "1"}) == {}
 
 
 def test_torchs_own_variables_come_first():
-    os.environ |= STEP | {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    assert worker.is_rank() and found() == ("3", "3", "4", "a", "1")
+    own = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert own | ranks.place(STEP | own) == own
 
 
 @pytest.mark.parametrize(
@@ -77,7 +68,35 @@ def test_torchs_own_variables_come_first():
     ],
 )
 def test_the_first_node_of_a_list(nodes, first):
-    assert worker.first_node(nodes) == first
+    assert ranks.first_node(nodes) == first
+
+
+def test_the_rank_that_failed_first_is_heard_even_if_another_ended_before(tmp_path):
+    reports = [tmp_path / name for name in ("0", "1", "none")]
+    for seconds, (report, text) in enumerate(
+        zip(reports, ("Traceback\nRuntimeError: gone", "Traceback\nKeyError: 3"), strict=False)
+    ):
+        report.write_bytes(pickle.dumps(text))
+        os.utime(report, ns=(0, 10**9 + 10**6 * (1 - seconds)))
+    error = ranks.failure(ProcessRaisedException("", error_index=0, error_pid=1), [str(report) for report in reports])
+    assert isinstance(error, RankFailed) and str(error) == "Traceback\nKeyError: 3"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_users_mistake_is_told_from_a_failure(tmp_path):
+    report = tmp_path / "0"
+    report.write_bytes(
+        pickle.dumps(f"Traceback\n  x: y\n{UserMistake.__module__}.UserMistake: resume=must: there is no run\n")
+    )
+    error = ranks.failure(ProcessRaisedException("", error_index=0, error_pid=1), [str(report)])
+    assert isinstance(error, UserMistake) and str(error) == "resume=must: there is no run"
+
+
+def test_a_rank_that_ended_without_a_word_is_named(tmp_path):
+    ended = {"msg": "", "error_index": 1, "error_pid": 1}
+    killed = ProcessExitedException(**ended, exit_code=-6, signal_name="SIGABRT")
+    assert str(ranks.failure(killed, [])) == "rank 1 was killed by signal 6 (SIGABRT)"
+    assert str(ranks.failure(ProcessExitedException(**ended, exit_code=3), [])) == "rank 1 ended with exit code 3"
 
 
 ENGINE = ("engine=deepspeed", "engine.processes=2", "engine.zero_stage=2", "method=er")
@@ -87,7 +106,7 @@ ENGINE = ("engine=deepspeed", "engine.processes=2", "engine.zero_stage=2", "meth
 def expected(cache_dir, tmp_path_factory) -> list[dict]:
     """The scores of a run in two ranks that clbench starts itself."""
     places = (f"cache_dir={cache_dir}", f"results_dir={tmp_path_factory.mktemp('own')}")
-    return scores(launch.launch(compose([*TINY_MODEL, *TINY_STREAM, *QUIET, *places, *ENGINE]), command=""))
+    return scores(launch(take_part, compose([*TINY_MODEL, *TINY_STREAM, *QUIET, *places, *ENGINE]), command=""))
 
 
 def recorded(tmp_path: Path) -> list[dict]:
@@ -113,6 +132,13 @@ def ended(process: subprocess.Popen) -> tuple[int, str]:
 
 
 @pytest.mark.slow
+def test_a_job_of_a_joblib_sweep_starts_ranks(expected, overrides, tmp_path):
+    jobs = [joblib.delayed(launch)(take_part, compose([*overrides, *ENGINE]), command="")]
+    joblib.Parallel(n_jobs=2)(jobs)
+    assert recorded(tmp_path) == expected
+
+
+@pytest.mark.slow
 def test_torchrun_gives_the_scores_of_ranks_that_clbench_starts(expected, overrides, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "clbench"]
     code, printed = ended(launched([*torchrun, *overrides, *ENGINE]))
@@ -125,7 +151,7 @@ def test_srun_gives_the_scores_of_ranks_that_clbench_starts(expected, overrides,
     step = STEP | {
         "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_STEP_NODELIST": "localhost",
-        "MASTER_PORT": str(launch.free_port()),
+        "MASTER_PORT": str(get_free_port()),
     }
     tasks = [
         launched(
@@ -141,7 +167,7 @@ def test_srun_gives_the_scores_of_ranks_that_clbench_starts(expected, overrides,
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--no_local_rank"], []])
 def test_deepspeeds_launcher_works_as_the_readme_says(expected, overrides, tmp_path, flags):
-    port = ["--num_gpus=2", f"--master_port={launch.free_port()}"]
+    port = ["--num_gpus=2", f"--master_port={get_free_port()}"]
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", *port, *flags, "--module", "clbench"]
     code, printed = ended(launched([*runner, *overrides, *ENGINE]))
     if flags:

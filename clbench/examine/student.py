@@ -102,7 +102,8 @@ class Student:
         found: dict[int, Tensor] = {}
         for numbers, logits_NV in self._forwards(reads):
             parts = logits_NV.log_softmax(-1).split([reads[number].scored for number in numbers])
-            found |= dict(zip(numbers, parts, strict=True))
+            # Other ranks get them: a view would take all of what it is a view of along.
+            found |= {number: part.to("cpu", copy=True) for number, part in zip(numbers, parts, strict=True)}
         return [found[number] for number in range(len(reads))]
 
     def generate(self, prompts: Sequence[Ids], *, max_new_tokens: int) -> list[str]:

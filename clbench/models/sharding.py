@@ -1,29 +1,19 @@
-"""A base model that no rank holds whole: each keeps a slice of every frozen weight, which is gathered for as long as it is used.
+"""A base model that no rank holds whole: each keeps a slice of every frozen weight, from the moment it is loaded (`train.zero.born_sharded`).
 
-Weights are slices from the moment they are loaded (`engine_deepspeed.born_sharded`). While an engine is open it gathers them; at all other times
-the model's units do it themselves: its embedding, each decoder block, its last norm, its output embedding. A unit is whole during its forward.
-Single layers that are read or written come through `whole`, `stored` and `copied`, which leave ordinary weights as they are.
-
-A gather takes all ranks, and ranks that share out requests need not make the same forwards. So before each gather the ranks agree on a unit, the one
-furthest along that any of them waits for; the others help and wait, until their own comes up. Ranks that read alike are thereby soon in step again,
-and one that is done helps on until all are (`serve`). It is the gathers that are equal on every rank; forwards may differ in number and shape.
+While an engine is open it gathers weights where they are used. Between stages, forwards work inside `gathering`, and a layer's weights are read and
+written inside `whole`. Gathering takes all ranks, so all of them make the same forwards. Ordinary weights are left as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from weakref import WeakKeyDictionary
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, distributed
 from torch.nn import Module, ModuleList, Parameter
-from torch.utils.hooks import RemovableHandle
 
 from clbench.models.loss import causal_lm
-
-NONE = -1
-"""What a rank waits for that is done."""
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -41,23 +31,14 @@ def stored(parameter: Tensor) -> Tensor:
     return parameter.ds_tensor if is_sharded(parameter) else parameter.detach()
 
 
-def whole(layer: Module, *, writing: bool = False) -> AbstractContextManager[None]:
-    """The layer's own weights are whole inside; a collective where they are slices. With `writing` the ranks keep what they wrote, each the same."""
-    return gathered(layer.parameters(recurse=False), writing=writing)
-
-
-def copied(parameter: Tensor) -> Tensor:
-    """A copy on the CPU; of slices the first rank alone gets one, the others a tensor without storage. A collective where they are slices."""
-    if not is_sharded(parameter):
-        return parameter.detach().to("cpu", copy=True)
-    with gathered([parameter]):
-        return parameter.detach().to("cpu" if is_first() else "meta", copy=True)
-
-
 @contextmanager
-def gathered(parameters: Iterable[Parameter], *, writing: bool = False) -> Iterator[None]:
-    """As `whole`. What an engine has gathered already stays as it is."""
-    slices = [parameter for parameter in sharded(parameters) if not parameter.numel()]
+def whole(part: Module | Parameter, *, writing: bool = False) -> Iterator[None]:
+    """A parameter, or a layer's own ones, are whole inside; with `writing` the ranks keep what they wrote, each the same.
+
+    What an engine has gathered already stays as it is.
+    """
+    parameters = part.parameters(recurse=False) if isinstance(part, Module) else [part]
+    slices = [parameter for parameter in parameters if is_sharded(parameter) and not parameter.numel()]
     gather(slices)
     try:
         yield
@@ -65,75 +46,31 @@ def gathered(parameters: Iterable[Parameter], *, writing: bool = False) -> Itera
         release(slices, writing=writing)
 
 
+def copied(parameter: Parameter) -> Tensor:
+    """A copy on the CPU; of slices the first rank alone gets one, the others a tensor without storage."""
+    with whole(parameter):
+        keeps = is_first() or not is_sharded(parameter)
+        return parameter.detach().to("cpu" if keeps else "meta", copy=True)
+
+
 def is_first() -> bool:
     """Whether this process is the only one or the first rank."""
     return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
-def sharded(parameters: Iterable[Parameter]) -> list[Parameter]:
-    """Those of which this rank keeps a slice."""
-    return [parameter for parameter in parameters if is_sharded(parameter)]
-
-
-def gather(parameters: Sequence[Parameter]) -> None:
-    """Makes slices whole; the same ones on every rank, none of them whole already."""
-    # Tensors made for inference could not be trained on later.
-    with torch.inference_mode(False), torch.no_grad():
-        assert not any(parameter.numel() for parameter in parameters), "gathered twice"
-        if parameters:
-            parameters[0].all_gather(param_list=list(parameters))
-
-
-def release(parameters: Sequence[Parameter], *, writing: bool = False) -> None:
-    """Back to slices: as they were, or with `writing` of what is there now."""
-    with torch.inference_mode(False), torch.no_grad():
-        for parameter in parameters:
-            parameter.partition(has_been_updated=writing)
-
-
-class LockStep:
-    """The units of a model without an open engine, each gathered before its forward and released after it, in step with all ranks."""
-
-    def __init__(self, model: Module) -> None:
-        self.units = list(units(causal_lm(model)))
-        self.device = next(model.parameters()).device
-        self.handles: list[RemovableHandle] = []
-
-    def start(self) -> None:
-        """From now on."""
-        for number, unit in enumerate(self.units):
-            self.handles.append(unit.register_forward_pre_hook(lambda *_, number=number: self.take(number)))
-            self.handles.append(unit.register_forward_hook(lambda *_, number=number: self.let_go(number)))
-
-    def stop(self) -> None:
-        """Until the next start."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-
-    def take(self, number: int) -> None:
-        """Returns with unit `number` whole."""
-        while self.turn(number) != number:
-            pass
-
-    def let_go(self, number: int) -> None:
-        """Back to slices."""
-        release(sharded(self.units[number].parameters()))
-
-    def turn(self, wanted: int) -> int:
-        """Gathers, with all ranks, the unit furthest along that one of them waits for, and keeps it if it is `wanted`; gives its number."""
-        told = torch.tensor(wanted, device=self.device)
-        distributed.all_reduce(told, op=distributed.ReduceOp.MAX)
-        number = int(told)
-        if number != NONE:
-            gather(sharded(self.units[number].parameters()))
-            if number != wanted:
-                self.let_go(number)
-        return number
+@contextmanager
+def gathering(model: Module) -> Iterator[None]:
+    """Forwards work inside, the same on every rank, without an engine: each unit of the model is whole while it runs."""
+    with ExitStack() as undo:
+        for unit in units(causal_lm(model)):
+            if slices := [parameter for parameter in unit.parameters() if is_sharded(parameter)]:
+                undo.callback(unit.register_forward_pre_hook(lambda *_, slices=slices: gather(slices)).remove)
+                undo.callback(unit.register_forward_hook(lambda *_, slices=slices: release(slices)).remove)
+        yield
 
 
 def units(module: Module) -> Iterator[Module]:
-    """What is gathered at once, in the order of a forward: members of lists of modules, and whatever else has weights of its own."""
+    """What is gathered at once: members of lists of modules, and whatever else has weights of its own."""
     for child in module.children():
         if isinstance(module, ModuleList) or list(child.parameters(recurse=False)):
             yield child
@@ -141,23 +78,18 @@ def units(module: Module) -> Iterator[Module]:
             yield from units(child)
 
 
-_in_step: WeakKeyDictionary[Module, LockStep] = WeakKeyDictionary()
+# Tensors made for inference could not be trained on later.
+@torch.inference_mode(False)
+@torch.no_grad()
+def gather(slices: Sequence[Parameter]) -> None:
+    """Makes slices whole; the same ones on every rank."""
+    if slices:
+        slices[0].all_gather(slices)
 
 
-def start(model: Module) -> None:
-    """Has the units of a model gather themselves from now on; nothing where its weights are whole."""
-    if sharded(model.parameters()):
-        _in_step.setdefault(causal_lm(model), LockStep(model)).start()
-
-
-def stop(model: Module) -> None:
-    """Leaves gathering to an engine."""
-    if causal_lm(model) in _in_step:
-        _in_step[causal_lm(model)].stop()
-
-
-def serve(model: Module) -> None:
-    """Helps the other ranks with their gathers until all of them have come here; nothing where weights are whole."""
-    if causal_lm(model) in _in_step:
-        while _in_step[causal_lm(model)].turn(NONE) != NONE:
-            pass
+@torch.inference_mode(False)
+@torch.no_grad()
+def release(slices: Sequence[Parameter], *, writing: bool = False) -> None:
+    """Back to slices: as they were, or with `writing` of what is there now."""
+    if slices:
+        slices[0].partition(slices, has_been_updated=writing)

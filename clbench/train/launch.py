@@ -1,138 +1,145 @@
-"""Starts the ranks of one experiment on this machine, watches over them and says how they ended.
+"""How ranks start and end: the processes that run one experiment together.
 
-The configuration is composed once and frozen; each rank is a `clbench.worker`. The first death ends all: whatever one rank leaves behind,
-the others would wait for it for ever. No rank outlives its parent, however that one ends.
+Ranks that torchrun, DeepSpeed's launcher or SLURM started find each other by the variables that those set; otherwise the command starts them itself,
+on its machine, with `torch.multiprocessing.spawn`. The first death ends all, and no rank outlives the command. Torchrun is not used for that: it
+orders failures by whole seconds, so that of a rank killed within a second's last tenth it named another's broken connection.
 """
 
 from __future__ import annotations
 
-import json
+import ctypes
+import logging
+import multiprocessing
 import os
+import pickle
+import re
 import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+
+from torch import distributed
+from torch.distributed.elastic.utils.distributed import get_free_port
+from torch.multiprocessing.spawn import ProcessException, ProcessExitedException, spawn
 
 from clbench.config import Config, run_directory
 from clbench.record.ledger import mark_interrupted
+from clbench.train.ranks import Ranks
 from clbench.types import RankFailed, UserMistake
 
-LOOK_EVERY = 0.1
-"""Seconds between looks at the ranks."""
-GRACE = 10.0
-"""Seconds that a rank has to end after it was asked to."""
+# How long a rank waits for another, which may be pretraining or loading. A rank that died is the launcher's to notice, not a timeout's.
+PATIENCE = timedelta(days=1)
+# Seconds that ranks have to end by themselves after one has failed, and again after they were asked to.
+GRACE = 5.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rank:
-    """One process of the experiment. `report` is where it writes its error, `log` where its standard error goes (None: to the terminal)."""
+def place(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a launcher says of this process in torch's variables, also where srun says it in SLURM's; empty where it is not one rank of several.
 
-    number: int
-    process: subprocess.Popen
-    report: Path
-    log: Path | None
-
-
-def launch(config: Config, *, command: str) -> Path:
-    """Runs the experiment in `config.engine.processes` ranks; gives the run's directory.
-
-    Raises UserMistake and RankFailed as the first failing rank reports, KeyboardInterrupt on SIGINT or SIGTERM; by then no rank is left.
+    The first rank is on the step's first node; MASTER_ADDR and MASTER_PORT may be given.
     """
-    path = run_directory(config)
-    with TemporaryDirectory(prefix="clbench-") as name, ExitStack() as at_exit:
-        folder = Path(name)
-        (folder / "order.json").write_text(json.dumps({"config": asdict(config), "command": command}))
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        at_exit.callback(signal.signal, signal.SIGTERM, previous)
-        ranks: list[Rank] = []
-        try:
-            port = free_port()
-            for number in range(config.engine.processes):
-                ranks.append(start(config, number, folder=folder, port=port))
-            killed = watch(ranks)
-        except KeyboardInterrupt:
-            stop(ranks)
+    # A job of one task starts its own ranks, and so does a batch script, which is no step.
+    if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return {key: environment[key] for key in ("RANK",) if key in environment}
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_node(environment["SLURM_STEP_NODELIST"]),
+        # The same on every rank, and seldom that of another job.
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000),
+    }
+
+
+def first_node(nodes: str) -> str:
+    """The first name of a list as SLURM writes it.
+
+    >>> first_node("gpu[007-009,12],login")
+    'gpu007'
+    """
+    return re.sub(r"^([^,\[]*)(?:\[([^],-]*)[^]]*\]([^,]*))?.*", r"\1\2\3", nodes)
+
+
+def join() -> Ranks:
+    """Makes this process the rank that its environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)."""
+    import deepspeed
+
+    from clbench.train.deepspeed_patches import skip_shared_memory_op
+
+    skip_shared_memory_op()
+    deepspeed.get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=PATIENCE, verbose=False)
+    return Ranks(rank=distributed.get_rank(), size=distributed.get_world_size())
+
+
+def leave() -> None:
+    """Ends what `join` began; torch's own function would leave DeepSpeed's groups behind."""
+    from deepspeed import comm
+
+    comm.destroy_process_group()
+
+
+def launch(work: Callable[..., Path | None], config: Config, *, command: str) -> Path:
+    """Does `work(config, command=command)` in `config.engine.processes` ranks on this machine; gives the run's directory.
+
+    Raises UserMistake or RankFailed as the rank says that failed first, KeyboardInterrupt on SIGINT or SIGTERM; by then no rank is left.
+    """
+    path, size = run_directory(config), config.engine.processes
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Children of a process that joblib started would otherwise look for a way of starting that they do not know.
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        common = {
+            "WORLD_SIZE": size,
+            "LOCAL_WORLD_SIZE": size,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": get_free_port(),
+        }
+        given = (partial(work, config, command=command), common, os.getpid())
+        ranks = spawn(be_rank, given, nprocs=size, join=False)
+        while not ranks.join(grace_period=GRACE):
+            pass
+    except KeyboardInterrupt:
+        started = multiprocessing.active_children()
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.join(GRACE)
+            process.kill()
+        mark_interrupted(path)
+        raise
+    except ProcessException as error:
+        if isinstance(error, ProcessExitedException):
             mark_interrupted(path)
-            raise
-        finally:
-            stop(ranks)
-        if killed:
-            mark_interrupted(path)
-        if any(rank.process.returncode for rank in ranks):
-            raise failure(ranks, killed)
+        raise failure(error, ranks.error_files) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     return path
 
 
-def start(config: Config, number: int, *, folder: Path, port: int) -> Rank:
-    """Starts rank `number`; the first one speaks to the terminal."""
-    order, report = folder / "order.json", folder / f"error-{number}.json"
-    environment = os.environ | {
-        "RANK": str(number),
-        "LOCAL_RANK": str(number),
-        "WORLD_SIZE": str(config.engine.processes),
-        "LOCAL_WORLD_SIZE": str(config.engine.processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "CLBENCH_PARENT": str(os.getpid()),
-    }
-    log = folder / f"rank-{number}.log" if number else None
-    with ExitStack() as opened:
-        output = opened.enter_context(log.open("w")) if log else None
-        # In a session of its own, so that Ctrl-C comes to us alone and is passed on once.
-        process = subprocess.Popen(
-            [sys.executable, "-m", "clbench.worker", str(order), str(report)],
-            env=environment,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    return Rank(number=number, process=process, report=report, log=log)
+def be_rank(number: int, work: Callable[[], Path | None], common: Mapping[str, object], parent: int) -> None:
+    """What a process does that `launch` has started; `common`: variables of the environment that all have in common."""
+    # The kernel kills it when its parent ends, by whatever end; Ctrl-C comes to the parent alone, which passes it on once.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        raise SystemExit("the parent is gone already")
+    os.setsid()
+    if number:
+        logging.disable()
+    os.environ |= {key: str(value) for key, value in {**common, "RANK": number, "LOCAL_RANK": number}.items()}
+    work()
 
 
-def watch(ranks: Sequence[Rank]) -> dict[int, int]:
-    """Waits until all ranks are done or one has failed; gives the signals that killed ranks, by rank."""
-    while True:
-        codes = {rank.number: rank.process.poll() for rank in ranks}
-        if any(codes.values()) or all(code == 0 for code in codes.values()):
-            return {number: -code for number, code in codes.items() if code is not None and code < 0}
-        time.sleep(LOOK_EVERY)
-
-
-def stop(ranks: Sequence[Rank]) -> None:
-    """Asks the ranks that are left to end, and ends those that do not."""
-    for rank in ranks:
-        if rank.process.poll() is None:
-            rank.process.terminate()
-    deadline = time.monotonic() + GRACE
-    for rank in ranks:
-        try:
-            rank.process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            rank.process.kill()
-            rank.process.wait()
-
-
-def failure(ranks: Sequence[Rank], killed: dict[int, int]) -> Exception:
-    """What the first failing rank says. The errors of others are mostly that it was gone."""
-    for number, by in killed.items():
-        return RankFailed(f"rank {number} was killed by signal {by} ({signal.Signals(by).name})")
-    reports = [json.loads(rank.report.read_text()) for rank in ranks if rank.report.is_file()]
-    if reports:
-        first = min(reports, key=lambda report: report["time"])
-        return UserMistake(first["text"]) if first["is_mistake"] else RankFailed(first["text"])
-    rank = next(rank for rank in ranks if rank.process.returncode)
-    log = rank.log.read_text()[-2000:] if rank.log else ""
-    return RankFailed(f"rank {rank.number} ended with exit code {rank.process.returncode}\n{log}")
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def failure(error: ProcessException, reports: Sequence[str]) -> Exception:
+    """What the rank says that failed first. The errors of others are mostly that it was gone."""
+    written = sorted(filter(Path.is_file, map(Path, reports)), key=os.path.getmtime)
+    text = pickle.loads(written[0].read_bytes()) if written else ""
+    for report in written:
+        report.unlink()
+    if isinstance(error, ProcessExitedException):
+        by = f"was killed by signal {-error.exit_code} ({error.signal_name})"
+        how = by if error.exit_code < 0 else f"ended with exit code {error.exit_code}"
+        return RankFailed(f"rank {error.error_index} {how}")
+    kind, _, mistake = text.strip().rpartition("\n")[2].partition(": ")
+    return UserMistake(mistake) if kind.endswith(".UserMistake") else RankFailed(text)

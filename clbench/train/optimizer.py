@@ -25,13 +25,13 @@ AVERAGES = ("exp_avg", "exp_avg_sq")
 def optimizer(parameters: Mapping[str, Parameter], config: TrainConfig, moments: Mapping[str, Tensor]) -> AdamW:
     """AdamW with decoupled weight decay on every trainable tensor (arXiv 1711.05101), without state yet.
 
-    Tensors that will be given `moments` of one step count are one group: an engine may lay a group end to end and count its steps once.
+    Tensors that will be given `moments` of one step count are one group, which knows it as `steps`: an engine may lay a group end to end.
     """
     groups: dict[float, list[Parameter]] = defaultdict(list)
     for name, parameter in parameters.items():
         groups[float(moments.get(f"step/{name}", 0.0))].append(parameter)
     return AdamW(
-        [{"params": group} for group in groups.values()],
+        [{"params": group, "steps": steps} for steps, group in groups.items()],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=1e-8,

@@ -1,6 +1,6 @@
 """The processes that run one experiment together: who this one is, what ranks tell each other, and waiting for each other.
 
-One process is a world of its own and talks to nobody. Not here: gradients and weights (the engine's), starting processes (`launch`).
+One process is a rank of its own and talks to nobody. Not here: gradients and weights (the engine's), starting and ending processes (`launch`).
 """
 
 from __future__ import annotations

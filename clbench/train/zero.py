@@ -1,287 +1,215 @@
-"""The engine of many processes: DeepSpeed, ZeRO stage 0 to 3, with the numbers of `LocalEngine`.
+"""The engine of many processes: DeepSpeed, ZeRO stages 0 to 3, with the numbers of `LocalEngine`.
 
-Every rank computes its part of the global batch's loss and the parts add up. DeepSpeed averages gradients over ranks, so a loss is first
-multiplied by their number (exact for powers of two). Micro-batches add up on each rank, and ranks are added once per step.
-
-Who owns what is `engine_zero`'s to know; methods see only `engine_shards`.
+Every rank computes its part of the global batch's loss, and the parts add up. DeepSpeed averages gradients over ranks, so a loss is first multiplied
+by their number (exact for powers of two). Micro-batches add up on each rank, and the ranks are added once per step. Trainable tensors are float32, so
+DeepSpeed's master copy of one and the copy that the model computes with hold the same numbers, and a write goes to both.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed import comm
-from deepspeed.runtime.zero import parameter_offload
-from deepspeed.runtime.zero.linear import zero3_linear_wrap
-from torch import Tensor
+from deepspeed import utils
+from torch import Tensor, distributed
 from torch.nn import Module, Parameter, ParameterList
-from torch.optim import Optimizer
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from clbench.config import MESSAGE
-from clbench.models import sharding
+from clbench.config import MESSAGE, Config
 from clbench.models.cur import CurLinear
+from clbench.models.sharding import is_sharded, stored
 from clbench.models.weights import trainable
-from clbench.protocols import Engine, Shard
-from clbench.train.engine_shards import Matrix, Slice
-from clbench.train.engine_zero import STORAGES, assembled, release
-from clbench.train.optimizer import AVERAGES
-from clbench.train.ranks import Ranks
-
-PATIENCE = timedelta(days=1)
-"""How long a rank waits for another, which may be pretraining or loading. A rank that died is the launcher's to notice, not a timeout's."""
-LINEAR = torch.nn.functional.linear
-"""Torch's own; stage 3 puts one in its place, for the whole process, that keeps no gathered weights for the backward pass."""
-HOOKED = "_output_capturing_hooks_installed"
-"""Set by transformers when it first gives out hidden states, beside hooks that stay; without it there would be more of them each stage."""
-
-
-def join() -> Ranks:
-    """Makes this process a rank of the world that its environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    else:
-        # Saves 20 to 90 s: DeepSpeed would compile an operation here that only its inference uses.
-        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=PATIENCE, verbose=False)
-    return Ranks(rank=comm.get_rank(), size=comm.get_world_size())
-
-
-def leave() -> None:
-    """Ends what `join` began; torch's own function would leave DeepSpeed's groups behind."""
-    comm.destroy_process_group()
+from clbench.protocols import Engine, Trainable
+from clbench.train import deepspeed_patches as patches
+from clbench.train.optimizer import AVERAGES, moments_of, set_moments
 
 
 def settings(*, zero_stage: int, clip: float, bucket: int, offload: str) -> dict[str, Any]:
     """DeepSpeed's configuration: whatever touches a number is stated here. `bucket`: elements per message."""
+    numbers = {"gradient_clipping": clip, "prescale_gradients": False, "gradient_predivide_factor": 1.0}
+    numbers |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+    numbers |= {precision: {"enabled": False} for precision in ("fp16", "bf16", "torch_autocast")}
+    ours = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    ours |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "steps_per_print": None}
+    zero = {"stage": zero_stage, "overlap_comm": False, "contiguous_gradients": True, "round_robin_gradients": False}
+    zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket}
+    # Weights are whole while they are used and no longer; a group's moments are one piece (`begin_moments`).
+    zero |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "sub_group_size": 10**15}
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    zero = {
-        "overlap_comm": False,
-        "contiguous_gradients": True,
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
-        "stage3_prefetch_bucket_size": bucket,
-        "stage": zero_stage,
-        "round_robin_gradients": False,
-        "memory_efficient_linear": True,
-        "stage3_param_persistence_threshold": 0,
-        "stage3_max_reuse_distance": 0,
-        **({} if offload == "none" else {"offload_optimizer": host}),
-        **({"offload_param": host} if offload == "all" else {}),
-    }
-    return {
-        "steps_per_print": None,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": clip,
-        "prescale_gradients": False,
-        "gradient_predivide_factor": 1.0,
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "fp16": {"enabled": False},
-        "bf16": {"enabled": False},
-        "torch_autocast": {"enabled": False},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": zero,
-    }
+    zero |= {"offload_optimizer": host} if offload != "none" else {}
+    zero |= {"offload_param": host} if offload == "all" else {}
+    return numbers | ours | {"zero_optimization": zero}
 
 
 @contextmanager
-def born_sharded(dtype: torch.dtype, *, offload: str) -> Iterator[None]:
+def born_sharded(dtype: torch.dtype, *, offload: str) -> Iterator[HfDeepSpeedConfig]:
     """A model of transformers that is loaded inside, in `dtype`, is slices from the start; the first rank alone reads the files. A collective."""
     config = settings(zero_stage=3, clip=0.0, bucket=MESSAGE, offload=offload)
     # transformers and PEFT look for it in a weak reference.
     held = HfDeepSpeedConfig(config | {"bf16": {"enabled": dtype == torch.bfloat16}})
     try:
-        yield
+        yield held
     finally:
         unset_hf_deepspeed_config()
-        torch.nn.functional.linear = LINEAR
-        del held
+        patches.multiply(keep_weights=True)
+
+
+class Whole(Trainable):
+    """One trainable tensor, whole: fetched from all ranks when it is read, and written by each rank where it keeps its part."""
+
+    def __init__(self, name: str, parameter: Parameter) -> None:
+        self.name = name
+        self._tensor = parameter
+
+    @property
+    def value(self) -> Tensor:
+        """The parameter's values; at stage 3 a copy."""
+        return utils.safe_get_full_fp32_param(self._tensor) if is_sharded(self._tensor) else stored(self._tensor)
+
+    @value.setter
+    def value(self, value: Tensor) -> None:
+        part = self._write(value, utils.safe_set_full_fp32_param, utils.safe_set_local_fp32_param)
+        stored(self._tensor).copy_(part)
+
+    @property
+    def grad(self) -> Tensor:
+        """The gradient, once it is complete; above stage 0 a copy."""
+        return utils.safe_get_full_grad(self._tensor)
+
+    @grad.setter
+    def grad(self, grad: Tensor) -> None:
+        self._write(grad, utils.safe_set_full_grad, utils.safe_set_local_grad)
+
+    def set_moment(self, key: str, value: Tensor) -> None:
+        """Writes the optimizer's `key` of this tensor; at stages 1 to 3."""
+        self._write(value, utils.safe_set_full_optimizer_state, utils.safe_set_local_optimizer_state, key)
+
+    def _write(self, whole: Tensor, full: Callable, local: Callable, *key: str) -> Tensor:
+        """Writes by DeepSpeed's function for whole tensors or, at stage 3, by the one for slices; gives what this rank keeps."""
+        if not is_sharded(self._tensor):
+            full(self._tensor, whole, *key)
+            return whole
+        # Equal parts, the last one filled up; where one has to be, the function for whole tensors fails.
+        length = self._tensor.ds_tensor.numel()
+        filled = torch.nn.functional.pad(whole.flatten(), (0, length * distributed.get_world_size() - whole.numel()))
+        part = filled[length * distributed.get_rank() :][:length]
+        local(self._tensor, part, *key)
+        return part
 
 
 class DeepSpeedEngine(Engine):
-    """Many processes. `clip` bounds the global gradient norm, 0 switches it off.
-
-    `moments` is the state that the optimizer starts from; `offload` says what lies in the host's memory (`config_engine`).
-    """
+    """Many processes, as `config.engine` says. `moments` is the state that the optimizer starts from."""
 
     def __init__(
-        self,
-        model: Module,
-        *,
-        optimizer: Optimizer,
-        schedule: LRScheduler,
-        clip: float,
-        zero_stage: int,
-        offload: str = "none",
-        moments: Mapping[str, Tensor] | None = None,
+        self, model: Module, *, optimizer: AdamW, schedule: LRScheduler, config: Config, moments: Mapping[str, Tensor]
     ) -> None:
         self.model = model
-        self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
-        self._schedule = schedule
-        self._zero_stage = zero_stage
-        self._parameters = trainable(model)
-        assert {tensor.dtype for tensor in self._parameters.values()} == {torch.float32}, (
-            "trainable tensors are float32"
-        )
-        sharding.stop(model)
-        self._known = attributes(model)
-        sizes = [tensor.numel() for tensor in self._parameters.values()]
+        self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
+        self._stage, offload = config.engine.zero_stage, config.engine.offload
+        self._needs_help = offload != "none" and self._stage < 3
+        self._parameters, self._optimizer = trainable(model), optimizer
+        assert {p.dtype for p in self._parameters.values()} == {torch.float32}, "trainable tensors are float32"
+        self._known = patches.attributes(model)
+        self._micro_batches: AbstractContextManager | None = None
+        self._steps = {name: float(moments[f"step/{name}"]) for name in self._parameters if f"step/{name}" in moments}
+        sizes = [parameter.numel() for parameter in self._parameters.values()]
         bucket = max(*sizes, min(sum(sizes), MESSAGE))
-        config = settings(zero_stage=zero_stage, clip=clip, bucket=bucket, offload=offload)
         # Below stage 3 DeepSpeed needs to know of nothing but what trains.
-        module = model if zero_stage == 3 else ParameterList(self._parameters.values())
-        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-        self._storage = STORAGES[zero_stage](self._engine)
-        self._reduction: AbstractContextManager | None = None
-        for name, parameter in self._parameters.items():
-            if moments and f"step/{name}" in moments:
-                whole = {key: moments[f"{key}/{name}"] for key in ("step", *AVERAGES)}
-                self._storage.set_moments(parameter, whole)
-        if zero_stage == 3:
-            # Set where DeepSpeed makes slices, which those of the base may have been before.
-            torch.nn.functional.linear = zero3_linear_wrap
+        self._engine, *_ = deepspeed.initialize(
+            model=model if self._stage == 3 else ParameterList(self._parameters.values()),
+            optimizer=optimizer,
+            lr_scheduler=schedule,
+            config=settings(zero_stage=self._stage, clip=config.train.clip, bucket=bucket, offload=offload),
+        )
+        if self._stage == 3:
+            patches.multiply(keep_weights=False)
             for layer in model.modules():
                 if isinstance(layer, CurLinear):
                     deepspeed.zero.register_external_parameter(layer, layer.base.weight)
+        if self._stage == 0:
+            set_moments(optimizer, self._parameters, moments)
+        elif moments:
+            patches.begin_moments(self._engine.optimizer)
+            for tensor in self.tensors(self._steps):
+                for key in AVERAGES:
+                    tensor.set_moment(key, moments[f"{key}/{tensor.name}"])
 
     def backward(self, loss: Tensor) -> None:
         """Adds this rank's gradient of `loss`; ranks are added when the gradients are asked for, or in `step`."""
-        if self._reduction is None:
-            self._reduction = self._storage.gather_later()
-            self._reduction.__enter__()
+        if self._micro_batches is None:
+            self._micro_batches = self._engine.coalesce_grad_reduction() if self._stage else self._engine.no_sync()
+            self._micro_batches.__enter__()
         self._engine.backward(loss * self.world_size)
-        if self._zero_stage == 3:
-            self._engine.optimizer.parameter_offload.get_param_coordinator().reset_step()
+
+    def _reduce(self) -> None:
+        """Completes the gradients: adds the ranks' parts."""
+        if self._micro_batches is None:
+            return
+        unused = [name for name, parameter in self._parameters.items() if parameter.grad is None]
+        assert not unused, f"no gradient: {unused}"
+        self._micro_batches.__exit__(None, None, None)
+        self._micro_batches = None
+        if self._stage == 0:
+            self._engine.allreduce_gradients()
 
     def step(self) -> None:
         """Clips, steps, clears."""
         self._reduce()
-        self._storage.before_step(self._parameters.values())
+        if self._needs_help:
+            patches.renew_norms(self._engine.optimizer, self._parameters.values())
         self._engine.step()
-        self._schedule.step()
-        self._storage.clear()
+        self._steps = {name: self._steps.get(name, 0.0) + 1 for name in self._parameters}
 
     def clear(self) -> None:
         """Drops the gradients."""
         self._reduce()
-        self._storage.clear()
+        self._engine.optimizer.zero_grad()
+        if self._needs_help:
+            patches.forget_offloaded(self._engine.optimizer)
 
-    def shards(self) -> Iterator[Shard]:
-        """This rank's slices. Iterate to the end: what was assigned is then made known to the other ranks."""
+    def tensors(self, names: Iterable[str] | None = None) -> Iterator[Whole]:
+        """The named trainable tensors; all without names. Each is fetched when it is read, by all ranks."""
         self._reduce()
-        return self._slices()
-
-    def _slices(self) -> Iterator[Shard]:
-        written: set[str] = set()
-        for name, parameter in self._parameters.items():
-            first, last = self._storage.span(parameter)
-            if last > first:
-                yield Slice(name, parameter, self._storage, written.add)
-        flags = torch.tensor([float(key in written) for key in ("values", "grads")], device=self._engine.device)
-        values, grads = (count > 0 for count in self.total(flags).tolist())
-        self._storage.publish(self._parameters.values(), values=values, grads=grads)
-
-    def matrices(self, names: Iterable[str]) -> Iterator[Shard]:
-        """The named tensors whole, on every rank; a collective per tensor that is read."""
-        self._reduce()
-        return (Matrix(name, self._parameters[name], self._storage) for name in names)
-
-    def whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors, on every rank, from each rank's slices."""
-        wholes = {}
-        for name, parameter in self._parameters.items():
-            wholes[name] = assembled(parts.get(name), self._storage.span(parameter), parameter)
-        return wholes
+        if self._stage == 3:
+            # What a forward has left whole would not see what is written to the slices.
+            self._engine.optimizer.empty_partition_cache()
+        return (Whole(name, self._parameters[name]) for name in (self._parameters if names is None else names))
 
     def total(self, value: Tensor | float) -> Tensor:
         """Sum of `value` over ranks."""
         total = torch.as_tensor(value, dtype=torch.float32, device=self._engine.device).clone()
-        comm.all_reduce(total)
+        distributed.all_reduce(total)
         return total
 
     def moments(self) -> dict[str, Tensor]:
-        """The optimizer's state, one tensor at a time."""
-        own = {name: self._storage.moments(parameter) for name, parameter in self._parameters.items()}
-        # A rank that owns nothing of a tensor does not know its step count.
-        steps = torch.tensor([float(own[name].get("step", 0.0)) for name in own], device=self._engine.device)
-        comm.all_reduce(steps, op=comm.ReduceOp.MAX)
-        found: dict[str, Tensor] = {}
-        for (name, parameter), step in zip(self._parameters.items(), steps.cpu(), strict=True):
-            for key in AVERAGES if step > 0 else ():
-                whole = assembled(own[name].get(key), self._storage.span(parameter), parameter)
-                found |= {f"step/{name}": step.clone(), f"{key}/{name}": whole.cpu()}
+        """The optimizer's state, fetched one tensor at a time."""
+        if self._stage == 0:
+            return moments_of(self._optimizer, self._parameters)
+        found = {f"step/{name}": torch.tensor(count) for name, count in self._steps.items()}
+        for name in self._steps:
+            for key in AVERAGES:
+                found[f"{key}/{name}"] = utils.safe_get_full_optimizer_state(self._parameters[name], key).cpu()
         return found
-
-    def gathered(self) -> AbstractContextManager:
-        """A collective for every weight at stage 3, but for those that are slices between stages, too."""
-        if self._zero_stage < 3:
-            return nullcontext()
-        return deepspeed.zero.GatheredParameters([p for p in self.model.parameters() if not self._stays_sharded(p)])
 
     def close(self) -> None:
         """Gathers the weights that were whole, releases DeepSpeed's engine and takes back all that it attached to the model."""
         self.clear()
-        whole = {}
-        for parameter in self.model.parameters():
-            if self._zero_stage == 3:
-                release(parameter)
-            if self._stays_sharded(parameter):
-                continue
-            if self._zero_stage == 3:
-                parameter.all_gather()
-            if self._zero_stage == 3 or parameter.requires_grad:
-                whole[parameter] = parameter.data.clone()
+        # Those of a sliced base stay slices.
+        parameters = self.model.parameters() if self._stage == 3 else self._parameters.values()
+        own = [parameter for parameter in parameters if "ds_tensor" not in self._known[parameter]]
+        self._engine.empty_partition_cache()
+        with deepspeed.zero.GatheredParameters(own):
+            whole = [parameter.detach().clone() for parameter in own]
         self._engine.destroy()
-        detach(self.model, self._known)
-        for parameter, value in whole.items():
+        patches.detach(self.model, self._known)
+        patches.multiply(keep_weights=True)
+        for parameter, value in zip(own, whole, strict=True):
             parameter.data = value
-        parameter_offload.FWD_MODULE_STACK.clear()
-        torch.nn.functional.linear = LINEAR
-        del self._engine, self._storage, self._schedule
+        del self._engine, self._optimizer
         gc.collect()
-        sharding.start(self.model)
-
-    def _stays_sharded(self, parameter: Parameter) -> bool:
-        """Whether it was slices before the engine was opened."""
-        return "ds_tensor" in self._known[parameter]
-
-    def _reduce(self) -> None:
-        """Completes the gradients: adds the ranks' parts."""
-        if self._reduction is None:
-            return
-        unused = [name for name, parameter in self._parameters.items() if parameter.grad is None]
-        assert not unused, f"no gradient: {unused}"
-        self._reduction.__exit__(None, None, None)
-        self._reduction = None
-        if self._zero_stage == 0:
-            self._engine.allreduce_gradients()
-
-
-def attributes(model: Module) -> dict[Any, set[str]]:
-    """The names in every module's and parameter's own dictionary."""
-    return {part: set(vars(part)) for part in (*model.modules(), *model.parameters())}
-
-
-def detach(model: Module, known: Mapping[Any, set[str]]) -> None:
-    """Removes what is attached to modules and parameters beyond `known`, and the dictionaries that stage 3 put in place of theirs.
-
-    What stays would speak for an engine that is gone: hooks of its, slices of its buffers.
-    """
-    for part in (*model.modules(), *model.parameters()):
-        for name in vars(part).keys() - known[part] - {HOOKED}:
-            del vars(part)[name]
-    for module in model.modules():
-        vars(module)["_parameters"] = dict(module._parameters.items())
