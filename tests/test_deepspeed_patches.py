@@ -15,7 +15,8 @@ from deepspeed.utils import safe_get_full_grad, safe_get_full_optimizer_state, s
 from torch import nn
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from clbench.train.ranks import Ranks, join, leave
+from clbench.train.launch import join, leave
+from clbench.train.ranks import Ranks
 from clbench.train.zero import settings
 from tests.test_deepspeed import Pair, two
 
