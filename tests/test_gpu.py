@@ -23,8 +23,8 @@ from clbench.data.encoder import Encoder
 from clbench.experiment import open_engine
 from clbench.models.weights import describe, trainable_state
 from clbench.protocols import Stage
-from clbench.train.loop import global_batch, plan_stage, train_step
 from clbench.train.launch import join, leave
+from clbench.train.loop import global_batch, plan_stage, train_step
 from clbench.train.ranks import Ranks
 from clbench.types import Example
 from tests.test_methods import ToyTask

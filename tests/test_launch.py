@@ -12,7 +12,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from clbench.cli import compose, take_part
-from clbench.train import ranks
+from clbench.train import launch as launching
 from clbench.train.launch import launch
 from clbench.types import RankFailed, UserMistake
 from tests.conftest import QUIET, TINY_MODEL, TINY_STREAM
@@ -32,29 +32,29 @@ TORCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def test_a_task_of_a_slurm_step_is_a_rank():
-    assert tuple(map(ranks.place(STEP).get, TORCH)) == ("9", "1", "16", "gpu07", "23456")
+    assert tuple(map(launching.place(STEP).get, TORCH)) == ("9", "1", "16", "gpu07", "23456")
 
 
 def test_an_address_and_a_port_that_are_given_stay():
-    found = ranks.place(STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"})
+    found = launching.place(STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"})
     assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("10.0.0.1", "29500")
 
 
 def test_the_first_task_of_a_slurm_step_is_the_first_rank():
-    assert ranks.place(STEP | {"SLURM_PROCID": "0"})["RANK"] == "0"
+    assert launching.place(STEP | {"SLURM_PROCID": "0"})["RANK"] == "0"
 
 
 def test_a_slurm_job_of_one_task_is_no_rank():
-    assert ranks.place(STEP | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}) == {}
+    assert launching.place(STEP | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}) == {}
 
 
 def test_a_batch_script_is_no_rank_though_its_allocation_has_many_tasks():
-    assert ranks.place({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "1"}) == {}
+    assert launching.place({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "1"}) == {}
 
 
 def test_torchs_own_variables_come_first():
     own = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    assert own | ranks.place(STEP | own) == own
+    assert own | launching.place(STEP | own) == own
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_torchs_own_variables_come_first():
     ],
 )
 def test_the_first_node_of_a_list(nodes, first):
-    assert ranks.first_node(nodes) == first
+    assert launching.first_node(nodes) == first
 
 
 def test_the_rank_that_failed_first_is_heard_even_if_another_ended_before(tmp_path):
@@ -78,7 +78,9 @@ def test_the_rank_that_failed_first_is_heard_even_if_another_ended_before(tmp_pa
     ):
         report.write_bytes(pickle.dumps(text))
         os.utime(report, ns=(0, 10**9 + 10**6 * (1 - seconds)))
-    error = ranks.failure(ProcessRaisedException("", error_index=0, error_pid=1), [str(report) for report in reports])
+    error = launching.failure(
+        ProcessRaisedException("", error_index=0, error_pid=1), [str(report) for report in reports]
+    )
     assert isinstance(error, RankFailed) and str(error) == "Traceback\nKeyError: 3"
     assert not list(tmp_path.iterdir())
 
@@ -88,15 +90,15 @@ def test_a_users_mistake_is_told_from_a_failure(tmp_path):
     report.write_bytes(
         pickle.dumps(f"Traceback\n  x: y\n{UserMistake.__module__}.UserMistake: resume=must: there is no run\n")
     )
-    error = ranks.failure(ProcessRaisedException("", error_index=0, error_pid=1), [str(report)])
+    error = launching.failure(ProcessRaisedException("", error_index=0, error_pid=1), [str(report)])
     assert isinstance(error, UserMistake) and str(error) == "resume=must: there is no run"
 
 
 def test_a_rank_that_ended_without_a_word_is_named(tmp_path):
     ended = {"msg": "", "error_index": 1, "error_pid": 1}
     killed = ProcessExitedException(**ended, exit_code=-6, signal_name="SIGABRT")
-    assert str(ranks.failure(killed, [])) == "rank 1 was killed by signal 6 (SIGABRT)"
-    assert str(ranks.failure(ProcessExitedException(**ended, exit_code=3), [])) == "rank 1 ended with exit code 3"
+    assert str(launching.failure(killed, [])) == "rank 1 was killed by signal 6 (SIGABRT)"
+    assert str(launching.failure(ProcessExitedException(**ended, exit_code=3), [])) == "rank 1 ended with exit code 3"
 
 
 ENGINE = ("engine=deepspeed", "engine.processes=2", "engine.zero_stage=2", "method=er")
