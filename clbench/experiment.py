@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from clbench.build import Parts, build, load_model, set_up_torch, wrap
-from clbench.config import Config, TrackingConfig, identity, is_due, run_directory, run_name
+from clbench.config import Config, identity, is_due, run_directory, run_name
 from clbench.data.encoder import Encoder
 from clbench.examine.canaries import check_stream
 from clbench.examine.student import Student
@@ -152,10 +152,11 @@ def run_stages(run: Run, untouched: Untouched) -> None:
     within: Checkpoint | None = None
     if first > 0:
         moments, within = go_on(run)
-    with open_tracker(run, first=max(first - 1, 0)) as tracker:
+    done = max(first - 1, 0)
+    with Tracker(run.config, run.stream.stages, first=done, silent=not run.ranks.is_first) as tracker:
         if first == 0:
             record_untouched(run, untouched, tracker)
-        for stage in run.stream.stages[max(first - 1, 0) :]:
+        for stage in run.stream.stages[done:]:
             moments = run_stage(run, stage, tracker, moments=moments, within=within)
             within = None
 
@@ -168,17 +169,6 @@ def go_on(run: Run) -> tuple[dict[str, Tensor], Checkpoint | None]:
     step = f", step {within.step} of the next" if within else ""
     log.info("%s: continuing after stage %d%s", run_name(run.config), finished.stage, step)
     return finished.moments, within
-
-
-def open_tracker(run: Run, *, first: int) -> Tracker:
-    """What a person sees, on the first rank; the others follow the run in silence."""
-    return Tracker(
-        run.config.tracking if run.ranks.is_first else TrackingConfig(progress=False),
-        run=run_name(run.config),
-        stages=run.stream.stages,
-        manifest={"config": asdict(run.config), "results_dir": run.config.results_dir},
-        first=first,
-    )
 
 
 def record_untouched(run: Run, untouched: Untouched, tracker: Tracker) -> None:

@@ -25,7 +25,7 @@ from clbench import (
     cli,  # noqa: E402
     experiment,  # noqa: E402
 )
-from clbench.config import TrackingConfig, run_directory  # noqa: E402
+from clbench.config import run_directory  # noqa: E402
 from clbench.data.encoder import Encoder  # noqa: E402
 from clbench.models.loss import answer_loss  # noqa: E402
 from clbench.models.weights import trainable  # noqa: E402
@@ -134,9 +134,7 @@ def outcome(case: str, *overrides: str) -> dict[str, object]:
 
 def train(toy: methods.Lab, number: int) -> float:
     """Stage `number`; the loss that it reports."""
-    tracker = Tracker(
-        TrackingConfig(progress=False), run="toy", stages=toy.run.stream.stages, manifest={}, first=number
-    )
+    tracker = Tracker(toy.run.config, toy.run.stream.stages, first=number, silent=True)
     _, trained, toy.moments = experiment.train(toy.run, toy.stage(number), tracker, moments=toy.moments, within=None)
     toy.model.eval()
     return trained.loss

@@ -19,7 +19,7 @@ from baselines import clora, ilora, l2, olora
 from baselines.base import Base
 from clbench import cli, experiment
 from clbench.build import make_method
-from clbench.config import Config, TrackingConfig, from_plain
+from clbench.config import Config, from_plain
 from clbench.data.encoder import Encoder
 from clbench.data.memory import Memory
 from clbench.data.sampling import draw
@@ -128,8 +128,7 @@ class Lab:
 
     def train(self, number: int) -> None:
         """Stage `number`, by the very function that an experiment calls."""
-        stages = self.run.stream.stages
-        tracker = Tracker(TrackingConfig(progress=False), run="toy", stages=stages, manifest={}, first=0)
+        tracker = Tracker(self.run.config, self.run.stream.stages, first=0, silent=True)
         *_, self.moments = experiment.train(
             self.run, self.stage(number), tracker, moments=self.moments, within=self.within
         )

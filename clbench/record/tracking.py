@@ -9,12 +9,13 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
 from rich.table import Table
 
-from clbench.config import TrackingConfig
+from clbench.config import Config, run_name
 from clbench.progress import Line
 from clbench.protocols import Stage
 from clbench.types import Score
@@ -23,18 +24,16 @@ log = logging.getLogger("clbench")
 
 
 class Tracker:
-    """Follows one run over its stages; use as a context. `first`: stages that an earlier start has finished."""
+    """Follows one run over its stages; use as a context. `first`: stages that an earlier start has finished; `silent`: shows nothing at all."""
 
-    def __init__(
-        self, config: TrackingConfig, *, run: str, stages: Sequence[Stage], manifest: dict[str, Any], first: int
-    ) -> None:
-        self.run = run
+    def __init__(self, config: Config, stages: Sequence[Stage], *, first: int, silent: bool = False) -> None:
+        self.run = run_name(config)
         self.stages = stages
-        self.quiet = not config.progress
+        self.quiet = silent or not config.tracking.progress
         self._started = time.monotonic()
         self._first = first
-        self._line = Line(run, total=len(stages), done=first, quiet=self.quiet)
-        self._wandb = _wandb_run(config, run=run, manifest=manifest)
+        self._line = Line(self.run, total=len(stages), done=first, quiet=self.quiet)
+        self._wandb = None if silent else _wandb_run(config, run=self.run)
 
     def __enter__(self) -> Tracker:
         self._line.__enter__()
@@ -103,13 +102,14 @@ def stage_table(run: str, index: int, name: str, scores: Sequence[Score], stages
     return table
 
 
-def _wandb_run(config: TrackingConfig, *, run: str, manifest: dict[str, Any]) -> Any:
-    if config.wandb == "disabled":
+def _wandb_run(config: Config, *, run: str) -> Any:
+    tracking = config.tracking
+    if tracking.wandb == "disabled":
         return None
     import wandb
 
-    settings = {"config": manifest["config"], "dir": manifest["results_dir"]}
-    return wandb.init(mode=config.wandb, project=config.project, name=run, **settings)
+    where = {"project": tracking.project, "name": run, "dir": config.results_dir}
+    return wandb.init(mode=tracking.wandb, config=asdict(config), **where)
 
 
 def set_up_logging() -> None:
