@@ -17,7 +17,6 @@ import clbench.examine.canaries
 from clbench.config import StreamConfig
 from clbench.data.encoder import Encoded, Encoder
 from clbench.data.rows import DatasetSpec
-from clbench.examine import writing
 from clbench.examine.canaries import check_stream
 from clbench.examine.canaries.answers import chance, near_zero
 from clbench.examine.canaries.copying import copies, named_last
@@ -388,7 +387,9 @@ def pad_on_the_right(rows, padding, side):
 
 @pytest.mark.parametrize("fault", [attend_everywhere, pad_on_the_right])
 def test_padding_that_changes_what_is_written_is_noticed(fault, encoder, monkeypatch):
-    monkeypatch.setattr(writing, "pad_sequence", lambda rows, first, padding, side: fault(rows, padding, side))
+    monkeypatch.setattr(
+        clbench.examine.student, "pad_sequence", lambda rows, first, padding, side: fault(rows, padding, side)
+    )
     assert failures(numbers(), encoder) == {"invariance"}
 
 

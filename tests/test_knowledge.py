@@ -11,13 +11,11 @@ import pytest
 from lm_eval.api.instance import Instance
 from omegaconf import OmegaConf
 
-import clbench.examine.student
 from clbench.cli import CONF_DIR
 from clbench.examine.knowledge import Knowledge, answer
 from clbench.examine.lm import StudentLM, cut
 from clbench.examine.lm_tasks import resolve, subset, task_index
 from clbench.examine.text import Perplexity
-from clbench.examine.writing import write_greedily
 from clbench.types import UserMistake
 from tests.test_probes import SENTENCES, STREAM, tiny_student
 
@@ -252,12 +250,13 @@ def test_generated_answers_equal_lm_evals_own_with_stops_and_lengths(student):
 def test_requests_of_equal_settings_are_generated_in_one_batch_that_ends_with_its_last_stop(student, monkeypatch):
     calls = []
 
-    def spy(model, prompts, **arguments):
-        written = write_greedily(model, prompts, **arguments)
-        calls.append((len(prompts), max(map(len, written))))
+    def spy(ids, **arguments):
+        written = generate(ids, **arguments)
+        calls.append((len(ids), written.shape[1] - ids.shape[1]))
         return written
 
-    monkeypatch.setattr(clbench.examine.student, "write_greedily", spy)
+    generate = student.model.generate
+    monkeypatch.setattr(student.model, "generate", spy)
     prompts = ["A dog", "She opens", "A man"]
     full = StudentLM(student).generate_until(asked(*prompts, until=[], max_gen_toks=12))
     assert calls == [(3, 12)]

@@ -9,17 +9,17 @@ Shape suffixes: T tokens of a row, S tokens it sees, N scored positions, V vocab
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import Module
-from transformers import DynamicCache
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, GenerationConfig
 
 from clbench.data.encoder import Encoder, Ids, clip_left
 from clbench.examine.packing import Read, Row, groups, row_of
-from clbench.examine.writing import HasEnded, write_greedily
 from clbench.models.loss import causal_lm
 from clbench.train.ranks import Ranks
 
@@ -29,6 +29,8 @@ LOGITS = {"cpu": 2**22, "cuda": 2**27}
 """Most logits of a forward, unless one context has more: 16 and 512 MiB in float32."""
 WRITTEN = 32
 """How many times more tokens a batch holds when answers are written, as a step writes one token a row."""
+HasEnded = Callable[[list[list[int]]], list[bool]]
+"""Of the tokens that each row has written so far: whether the row is done."""
 
 
 class Student:
@@ -120,29 +122,30 @@ class Student:
         return self.ranks.shared(write, prompts, by=prompts)
 
     def _write(self, prompts: Sequence[Ids], *, max_new_tokens: int, has_ended: HasEnded | None) -> list[list[int]]:
+        """By the model's own `generate`, in batches of like lengths, padded on the left."""
+        model, pad = causal_lm(self.model), self.encoder.tokenizer.pad_token_id
+        ends = {self.encoder.tokenizer.eos_token_id, *eos_ids(model)}
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(ends), pad_token_id=pad
+        )
         written: dict[int, list[int]] = {}
-        longest = max(map(len, prompts), default=0) + max_new_tokens
-        for shared, members in self._groups(prompts, [len(prompt) - 1 for prompt in prompts], longest=longest):
-            order = sorted(members, key=lambda number: -len(prompts[number]))
-            while order:
-                count = max(1, WRITTEN * self.tokens // (len(prompts[order[0]]) + max_new_tokens))
-                batch, order = (order[:count], order[count:]) if self.encoder.together else (order[:1], order[1:])
-                answers = write_greedily(
-                    causal_lm(self.model),
-                    [prompts[number] for number in batch],
-                    shared=shared,
-                    max_new_tokens=max_new_tokens,
-                    tokenizer=self.encoder.tokenizer,
-                    has_ended=has_ended,
-                )
-                read = shared + sum(len(prompts[number]) - shared for number in batch)
-                self.tokens_scored += read + sum(map(len, answers))
-                written |= dict(zip(batch, answers, strict=True))
+        order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+        while order:
+            width = len(prompts[order[0]])
+            count = max(1, WRITTEN * self.tokens // (width + max_new_tokens)) if self.encoder.together else 1
+            batch, order = order[:count], order[count:]
+            rows = [torch.tensor(prompts[number], device=model.device) for number in batch]
+            output_BT = model.generate(
+                pad_sequence(rows, True, pad, "left"),
+                attention_mask=pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left"),
+                generation_config=settings,
+                stopping_criteria=[stopping(has_ended, width)] if has_ended else [],
+            )
+            for number, ids in zip(batch, output_BT[:, width:].tolist(), strict=True):
+                length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+                written[number] = ids[:length]
+                self.tokens_scored += len(prompts[number]) + length
         return [written[number] for number in range(len(prompts))]
-
-    def _groups(self, contexts: Sequence[Ids], limits: Sequence[int], *, longest: int) -> list[tuple[int, list[int]]]:
-        """The contexts by the beginning that they share; none where nothing may be shared."""
-        return groups(contexts, limits=limits) if self._shares(longest) else [(0, list(range(len(contexts))))]
 
     def _shares(self, longest: int) -> bool:
         """Whether sequences of up to `longest` tokens may share a row: an attention window counts places of the row."""
@@ -205,6 +208,17 @@ class Student:
             **apart,
         )
         return output.logits[0].float()
+
+
+def eos_ids(model: Module) -> list[int]:
+    """The tokens that end what the model writes, by its own settings."""
+    stated = model.generation_config.eos_token_id
+    return stated if isinstance(stated, list) else [] if stated is None else [stated]
+
+
+def stopping(has_ended: HasEnded, width: int) -> Callable[..., Tensor]:
+    """A stopping criterion of `generate`: which rows are done, by what they wrote after `width` tokens."""
+    return lambda ids_BT, _, **__: torch.tensor(has_ended(ids_BT[:, width:].tolist()), device=ids_BT.device)
 
 
 def mask_of(model: Module, sees_TS: Tensor) -> Tensor | dict[str, Tensor]:

@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -71,6 +72,8 @@ def load(
         model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
     except OSError as error:
         raise not_loaded(name, error) from error
+    # Answers are the likeliest tokens: penalties and samples that a model asks for are left out, its EOS ids stay.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return model.eval(), tokenizer
 
 

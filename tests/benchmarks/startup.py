@@ -19,7 +19,6 @@ from unittest.mock import patch
 
 from clbench import experiment
 from clbench.cli import compose
-from clbench.examine import student
 from clbench.examine.student import Student
 from clbench.train.local import LocalEngine
 from tests.benchmarks.race import Figure, spread, timed
@@ -93,7 +92,7 @@ def watched(config: Any) -> tuple[float, float]:
         (LocalEngine, "step"),
         (Student, "log_likelihoods"),
         (Student, "log_probs"),
-        (student, "write_greedily"),
+        (Student, "write"),
     ]
     with ExitStack() as stack:
         for owner, name in parts:
