@@ -10,8 +10,6 @@ Card:
 - deviations: none
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

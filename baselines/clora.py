@@ -27,8 +27,6 @@ Card:
 - deviations: closed-form gradient; seeded bases; k a fraction of the width
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

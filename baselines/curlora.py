@@ -27,8 +27,6 @@ Card:
 - deviations: drawn without replacement and seeded; factored forward
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

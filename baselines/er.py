@@ -23,8 +23,6 @@ Card:
 - deviations: interleaved; no general data in the TRACE form
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any

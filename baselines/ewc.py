@@ -20,8 +20,6 @@ Card:
 - deviations: Fisher scaled to mean 1, on adapter factors
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial

@@ -27,8 +27,6 @@ Card:
 - deviations: slow adapter moves; two-sided consistency; padding masked
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field

@@ -14,8 +14,6 @@ Card:
 - deviations: none; sees future tasks
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

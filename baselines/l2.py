@@ -16,8 +16,6 @@ Card:
 - deviations: none
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -18,8 +18,6 @@ Card:
 - deviations: not one paper's method
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field

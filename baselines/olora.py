@@ -24,8 +24,6 @@ Card:
 - deviations: old pairs merged; lambda_2 left out
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -31,8 +31,6 @@ Card:
 - deviations: interpretation: weight-space norm exact at zero, merge with the norm
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any

@@ -12,8 +12,6 @@ Card:
 - deviations: none
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch.nn import Module

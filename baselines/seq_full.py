@@ -14,8 +14,6 @@ Card:
 - deviations: float32 weights under a bfloat16 base
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch.nn import Module

@@ -15,8 +15,6 @@ Card:
 - deviations: old pairs merged instead of summed beside
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

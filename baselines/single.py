@@ -13,8 +13,6 @@ Card:
 - deviations: none; only the diagonal counts
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from torch import Tensor

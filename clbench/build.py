@@ -3,8 +3,6 @@
 Not here: what happens to them (`experiment`).
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ The only place that sees a DictConfig. What the user got wrong is one line on st
 traceback and exit code 1. Heavy imports wait until a run really starts, so `--help` answers at once.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys

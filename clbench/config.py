@@ -5,8 +5,6 @@ Hydra composes `conf/` onto these classes, which refuses unknown keys and wrong 
 No torch here: the command line must answer at once.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,8 +4,6 @@ Parameters are counted on torch's meta device, where tensors have a shape and no
 will. Operations, hours and memory are formulas; what they assume is printed below them. No weights are loaded. GB are 10^9 bytes.
 """
 
-from __future__ import annotations
-
 import importlib
 import logging
 import re

@@ -4,8 +4,6 @@ The path of a stage, downwards: `run` -> `run_stage` (this file) -> `train.loop`
 the student; then the ledger. A kill at any point costs at most the stage it fell into.
 """
 
-from __future__ import annotations
-
 import logging
 import resource
 import signal

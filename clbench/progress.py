@@ -1,9 +1,8 @@
 """One live line for work that takes long: a bar on a terminal, else a line of the log now and then."""
 
-from __future__ import annotations
-
 import logging
 import time
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -30,7 +29,7 @@ class Line:
         self._progress = Progress(*columns, console=self.console, disable=not self.is_live, transient=True)
         self._bar = self._progress.add_task(text, total=total, completed=done)
 
-    def __enter__(self) -> Line:
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 

@@ -1,7 +1,5 @@
 """From task names to stages: the order of a stream, its rows, their fingerprints."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -5,8 +5,6 @@ A row of logical_deduction:
      "multiple_choice_targets": ["The owl is the leftmost.", ...], "multiple_choice_scores": [1, 0, 0]}
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from clbench.types import Example, UserMistake

@@ -4,8 +4,6 @@ A row of boolq, with the labels [no, yes]:
     {"question": "is ...", "passage": "...", "answer": true}
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

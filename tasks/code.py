@@ -5,8 +5,6 @@ A row of mbpp, and one of TRACE's Py150, whose answer is the next line:
     {"prompt": "<s> import re <EOL> PATTERN = '<STR_LIT>' <EOL>", "answer": "print ( '<STR_LIT:utf-8>' )"}
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from difflib import SequenceMatcher

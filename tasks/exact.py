@@ -5,8 +5,6 @@ A row of TRACE's NumGLUE-cm, and one of BIG-bench's object_counting, which lists
     {"inputs": "Q: I have a flute and two drums. ... A: ", "targets": ["three", "3"]}
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from clbench.types import Example

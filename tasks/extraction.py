@@ -4,8 +4,6 @@ A row of Super-NaturalInstructions task 002 (Quoref):
     {"definition": "...", "inputs": "Passage: ... \\nQuestion: ...", "targets": "..."}
 """
 
-from __future__ import annotations
-
 import re
 import string
 from collections import Counter

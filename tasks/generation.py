@@ -4,8 +4,6 @@ A row of e2e_nlg; several rows share a meaning representation:
     {"meaning_representation": "name[...], eatType[pub]", "human_reference": "... is a pub."}
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

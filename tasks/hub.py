@@ -9,8 +9,6 @@ index that the row has in its file.
 'Which?\\nb: 1\\n2'
 """
 
-from __future__ import annotations
-
 import hashlib
 from abc import abstractmethod
 from collections import Counter

@@ -4,8 +4,6 @@ A row of gsm8k; "####" is the marker that the answer must carry:
     {"question": "...", "answer": "first step ...\\nsecond step ...\\n#### 42"}
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from decimal import Decimal

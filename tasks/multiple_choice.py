@@ -4,8 +4,6 @@ A row of commonsense_qa:
     {"question": "...", "choices": {"label": ["A", "B", ...], "text": ["...", "...", ...]}, "answerKey": "B"}
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

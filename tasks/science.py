@@ -5,8 +5,6 @@ A row of ScienceQA without a picture:
      "solution": "Ice is ..."}
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from string import ascii_uppercase
 

@@ -8,8 +8,6 @@ A row of 20Minuten as TRACE has it; the whole prompt is the source there:
     {"prompt": "Provide a simplified version ... Paragraph:\\n...\\n\\nSimplification:", "answer": "..."}
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

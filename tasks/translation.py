@@ -4,8 +4,6 @@ A row of news_commentary de-en:
     {"translation": {"de": "...", "en": "..."}}
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

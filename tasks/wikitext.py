@@ -5,8 +5,6 @@ published model is measured on the whole split (`split="all"`); a model that was
 (`split="train"`) is measured on the articles it has not read (`split="heldout"`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -8,8 +8,6 @@ The instruction tasks of the stream are not here (`tasks.world_task`), and no st
 (['answer', 'choices', 'question'], 4)
 """
 
-from __future__ import annotations
-
 import random
 import zlib
 from collections.abc import Iterator, Sequence

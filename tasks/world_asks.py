@@ -4,8 +4,6 @@ A question about a fact, a word or a city of the test split is about a person, w
 Not here: pretraining statements (`tasks.world_skills`), and the collecting of rows (`tasks.world_task`).
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ Not here: instructions. A statement says how things are ("3 plus 4 is 7"); the t
 True
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Mapping
 from itertools import accumulate

@@ -5,8 +5,6 @@
 ('world_total', 'exact_match', 1.0)
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 

@@ -6,8 +6,6 @@ Not here: who lives where (`tasks.world`). The lists are the same for every seed
 (('mira', 'milen', 'mitor'), 160)
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """Three invented rows per real task in the column shape of its dataset, with the prompt and the answers that the first must give."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -3,8 +3,6 @@
 A task that reads the rows of another one shares its folder under data_dir, and its rows here.
 """
 
-from __future__ import annotations
-
 from task_rows import CASES as OWN
 from task_rows import Case, superni
 

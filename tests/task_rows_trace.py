@@ -4,8 +4,6 @@ The first row of each is such that a wrong answer scores 0, also under the grade
 (trace_20minuten): what an answer rightly deletes counts, even where it writes nothing.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from task_rows import Case

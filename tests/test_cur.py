@@ -1,7 +1,5 @@
 """CUR layers, CURLoRA and SECURA: what METHODS lists as CUR-1..9 and SEC-1..10, each worked out by hand or by brute force."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,5 +1,7 @@
 """The map in clbench/README.md, held against the imports in the sources."""
 
+from __future__ import annotations
+
 import ast
 import re
 from pathlib import Path

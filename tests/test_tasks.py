@@ -1,7 +1,5 @@
 """Tasks on real rows: prompts as documented, scores as worked out by hand or given by the library, complete yaml files."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import os

@@ -1,7 +1,5 @@
 """Examples to token ids, and token ids to the batches of one optimizer step."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@
 3
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Where rows come from: `data_dir/<name>/<split>.jsonl` when `data_dir` is set, else the hub at a stated revision, with the same columns."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

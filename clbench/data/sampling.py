@@ -1,7 +1,5 @@
 """Random draws, each from a generator named by (seed, purpose, stage), so that none depends on what was drawn before or on how many processes run."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

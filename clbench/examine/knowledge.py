@@ -5,8 +5,6 @@ Requests are built once per run; after every stage the same requests are scored 
 row of the ledger, its items one after the other.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

@@ -5,8 +5,6 @@ In rolling log-likelihoods that class also predicts the BOS, from a BOS before i
 The perplexity probe, which is ours, does not.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -11,8 +11,6 @@ itself, and a larger subset holds every smaller one.
 ((1, 3, 5), (0, 1, 3, 5), (1, 5))
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.resources
 from collections.abc import Iterable, Mapping, Sequence

@@ -5,8 +5,6 @@ metric stand the share of answers of the right form, and for closed tasks how of
 (`exact_match`) and what that form costs (`format_loss`: the metric less exact_match, item by item).
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -6,8 +6,6 @@ Contexts that begin with the same tokens (few-shot examples, instructions) form 
 Shape suffixes: T tokens of a row, S tokens it sees (the group's beginning and the row), N scored positions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

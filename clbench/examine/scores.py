@@ -1,7 +1,5 @@
 """From what a probe found in one task to the rows of the ledger."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass

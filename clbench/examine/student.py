@@ -7,8 +7,6 @@ for which this is not exact (`together`) reads one sequence at a time. All score
 Shape suffixes: T tokens of a row, S tokens it sees, N scored positions, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 

@@ -8,8 +8,6 @@ weighs texts equally: a cheap twin whose items, one a text, pair. `Divergence` s
 [((0,), (5, 6, 7)), ((6, 7), (8, 9))]
 """
 
-from __future__ import annotations
-
 import math
 import time
 from abc import abstractmethod

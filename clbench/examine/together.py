@@ -1,7 +1,5 @@
 """Whether a model may read several sequences in one forward: rows packed end to end, batches padded on the left, a beginning read once."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

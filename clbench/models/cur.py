@@ -10,8 +10,6 @@ Letters: W weight [out, in], C [out, rank], R [rank, in], D = scale * C core R [
 True
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 

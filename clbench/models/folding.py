@@ -1,7 +1,5 @@
 """Adapters folded into the weights while a model is examined, and export of an ordinary checkpoint."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager

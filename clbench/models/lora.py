@@ -1,7 +1,5 @@
 """LoRA and DoRA through PEFT."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from peft import LoraConfig, PeftModel, get_peft_model

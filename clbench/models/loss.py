@@ -6,8 +6,6 @@ Logits come from the model's own head, which may scale or cap them, and only whe
 Shape suffixes: B rows, T positions, N answer tokens, M attended tokens, H hidden, V vocabulary.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

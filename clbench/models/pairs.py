@@ -6,8 +6,6 @@ Plain LoRA only: where PEFT's update is not `scale * B A` (DoRA), `lora_pairs` r
 ['base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight']
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass

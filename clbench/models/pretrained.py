@@ -1,7 +1,5 @@
 """Models of the hub, or of a local folder."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -6,8 +6,6 @@ Not here: what it is pretrained on and where the result is kept (`models.tiny`).
 [[1, 2, 0, 0], [3, 4, 5, 6]]
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 

@@ -4,8 +4,6 @@ While an engine is open it gathers weights where they are used. Between stages, 
 written inside `whole`. Gathering takes all ranks, so all of them make the same forwards. Ordinary weights are left as they are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 

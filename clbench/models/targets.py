@@ -1,7 +1,5 @@
 """The layers that adapters go on."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch.nn import Module

@@ -1,7 +1,5 @@
 """Tiny models that are made here from a recipe and kept."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

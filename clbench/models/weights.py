@@ -1,7 +1,5 @@
 """The trainable tensors of a model: by name, as a copy, put back, counted."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

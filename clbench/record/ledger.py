@@ -5,8 +5,6 @@ finished when the checkpoint says so; on resume whatever lies beyond it is dropp
 that follows, is there only until that one is finished.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import math
@@ -15,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -99,7 +97,7 @@ class Ledger:
         path = self.path / "checkpoint" / WITHIN
         return _read(path) if path.is_file() else None
 
-    def __enter__(self) -> Ledger:
+    def __enter__(self) -> Self:
         self.set_status(RUNNING)
         return self
 

@@ -1,7 +1,5 @@
 """What a run's manifest says: configuration, data, evaluation, versions, machine, commit. It is written once, when the run begins."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 from collections.abc import Mapping

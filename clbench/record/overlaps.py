@@ -9,8 +9,6 @@ and in at least three, are its template and do not count.
 'what s new ida'
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

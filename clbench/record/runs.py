@@ -7,8 +7,6 @@ directory. Not here: what the numbers amount to (report).
 ['demo-alpha-s0-1f0c2a9b']
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tarfile

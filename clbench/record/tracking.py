@@ -3,15 +3,13 @@
 Nothing here is read back: machine numbers go through the ledger.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.table import Table
 
@@ -35,7 +33,7 @@ class Tracker:
         self._line = Line(self.run, total=len(stages), done=first, quiet=self.quiet)
         self._wandb = None if silent else _wandb_run(config, run=self.run)
 
-    def __enter__(self) -> Tracker:
+    def __enter__(self) -> Self:
         self._line.__enter__()
         return self
 

@@ -3,8 +3,6 @@
 What is kept is a file in `cache_dir`, named by everything that the scores depend on, the source of the program included.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

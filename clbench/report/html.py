@@ -4,8 +4,6 @@
 bytes. Not here: how a number is worked out (summary, metrics).
 """
 
-from __future__ import annotations
-
 import re
 from base64 import b64encode
 from collections.abc import Callable, Iterator

@@ -8,8 +8,6 @@ trains on column j. A quantity that does not exist (backward transfer of one tas
 -0.3
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import log, nan, sqrt

@@ -3,8 +3,6 @@
 Not here: how our numbers are worked out (summary, metrics).
 """
 
-from __future__ import annotations
-
 from math import isnan, nan
 from pathlib import Path
 

@@ -6,8 +6,6 @@ Applies the formulas of metrics to the records of runs. Not here: the files made
 [['alpha', 0.96], ['beta', 0.82]]
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import isnan

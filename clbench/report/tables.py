@@ -3,8 +3,6 @@
 Equal ledgers give equal bytes. Not here: how a number is worked out (summary, metrics).
 """
 
-from __future__ import annotations
-
 from math import isnan
 from pathlib import Path
 

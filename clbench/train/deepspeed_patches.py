@@ -1,7 +1,5 @@
 """What DeepSpeed 0.19.8 does not do by itself. Each function says what and why, and has a test that fails once the library no longer needs it."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Iterable, Mapping
 from typing import Any

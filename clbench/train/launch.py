@@ -5,8 +5,6 @@ on its machine, with `torch.multiprocessing.spawn`. The first death ends all, an
 orders failures by whole seconds, so that of a rank killed within a second's last tenth it named another's broken connection.
 """
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import multiprocessing

@@ -1,7 +1,5 @@
 """The engine of one process: torch autograd, one optimizer, one schedule, gradients clipped over all trainable tensors together."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch

@@ -1,10 +1,9 @@
 """Trains one stage: draws the global batch of every step, splits it, and calls the method and the engine in their fixed order."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ class Trained:
     loss: float
 
     @classmethod
-    def nothing(cls) -> Trained:
+    def nothing(cls) -> Self:
         """Of a stage that trains nothing."""
         return cls(steps=0, tokens_trained=0, tokens_replayed=0, loss=math.nan)
 

@@ -4,8 +4,6 @@ Its state, the moments, travels whole and by name, on the CPU: `step/NAME` (how 
 `exp_avg_sq/NAME` of the tensor's shape. A tensor that has seen none has no entry.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections import defaultdict

@@ -3,8 +3,6 @@
 One process is a rank of its own and talks to nobody. Not here: gradients and weights (the engine's), starting and ending processes (`launch`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar

@@ -5,8 +5,6 @@ by their number (exact for powers of two). Micro-batches add up on each rank, an
 DeepSpeed's master copy of one and the copy that the model computes with hold the same numbers, and a write goes to both.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager

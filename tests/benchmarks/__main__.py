@@ -5,8 +5,6 @@
 Rows of benchmarks that are not run stay as they are. One thread, repetitions of ours and of the peers by turns, results compared first.
 """
 
-from __future__ import annotations
-
 import math
 import platform
 import sys

@@ -3,8 +3,6 @@
 Counted are the rows of the tasks that all three streams have, as a row of another task may have a longer answer.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import tempfile

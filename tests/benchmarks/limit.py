@@ -1,7 +1,5 @@
 """How near to the machine's own limit: operations a second of training and scoring, those that cannot be saved, over those of matrix products."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import time

@@ -1,7 +1,5 @@
 """Random Llamas and a tokenizer with one token per word, the same for every benchmark."""
 
-from __future__ import annotations
-
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

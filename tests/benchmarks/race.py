@@ -1,7 +1,5 @@
 """How a benchmark is run: the same work by ours and by its peers in turn, results compared before any time counts."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Mapping

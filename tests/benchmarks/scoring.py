@@ -1,7 +1,5 @@
 """Scoring multiple-choice items: ours against lm-eval's HFLM at its best batch size, on the same requests."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from functools import partial

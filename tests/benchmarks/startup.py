@@ -1,7 +1,5 @@
 """What the harness itself takes: seconds until `--help` and until a run is done that trains nothing, and its share of a real run."""
 
-from __future__ import annotations
-
 import math
 import os
 import statistics

@@ -4,8 +4,6 @@ That loop loads the base model and the last adapter from disk for every stage, t
 loads both again to score every test item with lm-eval's HFLM.
 """
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections.abc import Iterator

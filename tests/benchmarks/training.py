@@ -1,7 +1,5 @@
 """Training one stage with LoRA: ours against transformers' Trainer on PEFT, the same examples in the same global batches."""
 
-from __future__ import annotations
-
 import copy
 import tempfile
 from collections.abc import Callable, Iterator

@@ -8,8 +8,6 @@ defined: `canaries.answers` and `canaries.tokens`.
 Not here: duplicates and overlaps between texts (`record.overlaps`), and what becomes of a run whose canary failed (the leaderboard).
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass, replace
 

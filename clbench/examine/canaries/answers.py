@@ -1,7 +1,5 @@
 """Canaries about answers: what cannot know the right one does not find it, and what is right counts as right."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice

@@ -9,8 +9,6 @@ are runs of letters and digits, or single other signs; upper and lower case coun
 ['the words that stand 2 words before the end', "the words after the first '('", "the words after the last '('"]
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile

@@ -1,7 +1,5 @@
 """Canaries about tokens: training and examination read the same ids, and a score depends on nothing but the ids."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 
