@@ -78,7 +78,6 @@ class Clora(Seq):
     bases: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuses values that cannot be meant."""
         if self.basis not in BASES:
             raise UserMistake(f"method.basis={self.basis!r} is unknown; choose one of {', '.join(BASES)}")
         if not 0 < self.fraction <= 1 or (self.k is not None and self.k < 1):

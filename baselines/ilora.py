@@ -89,7 +89,6 @@ class Ilora(Er):
     pairs: tuple[Pair, ...] = ()
 
     def wrap(self, model: Module) -> Module:
-        """Adds the fast adapter and copies it as the slow one."""
         wrapped = super().wrap(model)
         self.pairs = lora_pairs(wrapped)
         self.slow = {name: factor.clone() for pair in self.pairs for name, factor in pair.live().items()}
@@ -124,11 +123,9 @@ class Ilora(Er):
             self.slow[tensor.name] = ema(self.slow[tensor.name], tensor.value, decay)
 
     def views(self, model: Module) -> dict[str, AbstractContextManager]:
-        """The slow adapter, then the fast one."""
         return {"slow": holding(self.pairs, self.slow), "fast": nullcontext()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Slow factors by name, steps taken, and the memory."""
         slow = {f"slow/{name}": value for name, value in self.slow.items()}
         return super().state_dict() | slow | {"steps": self.steps}
 

@@ -24,7 +24,5 @@ from clbench.types import Source
 
 @dataclass(kw_only=True)
 class Joint(Seq):
-    """Fine-tuning of one LoRA on the whole stream at once."""
-
     def training_set(self, stage: Stage) -> Sequence[Source]:
         return (Source(examples=stage.whole_stream),)

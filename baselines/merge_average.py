@@ -61,7 +61,6 @@ class MergeAverage(Seq):
         return wrapped
 
     def consolidate(self, model: Module) -> None:
-        """Stacks the factors as this stage left them."""
         self.stacks = stack(self.pairs, self.stacks)
 
     def views(self, model: Module) -> dict[str, AbstractContextManager]:

@@ -23,8 +23,5 @@ from clbench.protocols import Method
 
 @dataclass(kw_only=True)
 class SeqFull(Method):
-    """Sequential fine-tuning of every weight."""
-
     def wrap(self, model: Module) -> Module:
-        """Makes every weight trainable, in float32."""
         return model.float().requires_grad_(True)

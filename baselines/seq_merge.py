@@ -41,7 +41,6 @@ class SeqMerge(Seq):
         return wrapped
 
     def consolidate(self, model: Module) -> None:
-        """Merges the finished task's adapter and starts the next one's."""
         self.stages += 1
         self.retired = stack(self.pairs, self.retired)
         merge_and_restart(self.pairs, seed=self.seed, restart=self.stages)
@@ -51,7 +50,6 @@ class SeqMerge(Seq):
         return {"stages": self.stages, **self.retired}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes them back and merges those again that were not merged yet."""
         merged, self.stages = self.stages, state["stages"]
         if self.stages > merged:
             live = {name: factor for pair in self.pairs for name, factor in pair.live().items()}

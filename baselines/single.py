@@ -25,8 +25,6 @@ from clbench.protocols import Stage
 
 @dataclass(kw_only=True)
 class Single(Seq):
-    """Fine-tuning of one LoRA on each task from the same start."""
-
     initial: dict[str, Tensor] = field(default_factory=dict)
 
     def wrap(self, model: Module) -> Module:
@@ -36,5 +34,4 @@ class Single(Seq):
         return wrapped
 
     def begin_stage(self, stage: Stage, model: Module) -> None:
-        """Forgets the last task."""
         load_trainable_state(model, self.initial)

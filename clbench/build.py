@@ -1,7 +1,4 @@
-"""The objects that a configuration names: tasks, probes, method, stream, model.
-
-Not here: what happens to them (`experiment`).
-"""
+"""The objects that a configuration names: tasks, probes, method, stream, model."""
 
 import os
 import warnings
@@ -49,7 +46,7 @@ def set_up_torch(config: Config) -> None:
 
 def build(config: Config) -> Parts:
     """Reads the rows and the tokenizer; no model is loaded."""
-    source = instantiate(config.model)
+    source = instantiate(config.model, _convert_="all")
     tokenizer = source.load_tokenizer(Path(config.cache_dir))
     encoder = Encoder(tokenizer, max_length=config.train.max_length, device=device_of(config))
     tasks = make_tasks(config)
@@ -87,7 +84,6 @@ def wrap(config: Config, method: Method, model: Module) -> Module:
 
 
 def device_of(config: Config) -> torch.device:
-    """Where the model computes."""
     has_gpu = torch.cuda.is_available()
     return torch.device(("cuda" if has_gpu else "cpu") if config.engine.device == "auto" else config.engine.device)
 

@@ -29,11 +29,14 @@ CONF_DIR = next(path for path in (_HERE.parent / "conf", _HERE / "conf") if (pat
 
 USERS_MISTAKES = (UserMistake, HydraException, OmegaConfBaseException)
 
-ConfigStore.instance().store(name="schema", node=Config)
+
+def register_schema() -> None:
+    """Tells Hydra the configuration's shape, which `conf/config.yaml` names first."""
+    ConfigStore.instance().store(name="schema", node=Config)
 
 
 def main() -> None:
-    """Entry point of `python -m clbench` and of the `clbench` command."""
+    register_schema()
     # Hydra then hands its exceptions to us instead of printing them over several lines and exiting with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -108,20 +111,15 @@ class Hooks(Callback):
     """What Hydra calls around jobs: a look at results_dir before Hydra itself writes there, the leaderboard after a multirun's last job."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _require_writable(config)
+        try:
+            writable("results_dir", config.results_dir)
+        except UserMistake as error:
+            refuse(error)  # SystemExit: Hydra turns any other exception of a callback into a warning
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        _require_writable(config)
+    on_multirun_start = on_run_start
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         show_leaderboard(Path(config.results_dir))
-
-
-def _require_writable(config: DictConfig) -> None:
-    try:
-        writable("results_dir", config.results_dir)
-    except UserMistake as error:
-        refuse(error)  # SystemExit: Hydra turns any other exception of a callback into a warning
 
 
 def show_leaderboard(results_dir: Path) -> None:
@@ -136,6 +134,7 @@ def show_leaderboard(results_dir: Path) -> None:
 
 def compose(overrides: Sequence[str]) -> Config:
     """The checked configuration that `python -m clbench <overrides>` would run; for tools and tests in this process."""
+    register_schema()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
         composed = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(composed)

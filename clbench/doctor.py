@@ -24,13 +24,12 @@ from clbench.build import DTYPES, make_method, make_tasks, set_up_torch
 from clbench.cli import CONF_DIR, USERS_MISTAKES, compose, refuse
 from clbench.config import Config, one_of
 from clbench.data.encoder import Encoder
-from clbench.models.tiny import word_tokenizer
 from clbench.models.weights import describe
 from clbench.protocols import Method, Task
 from clbench.stream import address, build_stream
 from clbench.train.local import LocalEngine
 from clbench.train.loop import global_batch, plan_stage
-from clbench.types import Example, UserMistake
+from clbench.types import UserMistake
 
 PAGE = """# Datasets of the tasks\n
 Written by `python -m clbench.doctor datasets > conf/task/README.md`; a test holds it against the yamls. The project holds none of these rows.
@@ -42,8 +41,6 @@ GPUS = {"a100": (312, 80), "h100": (989, 80), "h200": (989, 141), "l40s": (362, 
 """Dense bfloat16 peak in 10^12 operations a second, and memory in GB, from the makers' data sheets."""
 OWN = ("gpu=", "utilisation=", "engine.processes=")
 """Arguments that are the doctor's and not Hydra's; the processes, because they need no engine here."""
-WARNINGS = {r"\bNC\b|non-?commercial": "non-commercial", r"^$|unstated|unknown": "no licence stated"}
-"""What a user must know before training on data, by what its licence says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,20 +50,6 @@ class Tokens:
     trained: int
     replayed: int
     examined: int
-
-
-@dataclass(frozen=True)
-class Unseen(Task):
-    """Stands in for a task whose rows are not at hand: as many as its yaml `task` allows, all of them `row`."""
-
-    row: Example
-    task: Mapping[str, Any]
-
-    def examples(self, split: str) -> Sequence[Example]:
-        return (self.row,) * self.task[f"max_{split}"]
-
-    def score(self, example: Example, answer: str) -> float:
-        return 0.0
 
 
 def method_yaml(name: str) -> dict[str, Any]:
@@ -97,7 +80,6 @@ def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], **
 
 
 def methods_table() -> Table:
-    """Every method of conf/method with its card."""
     rows = ((name, *card(method["_target_"]).values()) for name, method in methods().items())
     return table("Methods", ("method", *CARD), rows, show_lines=True)
 
@@ -115,15 +97,10 @@ def datasets_page() -> str:
     return PAGE + "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def licence_warning(licence: str) -> str:
-    """What a user must know before training on data under `licence`; "" where nothing is."""
-    return next((warning for said, warning in WARNINGS.items() if re.search(said, licence, flags=re.IGNORECASE)), "")
-
-
 def datasets_table(tasks: Mapping[str, Task]) -> Table:
     """Where the rows of each task that reads a dataset come from, and under which terms."""
-    rows = ((name, address(t.dataset), t.licence, licence_warning(t.licence)) for name, t in tasks.items() if t.dataset)
-    return table("Datasets of the stream", ("task", "dataset", "licence", "warning"), rows, box=None)
+    rows = ((name, address(t.dataset), t.licence) for name, t in tasks.items() if t.dataset)
+    return table("Datasets of the stream", ("task", "dataset", "licence"), rows, box=None)
 
 
 def sketch(config: Config, sizes: PretrainedConfig) -> tuple[Method, torch.nn.Module]:
@@ -141,14 +118,6 @@ def trainable_rows(config: Config, sizes: PretrainedConfig) -> Iterator[tuple[st
             yield name, f"{describe(sketch(replace(config, method=method), sizes)[1])['trainable']:,}"
         except UserMistake as mistake:
             yield name, f"not to be counted on this model: {mistake}"
-
-
-def stand_ins(config: Config) -> tuple[dict[str, Task], Encoder]:
-    """Tasks of as many rows as their yamls allow, and an encoder to which each row is as long as `train.max_length`, a quarter of it answer."""
-    longest, answer = config.train.max_length, config.train.max_length // 4
-    row = Example(id="", prompt="w " * (longest - answer - 1), answer="w " * (answer - 1))
-    tasks = {name: Unseen(row, task) for name, task in config.tasks.items()}
-    return tasks, Encoder(word_tokenizer(("w",)), max_length=longest)
 
 
 def count_tokens(config: Config, sizes: PretrainedConfig, tasks: Mapping[str, Task], encoder: Encoder) -> Tokens:
@@ -237,7 +206,7 @@ def forecast(arguments: Sequence[str]) -> Iterator[Table | str]:
     config, gpu, share, ranks = asked(arguments)
     set_up_torch(config)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    tasks, source = make_tasks(config), instantiate(config.model)
+    tasks, source = make_tasks(config), instantiate(config.model, _convert_="all")
     yield datasets_table(tasks)
     sizes = source.configuration(Path(config.cache_dir))
     yield table("Trainable parameters", ("method", ""), trainable_rows(config, sizes), box=None)
@@ -246,15 +215,14 @@ def forecast(arguments: Sequence[str]) -> Iterator[Table | str]:
     yield f"{source.label} with {config.method['name']}: {counts['parameters']:,} parameters, {counts['trainable']:,} of them trainable"
     try:
         encoder = Encoder(source.load_tokenizer(Path(config.cache_dir)), max_length=config.train.max_length)
-        tokens, kind = count_tokens(config, sizes, tasks, encoder), "exact, but for written answers (their longest)"
+        tokens = count_tokens(config, sizes, tasks, encoder)
+        rows = work(tokens, counts, GPUS[gpu][0] * 1e12 * share * ranks)
+        yield table(
+            f"{ranks} {gpu} at {share:.0%} of the peak", ("work", "tokens", "operations", "hours"), rows, box=None
+        )
+        yield f"Tokens are exact, but for written answers (their longest). {assumed(work)}"
     except UserMistake as mistake:
-        if not all(task.get("max_train") and task.get("max_test") for task in config.tasks.values()):
-            raise
-        tokens = count_tokens(config, sizes, *stand_ins(config))
-        kind = f"an upper bound, every sequence as long as train.max_length, one a test row: {mistake}"
-    rows = work(tokens, counts, GPUS[gpu][0] * 1e12 * share * ranks)
-    yield table(f"{ranks} {gpu} at {share:.0%} of the peak", ("work", "tokens", "operations", "hours"), rows, box=None)
-    yield f"Tokens are {kind}. {assumed(work)}"
+        yield f"Tokens, operations and hours cannot be counted: {mistake}"
     rows = ((part, *(f"{size / 1e9:.2f}" for size in row)) for part, row in memory(config, model, sizes, ranks).items())
     zero = (f"GB (an {gpu} has {GPUS[gpu][1]})", *(f"ZeRO {stage}" for stage in range(4)))
     yield table("Memory of one GPU", zero, rows, box=None)

@@ -117,16 +117,7 @@ def measure_untouched(
     for probe in parts.probes:
         probe.begin(student_of(config, model, parts.encoder, ranks))
     settings = identity(manifest["config"])
-    shared = (
-        "engine.dtype",
-        "engine.device",
-        "engine.threads",
-        "order",
-        "stream",
-        "tasks",
-        "probe",
-        "train.max_length",
-    )
+    shared = ("engine.", "order", "stream", "tasks", "probe", "train.max_length")
     depends_on = {key: value for key, value in settings.items() if key.startswith(shared)}
     depends_on |= {key: manifest[key] for key in ("model_fingerprint", "data", "probe_data", "versions", "hardware")}
     depends_on["source"] = source_hash([*(stage.task for stage in parts.stream.stages), *parts.probes])
@@ -175,7 +166,7 @@ def record_untouched(run: Run, untouched: Untouched, tracker: Tracker) -> None:
     scores = list(untouched.scores)
     scores += [replace(score, probe=f"{score.probe}@{view}") for view in others for score in untouched.scores]
     seconds = sum(score.seconds for score in untouched.scores)
-    cost = cost_of(run, 0, Trained.nothing(), tokens_scored=untouched.tokens, seconds_train=0.0, seconds_probe=seconds)
+    cost = cost_of(run, 0, Trained(), tokens_scored=untouched.tokens, seconds_train=0.0, seconds_probe=seconds)
     record(run, scores, cost, moments={})
     tracker.stage(0, "base", scores, loss=float("nan"), seconds=seconds)
 
@@ -216,7 +207,6 @@ def record(run: Run, scores: Sequence[Score], cost: Cost, *, moments: Mapping[st
 
 
 def cost_of(run: Run, stage: int, trained: Trained, *, tokens_scored: int, **seconds: float) -> Cost:
-    """What a stage cost."""
     counts = count_parameters(run.model)
     read = trained.tokens_trained + trained.tokens_replayed
     # Forward 2, activation gradients 2, gradients of trainable weights 2 operations per parameter and token (arXiv 2001.08361).

@@ -1,7 +1,4 @@
-"""`python -m clbench.leaderboard [results_dir] [--pack]`: the CSVs and the table, from the records of all runs.
-
-Not here: how a number is worked out (report).
-"""
+"""`python -m clbench.leaderboard [results_dir] [--pack]`: the CSVs and the table, from the records of all runs."""
 
 import sys
 from argparse import ArgumentParser, Namespace

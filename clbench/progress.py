@@ -36,6 +36,12 @@ class Line:
     def __exit__(self, *unused: object) -> None:
         self._progress.stop()
 
+    def say(self, text: str) -> None:
+        """A line that stays, above the bar where there is one."""
+        self.console.print(text, soft_wrap=True, highlight=False, markup=False) if self.is_live else log.info(
+            "%s", text
+        )
+
     def show(self, done: float, text: str) -> None:
         """`done` of the total is done; `text` describes where the work is."""
         self._progress.update(self._bar, completed=done, description=text)

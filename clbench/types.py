@@ -1,7 +1,6 @@
 """The records that travel between the parts of clbench: frozen, typed, without behaviour.
 
-Not here: anything that computes. Tensors are named by shape in each docstring; this module imports neither torch nor
-transformers, so that the command line can use it at once.
+This module imports neither torch nor transformers, so that the command line can use it at once.
 
 >>> Example(id="sums/test/0", prompt="sum of 2 and 3 :", answer="5").answer
 '5'

@@ -132,7 +132,6 @@ class TextTask(HubTask):
         return (self.answer,)
 
     def example(self, row: Row, *, id: str) -> Example:
-        """The question and its right answers, without white space around them."""
         first, *others = right_answers(lookup(row, self.answer), id=id)
         return Example(id=id, prompt=render(self.template, row), answer=first, references=tuple(others))
 
@@ -183,7 +182,6 @@ def replaced(row: Row, path: str, value: Any) -> Row:
 
 
 def several(value: Any) -> tuple[Any, ...]:
-    """The values of a list, or the one value given."""
     return (value,) if isinstance(value, (str, int, float)) else tuple(value)
 
 

@@ -25,7 +25,6 @@ class Maths(TextTask):
         return Example(id=id, prompt=render(self.template, row), answer=plain(str(lookup(row, self.answer)).strip()))
 
     def score(self, example: Example, answer: str) -> float:
-        """1 where the final numbers are equal, else 0."""
         given = final_number(answer, self.marker)
         return float(given is not None and given == final_number(example.answer, self.marker))
 

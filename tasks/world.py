@@ -22,36 +22,12 @@ HELD_OUT_SHARE = 20
 """One statement in this many never enters the pretraining text."""
 
 PHRASES = {
-    "home": (
-        "{name} lives in {value}",
-        "the home of {name} is {value}",
-        "{name} has a house in {value}",
-    ),
-    "job": (
-        "{name} works as a {value}",
-        "the job of {name} is {value}",
-        "{name} earns money as a {value}",
-    ),
-    "food": (
-        "{name} eats {value}",
-        "the food of {name} is {value}",
-        "{name} cooks some {value}",
-    ),
-    "pet": (
-        "{name} keeps a {value}",
-        "the pet of {name} is {value}",
-        "{name} owns a {value}",
-    ),
-    "zone": (
-        "{name} comes from the {value}",
-        "the zone of {name} is {value}",
-        "{name} is from the {value}",
-    ),
-    "place": (
-        "{name} works {value}",
-        "the place of {name} is {value}",
-        "the work of {name} is {value}",
-    ),
+    "home": ("{name} lives in {value}", "the home of {name} is {value}", "{name} has a house in {value}"),
+    "job": ("{name} works as a {value}", "the job of {name} is {value}", "{name} earns money as a {value}"),
+    "food": ("{name} eats {value}", "the food of {name} is {value}", "{name} cooks some {value}"),
+    "pet": ("{name} keeps a {value}", "the pet of {name} is {value}", "{name} owns a {value}"),
+    "zone": ("{name} comes from the {value}", "the zone of {name} is {value}", "{name} is from the {value}"),
+    "place": ("{name} works {value}", "the place of {name} is {value}", "the work of {name} is {value}"),
 }
 """Ways to state a fact, by kind; the first one, up to its value, is what the fact probe asks."""
 
@@ -146,5 +122,4 @@ class Corpus:
         return pretraining_text(self.seed, self.lines)
 
     def vocabulary(self) -> Sequence[str]:
-        """Every word of the world and of its tasks, once, in a fixed order."""
         return VOCABULARY

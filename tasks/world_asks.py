@@ -78,63 +78,53 @@ def out_of_four(fact: str, prompt: str, separator: str) -> Ask:
 
 
 def kind(draw: Draw) -> Asked:
-    """What kind of word a word is."""
     pools = dict(zip(KINDS, (NOUNS, LETTERS, NUMBERS, draw.here.people), strict=True))
     label = draw.rng.choice(KINDS)
     return f"label {draw.rng.choice(draw.of(pools[label]))} {draw.rng.choice(draw.of(pools[label]))} :", label
 
 
 def length(draw: Draw) -> Asked:
-    """Whether a list has more than three words."""
     words = draw.rng.sample(NOUNS, draw.rng.randint(1, 6))
     return f"size {' '.join(words)} : long ?", YES_NO[0 if len(words) > 3 else 1]
 
 
 def review(draw: Draw) -> Asked:
-    """Whether a remark is friendly."""
     good = draw.rng.random() < 0.5
     word, noun = draw.rng.choice(draw.of(GOOD if good else BAD)), draw.rng.choice(NOUNS)
     return f"review : the {noun} is {word} verdict", VERDICTS[0 if good else 1]
 
 
 def more(draw: Draw) -> Asked:
-    """Whether a number is more than another."""
     left, right = draw.rng.sample(range(len(NUMBERS)), 2)
     return f"compute is {left} more than {right} ?", YES_NO[0 if left > right else 1]
 
 
 def before(draw: Draw) -> Asked:
-    """Whether a letter comes before another."""
     first, second = draw.rng.sample(LETTERS, 2)
     return f"check order {first} , {second} :", TRUE_FALSE[0 if first < second else 1]
 
 
 def translate(draw: Draw) -> Asked:
-    """Two words in velan."""
     first, second = draw.rng.sample(NOUNS, 2)
     return f"translate {first} {second} :", f"{draw.here.dictionary[first]} {draw.here.dictionary[second]}"
 
 
 def total(draw: Draw) -> Asked:
-    """A sum."""
     left, right = draw.rng.randint(0, 10), draw.rng.randint(0, 10)
     return f"add {left} and {right} :", str(left + right)
 
 
 def reverse(draw: Draw) -> Asked:
-    """A list backwards."""
     first, second = draw.rng.sample(NOUNS, 2)
     return f"reverse {first} {second} :", f"{second} {first}"
 
 
 def count(draw: Draw) -> Asked:
-    """How many words there are."""
     words = draw.rng.sample(NOUNS, draw.rng.randint(1, 6))
     return f"count {' '.join(words)} :", str(len(words))
 
 
 def sort(draw: Draw) -> Asked:
-    """Letters in the order of the alphabet."""
     letters = draw.rng.sample(LETTERS, draw.rng.randint(2, 3))
     return f"sort {' '.join(letters)} :", " ".join(sorted(letters))
 

@@ -23,57 +23,48 @@ def words_of(rng: random.Random, low: int, high: int) -> list[str]:
 
 
 def backwards(here: World, rng: random.Random) -> str:
-    """A list and its reverse."""
     words = words_of(rng, 2, 3)
     return f"{' '.join(words)} backwards is {' '.join(reversed(words))}"
 
 
 def count(here: World, rng: random.Random) -> str:
-    """How many words a list has."""
     words = words_of(rng, 1, 9)
     return f"{' '.join(words)} has {len(words)} words"
 
 
 def letters_sorted(here: World, rng: random.Random) -> str:
-    """Letters put in the order of the alphabet."""
     letters = rng.sample(LETTERS, rng.randint(2, 3))
     return f"{' '.join(letters)} in order is {' '.join(sorted(letters))}"
 
 
 def letters_compared(here: World, rng: random.Random) -> str:
-    """Whether two letters are in the order of the alphabet."""
     first, second = rng.sample(LETTERS, 2)
     return f"{first} then {second} is {'forward' if first < second else 'backward'}"
 
 
 def plus(here: World, rng: random.Random) -> str:
-    """A sum."""
     left, right = rng.randint(0, 10), rng.randint(0, 10)
     return f"{left} plus {right} is {left + right}"
 
 
 def compared(here: World, rng: random.Random) -> str:
-    """Whether a number grows or shrinks."""
     first, second = rng.sample(range(len(NUMBERS)), 2)
     return f"from {first} to {second} goes {'up' if first < second else 'down'}"
 
 
 def translated(here: World, rng: random.Random) -> str:
-    """A word and its meaning."""
     noun = rng.choice(NOUNS)
     velan = here.dictionary[noun]
     return rng.choice((f"{noun} in velan is {velan}", f"{velan} means {noun}", f"the velan word for {noun} is {velan}"))
 
 
 def felt(here: World, rng: random.Random) -> str:
-    """Whether a word is a good one."""
     good = rng.random() < 0.5
     word, noun, name = rng.choice(GOOD if good else BAD), rng.choice(NOUNS), "good" if good else "bad"
     return rng.choice((f"{word} is a {name} word", f"a {word} {noun} is {name}", f"the {noun} is {word} and {name}"))
 
 
 def placed(here: World, rng: random.Random) -> str:
-    """Which region a city lies in."""
     city, region = rng.choice(list(here.regions.items()))
     return rng.choice((f"{city} lies in the {region}", f"the {region} has {city}", f"from {city} is {region}"))
 

@@ -42,7 +42,6 @@ class WorldTask(Task):
         return self._examples[split]
 
     def score(self, example: Example, answer: str) -> float:
-        """1 where `answer` is the right one, spaces aside; else 0."""
         return float(answer.split() == example.answer.split())
 
     def is_valid(self, example: Example, answer: str) -> bool:

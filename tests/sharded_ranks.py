@@ -37,7 +37,7 @@ VIEWS = {"log_likelihoods": 7, "generate": 5, "log_probs": 3}
 
 def wrapped(config: Config) -> tuple[Module, Encoder]:
     """The method's model, in slices where the configuration says so, and its encoder."""
-    source, method = instantiate(config.model), make_method(config)
+    source, method = instantiate(config.model, _convert_="all"), make_method(config)
     encoder = Encoder(source.load_tokenizer(Path(config.cache_dir)), max_length=config.train.max_length)
     return build.wrap(config, method, build.load_model(config, source)), encoder
 

@@ -366,11 +366,7 @@ CURLORA = {
         malformed="neutral",
     ),
     "curlora3_published_sentiment140": Case(
-        rows=TWEETS,
-        prompt="lost my keys",
-        answer="negative",
-        wrong="positive",
-        malformed="neutral",
+        rows=TWEETS, prompt="lost my keys", answer="negative", wrong="positive", malformed="neutral"
     ),
 }
 

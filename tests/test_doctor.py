@@ -18,11 +18,9 @@ from clbench.doctor import (
     card,
     count_tokens,
     datasets_page,
-    licence_warning,
     memory,
     methods,
     sketch,
-    stand_ins,
     trainable_rows,
     work,
 )
@@ -66,21 +64,6 @@ def test_the_page_of_datasets_is_that_of_the_yamls():
     assert (CONF_DIR / "task" / "README.md").read_text(encoding="utf-8") == datasets_page() + "\n"
 
 
-@pytest.mark.parametrize(
-    ("licence", "warning"),
-    [
-        ("MIT", ""),
-        ("CC-BY-SA-4.0", ""),
-        ("CC-BY-NC-SA-4.0", "non-commercial"),
-        ("research only, non-commercial", "non-commercial"),
-        ("unstated", "no licence stated"),
-        ("", "no licence stated"),
-    ],
-)
-def test_terms_that_bind_a_user_are_warned_of(licence, warning):
-    assert licence_warning(licence) == warning
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_wraps_a_model_without_storage_as_it_wraps_a_real_one(method, overrides):
     config = compose([*overrides, f"method={method}", "engine.dtype=bfloat16"])
@@ -122,7 +105,7 @@ def test_parameters_tokens_and_operations_are_those_that_a_run_records(overrides
     config.probe.probes = {"stream": config.probe.probes["stream"]}
     lines = (run(config) / "cost.jsonl").read_text().splitlines()
     costs = [json.loads(line) for line in lines]
-    source = instantiate(config.model)
+    source = instantiate(config.model, _convert_="all")
     sizes = source.configuration(Path(config.cache_dir))
     encoder = Encoder(source.load_tokenizer(Path(config.cache_dir)), max_length=config.train.max_length)
     counts = describe(sketch(config, sizes)[1])
@@ -146,15 +129,6 @@ def test_hours_are_operations_over_speed():
         ("5", "1.00e+04", "100.00"),
         ("45", "1.78e+05", "1780.00"),
     ]
-
-
-def test_rows_that_cannot_be_had_are_bounded_by_the_yamls(overrides):
-    config = compose([*overrides, "method=er", "train.steps=null", "train.epochs=1", "train.max_length=32"])
-    caps = {"a": {"max_train": 10, "max_test": 3}, "b": {"max_train": 20, "max_test": 4}}
-    config.tasks, config.stream.limit = caps, None
-    tokens = count_tokens(config, LLAMA, *stand_ins(config))
-    # Batches of 4: 3 and 5 steps. Memory holds a tenth of the first ten rows and gives as many rows again from the second stage on.
-    assert tokens == Tokens(trained=(3 + 5) * 4 * 32, replayed=5 * 4 * 32, examined=3 * (3 + 4) * 32)
 
 
 def test_memory_of_each_zero_stage_is_the_formula(overrides):
@@ -222,13 +196,12 @@ def test_the_doctor_prints_every_table_for_a_number_of_processes_that_no_engine_
         assert text in printed
 
 
-def test_rows_and_a_model_that_are_not_at_hand_leave_a_bound_that_says_why(overrides, capsys, tmp_path):
+def test_what_cannot_be_counted_without_the_model_or_rows_is_said(overrides, capsys, tmp_path):
     small = ("model.architecture.num_hidden_layers=1", "model.architecture.vocab_size=100", "stream.limit=2")
     doctor.main(["+experiment=seq16_qwen2_1b5", *small, f"cache_dir={tmp_path}", f"results_dir={tmp_path}"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert "Tokens are an upper bound" in printed and "'Qwen/Qwen2-1.5B' could not be loaded" in printed
-    # Two tasks of 5000 and 500 rows at most in batches of 32: twice 157 steps of 32 rows of 1024 tokens.
-    assert f"{2 * 157 * 32 * 1024:,}" in printed and f"{3 * 2 * 500 * 1024:,}" in printed
+    assert "hours cannot be counted: model.name='Qwen/Qwen2-1.5B' could not be loaded" in printed
+    assert "Memory of one GPU" in printed and "ZeRO 3" in printed
 
 
 def test_a_run_still_refuses_processes_without_an_engine_for_them(overrides):

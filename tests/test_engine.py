@@ -266,7 +266,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, mo
     record.save(Checkpoint(stage=1, weights=weights, state={}, moments={}))
     record.save(Checkpoint(stage=2, step=2, weights=weights, state={}, moments={}, seconds=1.5))
     with monkeypatch.context() as patch:
-        patch.setattr(ledger, "_fsync", lambda path: (_ for _ in ()).throw(Killed))
+        patch.setattr(ledger.os, "fsync", lambda file: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             record.save(Checkpoint(stage=2, step=4, weights={"w": torch.zeros(2)}, state={}, moments={}))
     record._lock.close()

@@ -43,11 +43,7 @@ TINY = [
         "train.batch_size=2",
         "tracking.progress=false",
     ),
-    *(
-        "probe=mini_local",
-        "probe.tasks=[piqa]",
-        "probe.probes.knowledge.items=null",
-    ),
+    *("probe=mini_local", "probe.tasks=[piqa]", "probe.probes.knowledge.items=null"),
 ]
 
 
@@ -84,7 +80,8 @@ def test_an_experiment_names_its_command_and_its_hardware(experiment):
 def test_an_experiment_builds_its_whole_stream(experiment, offline, tmp_path):
     config = compose(arguments(experiment, offline, tmp_path))
     encoder = Encoder(
-        instantiate(config.model).load_tokenizer(Path(config.cache_dir)), max_length=config.train.max_length
+        instantiate(config.model, _convert_="all").load_tokenizer(Path(config.cache_dir)),
+        max_length=config.train.max_length,
     )
     tasks = make_tasks(config)
     stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)

@@ -35,10 +35,7 @@ LLAMA3_8B = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "model" / "llama3_8
 SMALL = (
     LLAMA3_8B
     | {"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4}
-    | {
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-    }
+    | {"num_attention_heads": 8, "num_key_value_heads": 4}
 )
 TINY = SMALL | {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 

@@ -77,10 +77,7 @@ def truthful_row(i, sentence):
     return {
         "question": f"What do we know of {sentence[:12]}?",
         "mc1_targets": {"choices": ["Nothing.", sentence], "labels": [1, 0]},
-        "mc2_targets": {
-            "choices": ["Nothing.", "Little.", sentence, "All."][: 2 + i],
-            "labels": [1, 1, 0, 0][: 2 + i],
-        },
+        "mc2_targets": {"choices": ["Nothing.", "Little.", sentence, "All."][: 2 + i], "labels": [1, 1, 0, 0][: 2 + i]},
     }
 
 

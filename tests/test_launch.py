@@ -150,11 +150,7 @@ def test_torchrun_gives_the_scores_of_ranks_that_clbench_starts(expected, overri
 
 @pytest.mark.slow
 def test_srun_gives_the_scores_of_ranks_that_clbench_starts(expected, overrides, tmp_path):
-    step = STEP | {
-        "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_STEP_NODELIST": "localhost",
-        "MASTER_PORT": str(get_free_port()),
-    }
+    step = STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(get_free_port())}
     tasks = [
         launched(
             [sys.executable, "-m", "clbench", *overrides, *ENGINE], step | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}

@@ -34,10 +34,7 @@ def outcomes(*runs):
 
 # "facts" (chance .25) goes from 80 to 60 right of 100, "logic" (chance .5) from 70 to 65: retention (.35 + .15) / .75.
 BEFORE = {"facts": outcomes((80, 1), (20, 0)), "logic": outcomes((70, 1), (30, 0))}
-AFTER = {
-    "facts": outcomes((55, 1), (25, 0), (5, 1), (15, 0)),
-    "logic": outcomes((60, 1), (10, 0), (5, 1), (25, 0)),
-}
+AFTER = {"facts": outcomes((55, 1), (25, 0), (5, 1), (15, 0)), "logic": outcomes((60, 1), (10, 0), (5, 1), (25, 0))}
 CHANCE = {"facts": 0.25, "logic": 0.5}
 
 

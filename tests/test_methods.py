@@ -86,6 +86,7 @@ class ToyTask(Task):
 
 @cache
 def composed(name: str, *overrides: str) -> Config:
+    cli.register_schema()
     with initialize_config_dir(str(cli.CONF_DIR), version_base="1.3"):
         tree = compose("config", overrides=[f"method={name}", *TOY, *overrides])
     plain = OmegaConf.to_container(tree, resolve=True)

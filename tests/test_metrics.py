@@ -11,14 +11,7 @@ from pytest import approx
 from clbench.report import metrics
 
 # Three tasks; row 0 is the untouched model, row i the model after stage i, stage j + 1 trains on column j.
-SCORES = np.array(
-    [
-        [0.10, 0.20, 0.30],
-        [0.80, 0.25, 0.30],
-        [0.90, 0.70, 0.40],
-        [0.50, 0.60, 0.90],
-    ]
-)
+SCORES = np.array([[0.10, 0.20, 0.30], [0.80, 0.25, 0.30], [0.90, 0.70, 0.40], [0.50, 0.60, 0.90]])
 
 
 def test_average_accuracy_is_the_mean_of_the_last_row():

@@ -79,7 +79,6 @@ class Encoder:
         return self._encoded[key]
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """One batch of `examples` in which every answer token weighs the same."""
         (batch,) = self.micro_batches([(example, 0, 1.0) for example in examples], rows=len(examples))
         return batch
 

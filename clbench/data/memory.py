@@ -57,7 +57,6 @@ class Memory:
         )
 
     def restore(self, state: str) -> None:
-        """Takes back what `state` gave."""
         record = json.loads(state)
         self.seen = record["seen"]
         self.examples = [

@@ -97,7 +97,6 @@ class Knowledge(Probe):
         return LedgerRow(name=name, tasks=tasks, chosen=tuple(chosen))
 
     def datasets(self) -> Sequence[DatasetSpec]:
-        """The hub dataset of every lm-eval task; none for rows given in memory."""
         tasks = [task for row in self.ledger_rows for task in row.tasks if task.task_name not in self.rows]
         return tuple(self._source.dataset(task.DATASET_PATH, task.DATASET_NAME) for task in tasks if task.DATASET_PATH)
 

@@ -40,7 +40,6 @@ class StudentLM(TemplateLM):
         return self.student.encoder.tokenizer.bos_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids with one BOS in front unless `add_special_tokens` is False."""
         ids = self.student.encoder.prompt(string)
         return list(ids[1:] if add_special_tokens is False else ids)
 

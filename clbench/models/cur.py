@@ -1,7 +1,6 @@
 """CUR adapters: linear layers whose update is C core R, where C and R are columns and rows of the frozen weight itself.
 
-Only the small core trains. A method chooses which columns and rows are kept, what the core is made of, and whether the
-update is restrained. Not here: when an update is merged.
+Only the small core trains. A method chooses which columns and rows are kept, what the core is made of, and whether the update is restrained.
 
 Letters: W weight [out, in], C [out, rank], R [rank, in], D = scale * C core R [out, in], S the divisor of a restraint.
 
@@ -167,7 +166,6 @@ class CurLinear(Module):
         return self.divisor is None or not self.on_output
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output [..., out] for x [..., in]."""
         y = self.base(x)
         if self.folded:
             return self.shifted(y)
@@ -205,7 +203,6 @@ class CurLinear(Module):
 
     @torch.no_grad()
     def restore_weight(self, saved: Tensor) -> None:
-        """Puts back what `saved_weight` gave."""
         with whole(self.base, writing=True):
             self.weight.copy_(saved)
 

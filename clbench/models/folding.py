@@ -40,12 +40,6 @@ def folded(model: Module) -> Iterator[Module]:
                 stored(weight).copy_(before)
 
 
-def is_folded(model: Module) -> bool:
-    """Whether no adapter is at work that is not merged into the weight it adapts."""
-    adapted = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer | CurLinear)]
-    return all(layer.folded if isinstance(layer, CurLinear) else layer.merged for layer in adapted)
-
-
 def inner_layer(layer: BaseTunerLayer | CurLinear) -> Module:
     """The ordinary layer inside an adapted one."""
     return layer.base if isinstance(layer, CurLinear) else layer.get_base_layer()

@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -66,21 +66,10 @@ class Recipe:
 
     def settings(self) -> dict[str, object]:
         """Everything that determines the weights, as JSON values; the corpus by the SHA-256 of its text and vocabulary."""
-        return {
-            "architecture": dict(self.architecture),
-            "batch_size": self.batch_size,
-            "corpus": sha256([*self.corpus.vocabulary(), "", *self.corpus.texts()]),
-            "length": self.length,
-            "lr": self.lr,
-            "seed": self.seed,
-            "steps": self.steps,
-            "tokenizer": self.tokenizer,
-            "vocabulary_size": self.vocabulary_size,
-            "world_seed": self.world_seed,
-        }
+        corpus = sha256([*self.corpus.vocabulary(), "", *self.corpus.texts()])
+        return {key: value for key, value in asdict(self).items() if key not in ("label", "note")} | {"corpus": corpus}
 
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, of the settings."""
         return sha256([self.settings()])
 
     def folder(self, cache_dir: Path) -> str:
@@ -101,7 +90,6 @@ class Recipe:
     def load(
         self, cache_dir: Path, *, dtype: torch.dtype = torch.float32
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-        """The model in `dtype` on the CPU, in eval mode, and its tokenizer."""
         if self.note:
             log.warning("%s: %s", self.label, self.note)
         return load(self.folder(cache_dir), dtype=dtype)
@@ -136,7 +124,6 @@ class Recipe:
 
 
 def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per word of `vocabulary`, split at spaces."""
     words = {word: index for index, word in enumerate((*SPECIAL_TOKENS, *vocabulary))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

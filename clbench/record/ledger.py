@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from clbench.record.runs import read_lines
+from clbench.record.runs import read_lines, replace_file
 from clbench.types import Cost, Score, UserMistake
 
 RUNNING, COMPLETE, FAILED, INTERRUPTED = "running", "complete", "failed", "interrupted"
@@ -58,12 +58,12 @@ class Ledger:
                 f"{path} is being written by another process; wait for it, or change the seed or the configuration"
             ) from error
         if not (path / "manifest.json").is_file():
-            _replace(path / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
+            replace_file(path / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
         self.finished = _stage(path / "checkpoint" / STAGE)
         self._drop_after(self.finished)
 
     def set_status(self, status: str) -> None:
-        _replace(self.path / "status", f"{status}\n".encode())
+        replace_file(self.path / "status", f"{status}\n".encode())
 
     def append(self, scores: Iterable[Score]) -> None:
         """Adds one stage's scores, their items beside them."""
@@ -104,7 +104,6 @@ class Ledger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Records how the run ended and lets the directory go."""
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
         self.set_status(COMPLETE if kind is None else INTERRUPTED if interrupted else FAILED)
         self._lock.close()
@@ -114,9 +113,11 @@ class Ledger:
             path = self.path / name
             rows = read_lines(path.read_bytes()) if path.is_file() else []
             kept = [row for row in rows if row["stage"] <= stage]
-            _replace(path, b"".join(json.dumps(row).encode() + b"\n" for row in kept))
+            replace_file(path, b"".join(json.dumps(row).encode() + b"\n" for row in kept))
+        for left_by_a_kill in self.path.rglob("*.tmp"):
+            left_by_a_kill.unlink()
         for path in (self.path / "items").iterdir():
-            if path.suffix == ".tmp" or int(path.stem.removeprefix("stage-")) > stage:
+            if int(path.stem.removeprefix("stage-")) > stage:
                 path.unlink()
         within = self.path / "checkpoint" / WITHIN
         if _stage(within) != stage + 1:
@@ -157,7 +158,7 @@ def mark_interrupted(path: Path) -> None:
     """Records at `path` that a run's processes ended before it was complete; for the parent that outlived them."""
     status = path / "status"
     if status.is_file() and status.read_text().strip() != COMPLETE:
-        _replace(status, f"{INTERRUPTED}\n".encode())
+        replace_file(status, f"{INTERRUPTED}\n".encode())
 
 
 def _write(path: Path, checkpoint: Checkpoint) -> None:
@@ -175,7 +176,8 @@ def _write(path: Path, checkpoint: Checkpoint) -> None:
     save_file(
         tensors, temporary, metadata={key: str(value) for key, value in facts.items()} | {"state": json.dumps(plain)}
     )
-    _fsync(temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 
@@ -193,7 +195,6 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _stage(path: Path) -> int:
-    """The stage of the checkpoint at `path`, -1 where there is none."""
     if not path.is_file():
         return -1
     with safe_open(path, framework="pt") as file:
@@ -202,15 +203,3 @@ def _stage(path: Path) -> int:
 
 def _null_nan(row: dict[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    _fsync(temporary)
-    temporary.replace(path)
-
-
-def _fsync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

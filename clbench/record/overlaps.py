@@ -152,7 +152,6 @@ def _inside(stage: Stage) -> Iterable[Overlap]:
 
 
 def _shared(examples: Sequence[Example], others: Sequence[Example]) -> list[Example]:
-    """The examples whose prompt is also one of the others'."""
     prompts = {normalised(example.prompt) for example in others}
     return [example for example in examples if normalised(example.prompt) in prompts]
 

@@ -102,10 +102,15 @@ def replace_file(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all; the temporary name is this process's own, as runs end side by side."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise UserMistake(f"{path} cannot be written ({error.strerror}); give a results_dir of your own") from error
+        raise UserMistake(
+            f"{path} cannot be written ({error.strerror}); make room there, or name another folder"
+        ) from error
 
 
 def read_lines(content: bytes) -> list[dict[str, Any]]:

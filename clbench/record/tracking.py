@@ -11,8 +11,6 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self
 
-from rich.table import Table
-
 from clbench.config import Config, run_name
 from clbench.progress import Line
 from clbench.protocols import Stage
@@ -52,22 +50,19 @@ class Tracker:
             self._wandb.log({"train/loss": loss, "train/stage": stage.index, "train/step": step})
 
     def stage(self, index: int, name: str, scores: Sequence[Score], *, loss: float, seconds: float) -> None:
-        """The compact table after a stage."""
+        """One line after a stage."""
         if self._wandb is not None:
             values = {f"{score.probe}/{score.task}/{score.metric}": score.value for score in scores}
             self._wandb.log(values | {"stage": index})
         if self.quiet:
             return
         self._line.show(index, self.run)
-        if self._line.is_live:
-            self._line.console.print(stage_table(self.run, index, name, scores, self.stages))
-            return
         done = index - self._first
         left = (time.monotonic() - self._started) / done * (len(self.stages) - index) if done > 0 else 0.0
         summary = "  ".join(f"{key} {value:.3g}" for key, value in headline(scores, self.stages[:index]).items())
         remaining = f", about {left:.0f} s left" if left else ""
         where = f"{self.run}  stage {index}/{len(self.stages)} {name}  loss {loss:.3f}"
-        log.info("%s  %s  (%.1f s%s)", where, summary, seconds, remaining)
+        self._line.say(f"{where}  {summary}  ({seconds:.1f} s{remaining})")
 
 
 def headline(scores: Sequence[Score], seen: Sequence[Stage]) -> dict[str, float]:
@@ -83,23 +78,6 @@ def headline(scores: Sequence[Score], seen: Sequence[Stage]) -> dict[str, float]
     return line
 
 
-def stage_table(run: str, index: int, name: str, scores: Sequence[Score], stages: Sequence[Stage]) -> Table:
-    """Every task's score and the probes after one stage, as one compact table."""
-    title = f"{run}  after stage {index}/{len(stages)} {name}"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
-    values = {(score.task, score.metric): score.value for score in scores if score.probe == "stream"}
-    cells = []
-    for stage in stages:
-        table.add_column(stage.name[-9:], justify="right", style="bold" if stage.index <= index else "dim")
-        value = values.get((stage.name, stage.task.metric))
-        cells.append("" if value is None else f"{value:.2f}")
-    for probe, value in headline(scores, ()).items():
-        table.add_column(probe, justify="right", style="cyan")
-        cells.append(f"{value:.3g}")
-    table.add_row(*cells)
-    return table
-
-
 def _wandb_run(config: Config, *, run: str) -> Any:
     tracking = config.tracking
     if tracking.wandb == "disabled":
@@ -111,7 +89,6 @@ def _wandb_run(config: Config, *, run: str) -> Any:
 
 
 def set_up_logging() -> None:
-    """Human lines of clbench on standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]

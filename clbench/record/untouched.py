@@ -5,7 +5,6 @@ What is kept is a file in `cache_dir`, named by everything that the scores depen
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import clbench
+from clbench.record.runs import replace_file
 from clbench.types import Score
 
 
@@ -41,11 +41,8 @@ def find(path: Path) -> Untouched | None:
 
 
 def keep(path: Path, untouched: Untouched) -> None:
-    """Writes it whole or not at all, whoever else does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(asdict(untouched)), encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, json.dumps(asdict(untouched)).encode())
 
 
 def source_hash(parts: Iterable[object]) -> str:

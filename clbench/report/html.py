@@ -50,7 +50,6 @@ def write(results_dir: Path) -> Path:
 
 
 def _setting(summary: Summary, rows: pd.DataFrame) -> Iterator[str]:
-    """The cards of one stream, order and model."""
     yield _card("Leaderboard", f"<p>{references(rows)}</p>{_table(readable(rows, spread=False))}", note=LEGEND)
     if len(published := beside(summary, rows)):
         yield _card("Published numbers", _table(as_text(published)), note=NOTE, kind="text")
@@ -70,12 +69,10 @@ def _card(title: str, content: str, *, note: str = "", kind: str = "") -> str:
 
 
 def _strong(text: str) -> str:
-    """HTML in which what is in ** ** is strong."""
     return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
 
 
 def _table(cells: pd.DataFrame) -> str:
-    """An HTML table of text."""
     with pd.option_context("display.max_colwidth", None):
         return _strong(cells.to_html(index=False, border=0))
 

@@ -149,7 +149,6 @@ def interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, fl
 
 
 def _matrix(scores: ArrayLike) -> Floats:
-    """The score matrix in float64, (stages + 1, tasks)."""
     matrix = np.asarray(scores, dtype=np.float64)
     assert matrix.ndim == 2 and min(matrix.shape) >= 1, matrix.shape
     return matrix
@@ -162,7 +161,6 @@ def _task_by_task(scores: ArrayLike, *, at_least: int) -> Floats:
 
 
 def _probe_retention(name: str, before: Floats, after: Floats, *, chance: float) -> ProbeRetention:
-    """One probe's retention, paired over items."""
     score, stderr, above = before.mean(), before.std() / sqrt(len(before)), before.mean() - chance
     at_chance = (
         f"the untouched model scores {score:.3f}, within two standard errors ({stderr:.3f}) of chance {chance:.3f}"

@@ -1,7 +1,4 @@
-"""The papers' numbers with ours beside them: a juxtaposition, never a reproduction.
-
-Not here: how our numbers are worked out (summary, metrics).
-"""
+"""The papers' numbers with ours beside them: a juxtaposition, never a reproduction."""
 
 from math import isnan, nan
 from pathlib import Path

@@ -50,7 +50,6 @@ class Summary:
 
 
 def summarise(records: Records) -> Summary:
-    """Works everything out, once."""
     runs, retention = records.runs, _retention(records)
     ranked = runs[(runs["state"] == "complete") & (runs["problem"] == "")].set_index("run")
     matrices = dict(_matrices(records.scores, ranked))
@@ -173,7 +172,6 @@ def _measures(records: Records, runs: pd.DataFrame, retention: pd.DataFrame, mat
 
 
 def _leaderboard(runs: pd.DataFrame, measures: pd.DataFrame) -> pd.DataFrame:
-    """One row per setting, method and variant, as Summary says."""
     rows = []
     for _, same_method in runs.groupby([*SETTING, "method"]):
         variants = same_method.drop_duplicates("variant")
@@ -215,5 +213,4 @@ def _notes(runs: pd.DataFrame, row: Mapping[str, Any], variants: pd.DataFrame) -
 
 
 def _mean(values: Iterable[float]) -> float:
-    """Mean, NaN of nothing and where a value is NaN."""
     return float(np.mean(list(values) or np.nan))

@@ -1,7 +1,4 @@
-"""The leaderboard: CSV files and tables that need no help to read.
-
-Equal ledgers give equal bytes. Not here: how a number is worked out (summary, metrics).
-"""
+"""The leaderboard: CSV files and tables that need no help to read. Equal ledgers give equal bytes."""
 
 from math import isnan
 from pathlib import Path
@@ -90,7 +87,6 @@ def readable(rows: pd.DataFrame, *, spread: bool) -> pd.DataFrame:
 
 
 def _markdown(rows: pd.DataFrame, left: str) -> str:
-    """leaderboard.md: one table per setting."""
     lines = ["# Leaderboard", "", left, ""]
     for setting, own in settings(rows):
         shown = readable(own, spread=True)
@@ -102,7 +98,6 @@ def _markdown(rows: pd.DataFrame, left: str) -> str:
 
 
 def _terminal(rows: pd.DataFrame, left: str) -> Table:
-    """The leaderboard for a terminal, one section per setting."""
     sections, notes = settings(rows), rows[rows["notes"] != ""]
     columns = [Column(heading, justify="right", no_wrap=True) for heading in ON_TERMINAL[1:]]
     table = Table(Column(ON_TERMINAL[0], overflow="fold"), *columns, box=None)

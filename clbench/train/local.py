@@ -30,7 +30,6 @@ class Local(Trainable):
 
     @property
     def grad(self) -> Tensor:
-        """The parameter's gradient."""
         if self._parameter.grad is None:
             self._parameter.grad = torch.zeros_like(self._parameter)
         return self._parameter.grad
@@ -71,7 +70,6 @@ class LocalEngine(Engine):
         loss.backward()
 
     def step(self) -> None:
-        """Clips, steps, clears."""
         assert self.optimizer is not None and self.schedule is not None, "a step without trainable tensors"
         if self.clip > 0:
             torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.clip)
@@ -90,7 +88,6 @@ class LocalEngine(Engine):
         return value
 
     def moments(self) -> dict[str, Tensor]:
-        """The optimizer's state; none where nothing trains."""
         return moments_of(self.optimizer, self._parameters) if self.optimizer else {}
 
     def close(self) -> None:

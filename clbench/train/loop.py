@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -24,15 +23,10 @@ LOG_EVERY = 10
 class Trained:
     """What a stage's training did: optimizer steps, tokens read (padding not counted), mean loss of the last steps in nats per answer token."""
 
-    steps: int
-    tokens_trained: int
-    tokens_replayed: int
-    loss: float
-
-    @classmethod
-    def nothing(cls) -> Self:
-        """Of a stage that trains nothing."""
-        return cls(steps=0, tokens_trained=0, tokens_replayed=0, loss=math.nan)
+    steps: int = 0
+    tokens_trained: int = 0
+    tokens_replayed: int = 0
+    loss: float = math.nan
 
 
 @dataclass(frozen=True)

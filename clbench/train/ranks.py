@@ -21,7 +21,6 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that writes."""
         return self.rank == 0
 
     def share(self, value: T) -> T:
@@ -50,7 +49,6 @@ class Ranks:
         return found
 
     def wait(self) -> None:
-        """Returns once every rank has come here."""
         if self.size > 1:
             distributed.barrier()
 

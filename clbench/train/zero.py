@@ -67,7 +67,6 @@ class Whole(Trainable):
 
     @property
     def value(self) -> Tensor:
-        """The parameter's values; at stage 3 a copy."""
         return utils.safe_get_full_fp32_param(self._tensor) if is_sharded(self._tensor) else stored(self._tensor)
 
     @value.setter
@@ -77,7 +76,6 @@ class Whole(Trainable):
 
     @property
     def grad(self) -> Tensor:
-        """The gradient, once it is complete; above stage 0 a copy."""
         return utils.safe_get_full_grad(self._tensor)
 
     @grad.setter
@@ -85,7 +83,6 @@ class Whole(Trainable):
         self._write(grad, utils.safe_set_full_grad, utils.safe_set_local_grad)
 
     def set_moment(self, key: str, value: Tensor) -> None:
-        """Writes the optimizer's `key` of this tensor; at stages 1 to 3."""
         self._write(value, utils.safe_set_full_optimizer_state, utils.safe_set_local_optimizer_state, key)
 
     def _write(self, whole: Tensor, full: Callable, local: Callable, *key: str) -> Tensor:
@@ -157,7 +154,6 @@ class DeepSpeedEngine(Engine):
             self._engine.allreduce_gradients()
 
     def step(self) -> None:
-        """Clips, steps, clears."""
         self._reduce()
         if self._needs_help:
             patches.renew_norms(self._engine.optimizer, self._parameters.values())
@@ -165,7 +161,6 @@ class DeepSpeedEngine(Engine):
         self._steps = {name: self._steps.get(name, 0.0) + 1 for name in self._parameters}
 
     def clear(self) -> None:
-        """Drops the gradients."""
         self._reduce()
         self._engine.optimizer.zero_grad()
         if self._needs_help:
@@ -180,13 +175,11 @@ class DeepSpeedEngine(Engine):
         return (Whole(name, self._parameters[name]) for name in (self._parameters if names is None else names))
 
     def total(self, value: Tensor | float) -> Tensor:
-        """Sum of `value` over ranks."""
         total = torch.as_tensor(value, dtype=torch.float32, device=self._engine.device).clone()
         distributed.all_reduce(total)
         return total
 
     def moments(self) -> dict[str, Tensor]:
-        """The optimizer's state, fetched one tensor at a time."""
         if self._stage == 0:
             return moments_of(self._optimizer, self._parameters)
         found = {f"step/{name}": torch.tensor(count) for name, count in self._steps.items()}

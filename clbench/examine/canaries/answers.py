@@ -67,7 +67,6 @@ def near_zero(stage: Stage, student: Student, wrong: Sequence[float]) -> Verdict
 
 
 def commonest_answer(examples: Sequence[Example]) -> str:
-    """The right answer of most examples."""
     return Counter(example.answer for example in examples).most_common(1)[0][0]
 
 
