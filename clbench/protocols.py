@@ -1,4 +1,4 @@
-"""What clbench is made of: Task, Stage and Stream, Method, Engine, Probe. Everything that implements one of them is a final class elsewhere.
+"""What clbench is made of: Task, Stage and Stream, Method, Engine, Probe. What implements them is elsewhere.
 
 A method never meets DeepSpeed: before and after a stage it sees the model's weights, during it the engine's tensors, always whole.
 The order of calls in one stage:
