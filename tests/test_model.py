@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from clbench.models.pretrained import Pretrained
+from clbench.data.encoder import Encoder
+from clbench.examine.student import Student
+from clbench.models.pretrained import Pretrained, load
 from clbench.models.pretraining import windows
 from clbench.models.tiny import Recipe
 from clbench.types import UserMistake
@@ -97,3 +99,24 @@ def test_a_model_that_is_not_there_is_a_mistake(tmp_path):
         Pretrained(label="x", name=str(tmp_path / "nonesuch")).load(Path(tmp_path))
     with pytest.raises(UserMistake, match="tokenizer"):
         recipe(tokenizer="letters")
+
+
+def test_a_models_own_settings_leave_answers_the_likeliest_tokens_and_end_them(tmp_path):
+    model, tokenizer = recipe(architecture=recipe().architecture | {"initializer_range": 0.5}).load(tmp_path)
+    (folder,) = [path for path in (tmp_path / "models").iterdir() if path.is_dir()]
+    ids = [tokenizer.bos_token_id, *tokenizer("the dog")["input_ids"]]
+    likeliest = list(ids)
+    for _ in range(6):
+        likeliest.append(int(model(torch.tensor([likeliest])).logits[0, -1].argmax()))
+    written = likeliest[len(ids) :]
+    assert tokenizer.eos_token_id not in written
+    another_end = next(token for token in written if token != written[0])
+    settings = {"repetition_penalty": 5.0, "do_sample": True, "temperature": 9.0}
+    for ends, expected in (
+        (None, written),
+        ([tokenizer.eos_token_id, another_end], written[: written.index(another_end)]),
+    ):
+        GenerationConfig(**settings, eos_token_id=ends).save_pretrained(folder)
+        loaded, _ = load(str(folder), dtype=torch.float32)
+        student = Student(loaded, Encoder(tokenizer, max_length=16))
+        assert student.write([tuple(ids)], max_new_tokens=6) == [expected]
