@@ -73,9 +73,9 @@ def _run(composed: DictConfig) -> None:
 def _experiment(config: Config, *, command: str) -> Path | None:
     """Runs it in this process, in ranks started here, or as one rank of many; its directory, None where another rank writes."""
     if config.engine.name == "deepspeed":
-        from clbench.train.launch import launch, place
+        from clbench.train.launch import assigned_rank, launch
 
-        launched = place(os.environ)
+        launched = assigned_rank(os.environ)
         os.environ |= launched
         return take_part(config, command=command) if launched else launch(take_part, config, command=command)
     from clbench.experiment import run

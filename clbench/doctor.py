@@ -24,7 +24,7 @@ from clbench.build import DTYPES, make_method, make_tasks, set_up_torch
 from clbench.cli import CONF_DIR, USERS_MISTAKES, compose, refuse
 from clbench.config import Config, one_of
 from clbench.data.encoder import Encoder
-from clbench.models.weights import describe
+from clbench.models.weights import count_parameters
 from clbench.protocols import Method, Task
 from clbench.stream import address, build_stream
 from clbench.train.local import LocalEngine
@@ -115,7 +115,7 @@ def trainable_rows(config: Config, sizes: PretrainedConfig) -> Iterator[tuple[st
     """Every method of conf/method and its trainable parameters, as its own yaml has it, whatever `config` says of the method."""
     for name, method in methods().items():
         try:
-            yield name, f"{describe(sketch(replace(config, method=method), sizes)[1])['trainable']:,}"
+            yield name, f"{count_parameters(sketch(replace(config, method=method), sizes)[1])['trainable']:,}"
         except UserMistake as mistake:
             yield name, f"not to be counted on this model: {mistake}"
 
@@ -174,7 +174,7 @@ def memory(config: Config, model: torch.nn.Module, sizes: PretrainedConfig, rank
     # Computed again in the backward pass, a layer keeps what goes into it, and one at a time keeps all.
     kept = layers * hidden * entry + layer if config.engine.activation_checkpointing else layers * layer
     weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
-    trained = 4 * describe(model)["trainable"]
+    trained = 4 * count_parameters(model)["trainable"]
     parts = {
         "weights": [*[weights] * 3, weights / ranks],
         "gradients": [trained] * 4,
@@ -211,7 +211,7 @@ def forecast(arguments: Sequence[str]) -> Iterator[Table | str]:
     sizes = source.configuration(Path(config.cache_dir))
     yield table("Trainable parameters", ("method", ""), trainable_rows(config, sizes), box=None)
     model = sketch(config, sizes)[1]
-    counts = describe(model)
+    counts = count_parameters(model)
     yield f"{source.label} with {config.method['name']}: {counts['parameters']:,} parameters, {counts['trainable']:,} of them trainable"
     try:
         encoder = Encoder(source.load_tokenizer(Path(config.cache_dir)), max_length=config.train.max_length)

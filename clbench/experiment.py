@@ -27,14 +27,13 @@ from clbench.examine.together import reads_together
 from clbench.models.folding import folded
 from clbench.models.loss import causal_lm
 from clbench.models.sharding import gathering
-from clbench.models.weights import describe as count_parameters
-from clbench.models.weights import load_trainable_state, trainable, trainable_state
+from clbench.models.weights import count_parameters, load_trainable_state, trainable, trainable_state
 from clbench.protocols import Engine, Method, Probe, Stage, Stream
 from clbench.record.ledger import COMPLETE, Checkpoint, Ledger, status_of
 from clbench.record.manifest import describe
 from clbench.record.overlaps import check_data
 from clbench.record.tracking import Tracker
-from clbench.record.untouched import Untouched, find, keep, place, source_hash
+from clbench.record.untouched import Untouched, find, keep, kept_at, source_hash
 from clbench.train import optimizer as optim
 from clbench.train.local import LocalEngine
 from clbench.train.loop import Plan, Trained, plan_stage, train_stage
@@ -121,7 +120,7 @@ def measure_untouched(
     depends_on = {key: value for key, value in settings.items() if key.startswith(shared)}
     depends_on |= {key: manifest[key] for key in ("model_fingerprint", "data", "probe_data", "versions", "hardware")}
     depends_on["source"] = source_hash([*(stage.task for stage in parts.stream.stages), *parts.probes])
-    path = place(Path(config.cache_dir), depends_on)
+    path = kept_at(Path(config.cache_dir), depends_on)
     kept = ranks.share(find(path) if ranks.is_first else None)
     if kept is not None:
         return kept

@@ -26,7 +26,7 @@ from clbench.examine.student import Student  # noqa: E402
 from clbench.models import sharding  # noqa: E402
 from clbench.models.folding import export, folded  # noqa: E402
 from clbench.models.loss import causal_lm  # noqa: E402
-from clbench.models.weights import describe, trainable  # noqa: E402
+from clbench.models.weights import count_parameters, trainable  # noqa: E402
 from clbench.types import UserMistake  # noqa: E402
 from tests import ranks  # noqa: E402
 from tests.ranks import run  # noqa: E402
@@ -82,7 +82,7 @@ def held(*overrides: str) -> dict[str, object]:
             padding=len(base_of(model)),
             unit=max(sum(p.ds_numel for p in unit.parameters() if sharding.is_sharded(p)) for unit in units),
             units=len(units),
-            counted=describe(model)["parameters"] - describe(model)["trainable"],
+            counted=count_parameters(model)["parameters"] - count_parameters(model)["trainable"],
         )
         moments["between"].append(holding(model))
         moments["model"] = model
@@ -134,7 +134,12 @@ def answers(*overrides: str) -> dict[str, object]:
         for name, asked in requests(len(encoder.tokenizer)).items():
             found[name] = getattr(student, name)(asked, **({"max_new_tokens": 9} if name == "generate" else {}))
         left = [name for name, parameter in model.named_parameters() if parameter.is_inference()]
-    return {"found": found, "gathers": ranks.from_all(taken), "counted": describe(model), "not to be trained on": left}
+    return {
+        "found": found,
+        "gathers": ranks.from_all(taken),
+        "counted": count_parameters(model),
+        "not to be trained on": left,
+    }
 
 
 def requests(vocabulary: int) -> dict[str, list]:

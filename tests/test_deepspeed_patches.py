@@ -17,7 +17,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 from clbench.train.launch import join, leave
 from clbench.train.ranks import Ranks
-from clbench.train.zero import settings
+from clbench.train.zero import deepspeed_settings
 from tests.test_deepspeed import Pair, two
 
 pytestmark = pytest.mark.slow
@@ -37,7 +37,7 @@ def alone(monkeypatch) -> Iterator[Ranks]:
 
 def opened(model: nn.Module, *, zero_stage: int, offload: str = "none", clip: float = 0.0) -> deepspeed.DeepSpeedEngine:
     """DeepSpeed's engine as it is."""
-    config = settings(zero_stage=zero_stage, clip=clip, bucket=100, offload=offload)
+    config = deepspeed_settings(zero_stage=zero_stage, clip=clip, bucket=100, offload=offload)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
@@ -66,7 +66,9 @@ def test_stage_3_still_replaces_torchs_linear_for_good():
 
 
 def test_stage_3_still_leaves_torchs_linear_where_weights_are_slices_already(monkeypatch):
-    with deepspeed.zero.Init(config_dict_or_path=settings(zero_stage=3, clip=0.0, bucket=100, offload="none")):
+    with deepspeed.zero.Init(
+        config_dict_or_path=deepspeed_settings(zero_stage=3, clip=0.0, bucket=100, offload="none")
+    ):
         model = nn.Sequential(linear())
     monkeypatch.setattr(torch.nn.functional, "linear", TORCHS)
     opened(model, zero_stage=3)

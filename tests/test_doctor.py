@@ -26,7 +26,7 @@ from clbench.doctor import (
 )
 from clbench.experiment import run
 from clbench.models.loss import causal_lm
-from clbench.models.weights import describe
+from clbench.models.weights import count_parameters
 from clbench.types import UserMistake
 
 LLAMA = AutoConfig.for_model(
@@ -74,7 +74,7 @@ def test_every_method_wraps_a_model_without_storage_as_it_wraps_a_real_one(metho
     ]
     assert looks[0] == looks[1]
     assert {parameter.device.type for parameter in found.parameters()} == {"meta"}
-    assert describe(found)["parameters"] >= PARAMETERS
+    assert count_parameters(found)["parameters"] >= PARAMETERS
 
 
 def test_full_training_trains_all_parameters_and_the_base_none(overrides):
@@ -88,7 +88,7 @@ def test_settings_of_an_experiments_method_are_not_those_of_the_others(tmp_path)
     wide = AutoConfig.for_model("llama", vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
     config = compose(["+experiment=curlora3_mistral7b", "method.rank=4", f"results_dir={tmp_path}"])
     assert dict(trainable_rows(config, wide))["curlora"] == f"{2 * 3 * 16 * 16:,}"
-    assert describe(sketch(config, wide)[1])["trainable"] == 2 * 3 * 4 * 4
+    assert count_parameters(sketch(config, wide)[1])["trainable"] == 2 * 3 * 4 * 4
 
 
 def test_a_model_that_a_method_does_not_suit_is_named_and_the_others_are_counted(overrides):
@@ -108,7 +108,7 @@ def test_parameters_tokens_and_operations_are_those_that_a_run_records(overrides
     source = instantiate(config.model, _convert_="all")
     sizes = source.configuration(Path(config.cache_dir))
     encoder = Encoder(source.load_tokenizer(Path(config.cache_dir)), max_length=config.train.max_length)
-    counts = describe(sketch(config, sizes)[1])
+    counts = count_parameters(sketch(config, sizes)[1])
     tokens = count_tokens(config, sizes, make_tasks(config), encoder)
     scored = sum(cost["tokens_scored"] for cost in costs)
     assert {cost["trainable_parameters"] for cost in costs} == {counts["trainable"]}

@@ -21,7 +21,7 @@ from clbench.build import DTYPES, make_method
 from clbench.cli import CONF_DIR, compose
 from clbench.data.encoder import Encoder
 from clbench.experiment import open_engine
-from clbench.models.weights import describe, trainable_state
+from clbench.models.weights import count_parameters, trainable_state
 from clbench.protocols import Stage
 from clbench.train.launch import join, leave
 from clbench.train.loop import global_batch, plan_stage, train_step
@@ -120,7 +120,7 @@ def train(architecture: dict, device: str, *, config) -> Trained:
         seconds=seconds,
         tokens=tokens,
         peak=torch.cuda.max_memory_allocated() if device == "cuda" else 0,
-        parameters=describe(model),
+        parameters=count_parameters(model),
     )
     del model, engine, method
     gc.collect()

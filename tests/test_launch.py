@@ -32,29 +32,29 @@ TORCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def test_a_task_of_a_slurm_step_is_a_rank():
-    assert tuple(map(launching.place(STEP).get, TORCH)) == ("9", "1", "16", "gpu07", "23456")
+    assert tuple(map(launching.assigned_rank(STEP).get, TORCH)) == ("9", "1", "16", "gpu07", "23456")
 
 
 def test_an_address_and_a_port_that_are_given_stay():
-    found = launching.place(STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"})
+    found = launching.assigned_rank(STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"})
     assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("10.0.0.1", "29500")
 
 
 def test_the_first_task_of_a_slurm_step_is_the_first_rank():
-    assert launching.place(STEP | {"SLURM_PROCID": "0"})["RANK"] == "0"
+    assert launching.assigned_rank(STEP | {"SLURM_PROCID": "0"})["RANK"] == "0"
 
 
 def test_a_slurm_job_of_one_task_is_no_rank():
-    assert launching.place(STEP | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}) == {}
+    assert launching.assigned_rank(STEP | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}) == {}
 
 
 def test_a_batch_script_is_no_rank_though_its_allocation_has_many_tasks():
-    assert launching.place({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "1"}) == {}
+    assert launching.assigned_rank({"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "1"}) == {}
 
 
 def test_torchs_own_variables_come_first():
     own = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    assert own | launching.place(STEP | own) == own
+    assert own | launching.assigned_rank(STEP | own) == own
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from clbench.data.encoder import Encoder
 from clbench.examine.student import Student
 from clbench.models.pretrained import Pretrained, load
-from clbench.models.pretraining import windows
+from clbench.models.pretraining import packed
 from clbench.models.tiny import Recipe
 from clbench.types import UserMistake
 
@@ -86,7 +86,7 @@ def test_a_bpe_tokenizer_reads_and_writes_any_text(tmp_path):
 
 
 def test_windows_hold_whole_texts_and_cut_only_longer_ones():
-    assert windows([[1, 2, 3], [4, 5], [6, 7, 8, 9, 10], [11]], length=4, pad=0).tolist() == [
+    assert packed([[1, 2, 3], [4, 5], [6, 7, 8, 9, 10], [11]], length=4, pad=0).tolist() == [
         [1, 2, 3, 0],
         [4, 5, 0, 0],
         [6, 7, 8, 9],

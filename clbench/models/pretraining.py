@@ -2,7 +2,7 @@
 
 Not here: what it is pretrained on and where the result is kept (`models.tiny`).
 
->>> windows([[1, 2], [3, 4, 5], [6]], length=4, pad=0).tolist()
+>>> packed([[1, 2], [3, 4, 5], [6]], length=4, pad=0).tolist()
 [[1, 2, 0, 0], [3, 4, 5, 6]]
 """
 
@@ -20,7 +20,7 @@ from clbench.progress import Line
 WARM_UP_SHARE = 0.05
 
 
-def windows(texts: Sequence[Sequence[int]], *, length: int, pad: int) -> Tensor:
+def packed(texts: Sequence[Sequence[int]], *, length: int, pad: int) -> Tensor:
     """Token ids [windows, length]: texts in their order, whole where they fit into a window, padded; longer ones are cut.
 
     A small model learns what a statement says from statements that it sees whole.
@@ -51,7 +51,7 @@ def pretrain(
 
     Learning rate: linear warm-up, then a cosine to zero. Each epoch passes the windows in a fresh order.
     """
-    pieces = windows(texts, length=length, pad=pad)
+    pieces = packed(texts, length=length, pad=pad)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, steps=steps))
     loss = torch.tensor(math.nan)

@@ -127,7 +127,7 @@ def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
     words = {word: index for index, word in enumerate((*SPECIAL_TOKENS, *vocabulary))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return ordinary(tokenizer)
+    return fast_tokenizer(tokenizer)
 
 
 def bpe_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
@@ -141,10 +141,10 @@ def bpe_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
         texts,
         trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
-    return ordinary(tokenizer)
+    return fast_tokenizer(tokenizer)
 
 
-def ordinary(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """`tokenizer` as transformers keeps it."""
     unknown = UNKNOWN if tokenizer.token_to_id(UNKNOWN) is not None else None
     return PreTrainedTokenizerFast(

@@ -28,7 +28,7 @@ def load_trainable_state(model: Module, state: dict[str, Tensor]) -> None:
         parameter.copy_(state[name])
 
 
-def describe(model: Module) -> dict[str, Any]:
+def count_parameters(model: Module) -> dict[str, Any]:
     """Counts of parameters: all, trainable."""
     return {
         "parameters": sum(entries(parameter) for parameter in model.parameters()),

@@ -25,7 +25,7 @@ class Untouched:
     scores: tuple[Score, ...]
 
 
-def place(cache_dir: Path, depends_on: Mapping[str, Any]) -> Path:
+def kept_at(cache_dir: Path, depends_on: Mapping[str, Any]) -> Path:
     """Where the scores are kept that depend on these JSON values."""
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     return cache_dir / "untouched" / f"{digest[:32]}.json"

@@ -32,7 +32,7 @@ PATIENCE = timedelta(days=1)
 GRACE = 5.0
 
 
-def place(environment: Mapping[str, str]) -> dict[str, str]:
+def assigned_rank(environment: Mapping[str, str]) -> dict[str, str]:
     """What a launcher says of this process in torch's variables, also where srun says it in SLURM's; empty where it is not one rank of several.
 
     The first rank is on the step's first node; MASTER_ADDR and MASTER_PORT may be given.

@@ -28,7 +28,7 @@ from clbench.train import deepspeed_patches as patches
 from clbench.train.optimizer import AVERAGES, moments_of, set_moments
 
 
-def settings(*, zero_stage: int, clip: float, bucket: int, offload: str) -> dict[str, Any]:
+def deepspeed_settings(*, zero_stage: int, clip: float, bucket: int, offload: str) -> dict[str, Any]:
     """DeepSpeed's configuration: whatever touches a number is stated here. `bucket`: elements per message."""
     numbers = {"gradient_clipping": clip, "prescale_gradients": False, "gradient_predivide_factor": 1.0}
     numbers |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
@@ -48,7 +48,7 @@ def settings(*, zero_stage: int, clip: float, bucket: int, offload: str) -> dict
 @contextmanager
 def born_sharded(dtype: torch.dtype, *, offload: str) -> Iterator[HfDeepSpeedConfig]:
     """A model of transformers that is loaded inside, in `dtype`, is slices from the start; the first rank alone reads the files. A collective."""
-    config = settings(zero_stage=3, clip=0.0, bucket=MESSAGE, offload=offload)
+    config = deepspeed_settings(zero_stage=3, clip=0.0, bucket=MESSAGE, offload=offload)
     # transformers and PEFT look for it in a weak reference.
     held = HfDeepSpeedConfig(config | {"bf16": {"enabled": dtype == torch.bfloat16}})
     try:
@@ -120,7 +120,7 @@ class DeepSpeedEngine(Engine):
             model=model if self._stage == 3 else ParameterList(self._parameters.values()),
             optimizer=optimizer,
             lr_scheduler=schedule,
-            config=settings(zero_stage=self._stage, clip=config.train.clip, bucket=bucket, offload=offload),
+            config=deepspeed_settings(zero_stage=self._stage, clip=config.train.clip, bucket=bucket, offload=offload),
         )
         if self._stage == 3:
             patches.multiply(keep_weights=False)
