@@ -12,7 +12,7 @@ SEEDS ?= 0
 JOBS ?= 2
 LAUNCH := hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
 
-.PHONY: help setup run tune reference test test-slow test-learnability test-gpu bench report leaderboard check format clean
+.PHONY: help setup run tune reference test test-ranks test-slow test-learnability test-gpu bench report leaderboard check format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -39,14 +39,18 @@ tune: setup ## the search that chose learning rates and strengths, on another wo
 
 reference: setup ## the whole field, bounds and baselines included, three seeds
 	$(PY) -m clbench -m method=$(FIELD) seed=0,1,2 results_dir=$(RESULTS)/reference tracking.progress=false $(LAUNCH)
+	$(PY) -m clbench.leaderboard $(RESULTS)/reference --pack
 
 test: setup ## the tests that a change must pass
 	$(PY) -m pytest -m "not slow and not gpu and not learnability"
 
-test-slow: setup ## tests that take minutes: many processes
+test-ranks: setup ## equal numbers from one and two processes on every ZeRO stage, kills, launching
+	$(PY) -m pytest -m "slow and not gpu" tests/test_deepspeed.py tests/test_launch.py
+
+test-slow: setup ## all tests that take minutes, those of test-ranks among them
 	$(PY) -m pytest -m "slow and not gpu"
 
-test-learnability: setup ## that every task of the embedded stream can be learned; its last run is in CHANGELOG.md
+test-learnability: setup ## that every task of the embedded stream can be learned; its last run is in results/README.md
 	$(PY) -m pytest -m learnability -rA
 
 test-gpu: setup ## what needs a CUDA device; skipped, and says so, where there is none
