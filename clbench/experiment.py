@@ -22,6 +22,7 @@ from clbench.build import Parts, build, load_model, set_up_torch, wrap
 from clbench.config import Config, identity, is_due, run_directory, run_name
 from clbench.data.encoder import Encoder
 from clbench.examine.canaries import check_stream
+from clbench.examine.canaries.own_model import check_model
 from clbench.examine.student import Student
 from clbench.examine.together import reads_together
 from clbench.models.folding import folded
@@ -32,6 +33,7 @@ from clbench.protocols import Engine, Method, Probe, Stage, Stream
 from clbench.record.ledger import COMPLETE, Checkpoint, Ledger, status_of
 from clbench.record.manifest import describe
 from clbench.record.overlaps import check_data
+from clbench.record.runs import CANARIES, FAILED
 from clbench.record.tracking import Tracker
 from clbench.record.untouched import Untouched, find, keep, kept_at, source_hash
 from clbench.train import optimizer as optim
@@ -166,7 +168,7 @@ def record_untouched(run: Run, untouched: Untouched, tracker: Tracker) -> None:
     scores += [replace(score, probe=f"{score.probe}@{view}") for view in others for score in untouched.scores]
     seconds = sum(score.seconds for score in untouched.scores)
     cost = cost_of(run, 0, Trained(), tokens_scored=untouched.tokens, seconds_train=0.0, seconds_probe=seconds)
-    record(run, scores, cost, moments={})
+    record(run, [*scores, *check_own_model(run, 0)], cost, moments={})
     tracker.stage(0, "base", scores, loss=float("nan"), seconds=seconds)
 
 
@@ -178,7 +180,11 @@ def run_stage(
     sources, trained, moments = train(run, stage, tracker, moments=moments, within=within)
     after_training = time.perf_counter()
     examined, tokens = examine(run, stage.index)
-    scores = [*replay_scores(run, stage, sources[1:]), *examined]
+    scores = [
+        *replay_scores(run, stage, sources[1:]),
+        *examined,
+        *(check_own_model(run, 1) if stage.index == 1 else ()),
+    ]
     cost = cost_of(
         run,
         stage.index,
@@ -321,6 +327,25 @@ def examine(run: Run, index: int) -> tuple[list[Score], int]:
                 scores += [replace(score, probe=f"{score.probe}@{view}") if number else score for score in found]
             tokens += student.tokens_scored
     return scores, tokens
+
+
+def check_own_model(run: Run, index: int) -> list[Score]:
+    """How far the run's fast forwards are from plain ones, of the model as it is now; a run with a gap is not ranked."""
+    started = time.perf_counter()
+    view, *_ = run.method.views(run.model).values()
+    with view, gathering(run.model):
+        student = student_of(run.config, run.model, run.encoder, Ranks())
+        gaps = check_model(student, run.stream, folded=folded(run.model))
+    for gap in gaps:
+        if gap.failed:
+            log.warning("the run will not be ranked: %s is %.1e nats a token off plain forwards", gap.name, gap.nats)
+    where = {"stage": index, "stage_name": run.stream.stage_name(index), "probe": CANARIES, "stderr": float("nan")}
+    seconds = (time.perf_counter() - started) / (2 * len(gaps))
+    return [
+        Score(**where, task=gap.name, metric=metric, value=float(value), n=gap.n, seconds=seconds)
+        for gap in gaps
+        for metric, value in (("gap_nats", gap.nats), (FAILED, gap.failed))
+    ]
 
 
 def peak_memory(device: torch.device) -> int:

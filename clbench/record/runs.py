@@ -10,7 +10,7 @@ directory. Not here: what the numbers amount to (report).
 import json
 import os
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from io import BytesIO
 from lzma import LZMAError
@@ -28,6 +28,8 @@ ARCHIVE = "runs.tar.xz"
 FILES = ("manifest.json", "status", "scores.jsonl", "cost.jsonl", "items/*.npz")
 """What is read of a run's directory and what the archive holds of it: no checkpoint and no lock."""
 
+CANARIES, FAILED = "canaries", "failed"
+"""The probe that says how far a run's fast forwards are from plain ones, and its metric that is 1 where that is too far."""
 NEEDED = ("stream", "order", "model", "method", "seed", "variant", "config", "config_hash", "git", "tasks", "metrics")
 OPTIONAL = {"stream_hash": "", "command": "", "data": "", "model_fingerprint": "", "trained_probes": ()}
 SCORE = {field.name: field.type for field in fields(Score) if field.name != "items"}
@@ -69,6 +71,9 @@ def read_runs(results_dir: Path) -> Records:
             row, measured, paid = _manifest(own), _lines(own, "scores.jsonl", SCORE), _lines(own, "cost.jsonl", COST)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             row, measured, paid = {"state": "unreadable", "problem": f"{type(error).__name__}: {error}"}, [], []
+        own = [one for line in measured if (one := dict(zip(SCORE, line, strict=True)))["probe"] == CANARIES]
+        if row["state"] == "complete" and any(one["value"] for one in own if one["metric"] == FAILED):
+            row["problem"] = "; ".join(filter(None, [row["problem"], _own_model(own)]))
         runs.append({"run": run} | row)
         scores += [(run, *line) for line in measured]
         costs += [(run, *line) for line in paid]
@@ -154,6 +159,12 @@ def _manifest(files: Mapping[str, bytes]) -> dict[str, Any]:
     git = manifest["git"] or {}
     known = {"state": state, "commit": git.get("commit") or "", "dirty": bool(git.get("dirty"))}
     return OPTIONAL | manifest | known | {"problem": problem if state == "complete" else ""}
+
+
+def _own_model(scores: Iterable[Mapping[str, Any]]) -> str:
+    """Which of the canaries on a run's own model failed."""
+    failed = {f"{one['task']} after stage {one['stage']}" for one in scores if one["metric"] == FAILED and one["value"]}
+    return f"failed canaries on its own model: {', '.join(sorted(failed))}"
 
 
 def _lines(files: Mapping[str, bytes], name: str, kind: Mapping[str, str]) -> list[tuple[Any, ...]]:

@@ -2,8 +2,8 @@
 
 Per task, on its first test examples: what cannot know the answer does not find it (`chance`, a model with random weights; `copier`,
 readers that only copy out of the prompt; `swap`, another row's answer put into the row; `shuffled`, wrong answers), what is right counts
-as right (`reference`), and a score does not depend on how it was computed (`bos`, `prompt`, `invariance`). Each is described where it is
-defined: `canaries.answers` and `canaries.tokens`.
+as right (`reference`), and training and examination read the same tokens (`bos`, `prompt`). Each is described where it is
+defined: `canaries.answers` and `canaries.tokens`. `canaries.own_model` examines the run's own model, before and after its first stage.
 
 Not here: duplicates and overlaps between texts (`record.overlaps`), and what becomes of a run whose canary failed (the leaderboard).
 """
@@ -17,7 +17,7 @@ from torch.nn import Module
 from clbench.data.encoder import Encoder
 from clbench.data.sampling import seeded
 from clbench.examine.canaries.answers import Verdict, chance, copier, near_zero, reference, shuffled, swap, wrong_scores
-from clbench.examine.canaries.tokens import NEW_TOKENS, Watched, invariance, one_bos, same_prompt
+from clbench.examine.canaries.tokens import NEW_TOKENS, Watched, one_bos, same_prompt
 from clbench.examine.student import Student
 from clbench.models.tiny import fresh_llama
 from clbench.protocols import Stage, Stream
@@ -76,6 +76,5 @@ def check_task(stage: Stage, *, model: Module, encoder: Encoder) -> dict[str, Ve
         "shuffled": shuffled(wrong, closed=closed),
         "bos": one_bos(stage, encoder),
         "prompt": same_prompt(stage, encoder, asked=student.asked),
-        "invariance": invariance(stage, model, encoder),
         **({"swap": swap(pairs)} if pairs else {}),
     }

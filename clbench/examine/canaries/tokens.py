@@ -1,10 +1,6 @@
-"""Canaries about tokens: training and examination read the same ids, and a score depends on nothing but the ids."""
+"""Canaries about tokens: training and examination read the same ids."""
 
-import copy
 from collections.abc import Sequence
-
-import torch
-from torch.nn import Module
 
 from clbench.data.encoder import Encoder, Ids, clip_left
 from clbench.examine.canaries.answers import Verdict
@@ -13,13 +9,7 @@ from clbench.protocols import Stage
 from clbench.types import Example
 
 NEW_TOKENS = 16
-"""What a random model writes, and what is compared of a continuation, at most, in tokens."""
-COMPARED_ROWS = 8
-COMPARED_CHOICES = 2
-EVERYTHING = 10**9
-"""Tokens of a batch that holds all there is."""
-TOLERANCE = 1e-4
-"""Nats between two ways of computing one log-likelihood in float32."""
+"""What a random model writes, at most, in tokens."""
 
 
 class Watched:
@@ -82,47 +72,3 @@ def same_prompt(stage: Stage, encoder: Encoder, *, asked: set[tuple[Ids, Ids]]) 
         f"{same} of {len(examples)} examples are the same in training and examination, {cut} cut and {lost} without a prompt among them "
         f"({left_out} left out: the answer alone is longer than train.max_length); {read} of {len(stage.test)} were examined as they are",
     )
-
-
-def invariance(stage: Stage, model: Module, encoder: Encoder) -> Verdict:
-    """Whether log-likelihoods and the first token written depend on nothing but the ids.
-
-    Log-likelihoods in one batch, alone, and in reverse order agree to 1e-4 nats. The likeliest token of a forward of one unpadded row is
-    the one that `log_likelihoods` (rows packed) calls greedy and that `generate` (padded on the left) writes.
-    """
-    tests = stage.test[:COMPARED_ROWS]
-    prompts = [encoder.prompt(example.prompt) for example in tests]
-    continuations = [
-        (prompt, encoder.answer(answer)[:NEW_TOKENS])
-        for prompt, example in zip(prompts, tests, strict=True)
-        for answer in (*example.choices[:COMPARED_CHOICES], example.answer)
-    ]
-    tokens = [likeliest(model, clip_left(prompt, encoder.max_length)) for prompt in prompts]
-    requests = [request for request in continuations if request[1]]
-    requests += [(prompt, (token,)) for prompt, token in zip(prompts, tokens, strict=True)]
-    one_by_one = copy.copy(encoder)
-    one_by_one.together = False
-    together = Student(model, encoder, tokens=EVERYTHING).log_likelihoods(requests)
-    alone = Student(model, one_by_one).log_likelihoods(requests)
-    backwards = Student(model, encoder).log_likelihoods(requests[::-1])[::-1]
-    gap = max(
-        abs(value - other[0])
-        for (value, _), *others in zip(together, alone, backwards, strict=True)
-        for other in others
-    )
-    same = [flag for _, flag in together] == [flag for _, flag in alone] == [flag for _, flag in backwards]
-    written = Student(model, encoder).generate(prompts, max_new_tokens=1)
-    texts = [encoder.tokenizer.decode([token], skip_special_tokens=True).strip() for token in tokens]
-    packed = sum(flag for _, flag in together[-len(tokens) :])
-    padded = sum(text == answer for text, answer in zip(texts, written, strict=True))
-    return (
-        gap <= TOLERANCE and same and packed == padded == len(tokens),
-        f"{len(requests)} log-likelihoods differ by {gap:.1e} nats at most with batch and order; of {len(tokens)} first tokens "
-        f"{packed} are the likeliest in a packed row, {padded} in a padded batch",
-    )
-
-
-@torch.inference_mode()
-def likeliest(model: Module, ids: Ids) -> int:
-    """The token that follows `ids` by a plain forward of the one row."""
-    return int(model(input_ids=torch.tensor([ids]), logits_to_keep=1).logits[0, -1].argmax())
