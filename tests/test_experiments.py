@@ -19,6 +19,8 @@ REAL = [
     "seq16_qwen2_1b5",
     "seq16_qwen2_7b",
     "seq16_gemma2_2b",
+    "seq16_gemma3_270m",
+    "real8_gemma3_270m",
     "curlora3_mistral7b",
     "trace8_llama2",
 ]
