@@ -78,7 +78,7 @@ def test_scienceqa_scores_the_first_character_and_says_when_it_was_no_letter(mon
 @pytest.mark.parametrize("answer", [3, -1])
 def test_scienceqa_refuses_an_answer_that_is_no_choice(answer, monkeypatch):
     row = {**CASES["trace_scienceqa"].rows[1], "answer": answer}
-    with pytest.raises(UserMistake, match="test/0: the answer .* is none of 3 choices"):
+    with pytest.raises(UserMistake, match="split .test., row 0: column .answer. holds .* none of 3 choices"):
         load("trace_scienceqa", [row], monkeypatch).examples("test")
 
 
@@ -98,9 +98,9 @@ def test_exact_match_takes_every_listed_answer_and_trains_on_the_first(monkeypat
 
 
 def test_a_row_without_a_right_answer_is_refused(monkeypatch):
-    with pytest.raises(UserMistake, match="test/0: the row lists no right answer"):
+    with pytest.raises(UserMistake, match="split .test., row 0: column .targets. lists no right answer"):
         load("bigbench_object_counting", free(("Q", [])), monkeypatch).examples("test")
-    with pytest.raises(UserMistake, match=r"single out none of 2 choices"):
+    with pytest.raises(UserMistake, match=r"singles out none of 2 choices"):
         load(
             "bigbench_winowhy", [{**closed(("Q", ["a", "b"], 0))[0], "multiple_choice_scores": [0, 0]}], monkeypatch
         ).examples("test")
