@@ -72,11 +72,14 @@ class TrainConfig:
 
 @dataclass
 class StreamConfig:
+    """The tasks, and how many rows of each; `too_long` says what becomes of a row whose answer does not fit train.max_length."""
+
     name: str = ""
     tasks: list[str] = field(default_factory=list)
     limit: int | None = key(None, least=1)
     train_rows: int | None = key(None, least=1)
     test_rows: int | None = key(None, least=1)
+    too_long: str = key("refuse", among=("refuse", "drop"))
 
 
 @dataclass

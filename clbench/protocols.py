@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from clbench.models.loss import answer_loss
-from clbench.types import Batch, Example, Score, Source
+from clbench.types import Batch, Example, Score, Source, Unusable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,11 +82,12 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """The stages in the order in which they are trained."""
+    """The stages in the order in which they are trained, and which rows of their tasks could not be used."""
 
     name: str
     order: str
     stages: tuple[Stage, ...]
+    unusable: tuple[Unusable, ...] = ()
 
     def stage_name(self, index: int) -> str:
         """The name of stage `index`; 0 is "base"."""

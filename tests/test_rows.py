@@ -5,9 +5,14 @@ import json
 import pytest
 from datasets import load_dataset
 
+from clbench.config import StreamConfig
+from clbench.data.encoder import Encoder
 from clbench.data.rows import DatasetSpec, load_rows
+from clbench.examine.canaries import check_stream
 from clbench.examine.knowledge import Knowledge
-from clbench.types import UserMistake
+from clbench.models.tiny import bpe_tokenizer
+from clbench.stream import build_stream
+from clbench.types import Unusable, UserMistake
 from tasks.classification import Classification
 from tasks.generation import Generation
 from tasks.multiple_choice import MultipleChoice
@@ -229,3 +234,70 @@ def test_a_dataset_with_a_script_is_one_line(tmp_path):
         load_dataset(str(tmp_path / "own"))
     with pytest.raises(UserMistake, match=r"Dataset scripts are no longer supported.*conf/task"):
         load_rows(DatasetSpec(name="own", hub=str(tmp_path / "own")), split="train", data_dir=None)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    """Of single bytes, so that a token is a character."""
+    return Encoder(bpe_tokenizer(["ab"], 260), max_length=40)
+
+
+def stream(folder, train, test, encoder, **config):
+    """The stream of one task, whose rows have these answers."""
+    (folder / "own").mkdir()
+    for split, answers in (("train", train), ("test", test)):
+        rows = [{"text": f"Number {i}", "label": answer} for i, answer in enumerate(answers)]
+        (folder / "own" / f"{split}.jsonl").write_bytes(lines(*rows))
+    return build_stream(
+        StreamConfig(name="s", **config), order="default", tasks={"own": texts(folder)}, encoder=encoder
+    )
+
+
+def test_an_answer_that_does_not_fit_is_refused_before_a_model_is_loaded(tmp_path, encoder):
+    # A space before the answer, BOS and EOS: 37 characters fit 40 tokens, 38 do not.
+    with pytest.raises(UserMistake, match=r"own/train/1 has 39 tokens.*train.max_length=40.*stream.too_long=drop"):
+        stream(tmp_path, ["a" * 37, "a" * 38], ["a"], encoder)
+
+
+def test_an_answer_that_does_not_fit_is_dropped_and_counted_on_request(tmp_path, encoder):
+    made = stream(tmp_path, ["a" * 37, "a" * 38, "a", "b"], ["a" * 50], encoder, too_long="drop")
+    (stage,) = made.stages
+    assert sorted(len(example.answer) for example in stage.train) == [1, 1, 37]
+    assert len(stage.test) == 1  # a test answer is compared, not read
+    why = "the answer does not fit train.max_length"
+    assert made.unusable == (Unusable(task="own", split="train", why=why, count=1, of=4, dropped=True),)
+
+
+def test_the_row_after_a_dropped_one_takes_its_place(tmp_path, encoder):
+    made = stream(tmp_path, ["a" * 38] + ["a"] * 20, ["a"], encoder, too_long="drop", train_rows=20)
+    assert len(made.stages[0].train) == 20
+
+
+def test_a_choice_that_does_not_fit_counts_as_one_that_cannot_be_scored(tmp_path, encoder):
+    write(tmp_path, lines(*GOOD))
+    task_of = task(Classification, tmp_path, template="{text}", label="label", labels=["yes", "n" * 40])
+    with pytest.raises(UserMistake, match=r"own/test/\d has 41 tokens"):
+        build_stream(StreamConfig(name="s"), order="default", tasks={"own": task_of}, encoder=encoder)
+
+
+def test_the_few_rows_whose_own_answer_their_metric_refuses_are_dropped_and_counted(tmp_path, encoder):
+    # ROUGE-L knows letters and digits only: "**" scores 0 against itself, and so does an empty answer.
+    made = stream(tmp_path, ["a b"] * 30 + ["**"], ["a c"] * 29 + [""], encoder)
+    (stage,) = made.stages
+    assert {example.answer for example in stage.train} == {"a b"} and {example.answer for example in stage.test} == {
+        "a c"
+    }
+    why = "the task's own metric does not count the answer as right"
+    assert made.unusable == (
+        Unusable(task="own", split="train", why=why, count=1, of=31, dropped=True),
+        Unusable(task="own", split="test", why=why, count=1, of=30, dropped=True),
+    )
+    assert [canary.passed for canary in check_stream(made, encoder) if canary.name == "reference"] == [True]
+
+
+def test_many_such_rows_stay_and_fail_the_canary_wherever_they_stand(tmp_path, encoder):
+    # 4 of 61 rows are more than 5 per cent; none is among the test rows, which the canary looks at.
+    made = stream(tmp_path, ["a b"] * 27 + ["**"] * 4, ["a c"] * 30, encoder)
+    assert len(made.stages[0].train) == 31 and [one.dropped for one in made.unusable] == [False]
+    (canary,) = (canary for canary in check_stream(made, encoder) if canary.name == "reference")
+    assert not canary.passed and canary.detail.endswith("of the train rows 4 of 31 do not")

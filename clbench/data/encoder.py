@@ -65,6 +65,11 @@ class Encoder:
             self._answers[answer] = tuple(self.text(" " + answer))
         return self._answers[answer]
 
+    def fits(self, answer: str) -> bool:
+        """Whether BOS, the answer and EOS have at most `max_length` tokens."""
+        # A token stands for a byte at least; the margin is for BOS, EOS and what marks the beginning. So a short text need not be read.
+        return len(answer.encode()) + 8 <= self.max_length or len(self.answer(answer)) + 2 <= self.max_length
+
     def example(self, example: Example) -> Encoded:
         """The example's ids with EOS at the end, cut from the prompt's left to `max_length`."""
         key = (example.prompt, example.answer)

@@ -29,7 +29,7 @@ FILES = ("manifest.json", "status", "scores.jsonl", "cost.jsonl", "items/*.npz")
 """What is read of a run's directory and what the archive holds of it: no checkpoint and no lock."""
 
 NEEDED = ("stream", "order", "model", "method", "seed", "variant", "config", "config_hash", "git", "tasks", "metrics")
-OPTIONAL = {"stream_hash": "", "command": "", "data": "", "model_fingerprint": "", "trained_probes": ()}
+OPTIONAL = {"stream_hash": "", "command": "", "data": "", "model_fingerprint": "", "trained_probes": (), "unusable": ()}
 SCORE = {field.name: field.type for field in fields(Score) if field.name != "items"}
 COST = {field.name: "float" for field in fields(Cost)}
 """The fields of a line of scores.jsonl and of cost.jsonl, and the type that each is read as."""
