@@ -48,7 +48,8 @@ def build(config: Config) -> Parts:
     """Reads the rows and the tokenizer; no model is loaded."""
     source = instantiate(config.model, _convert_="all")
     tokenizer = source.load_tokenizer(Path(config.cache_dir))
-    encoder = Encoder(tokenizer, max_length=config.train.max_length, device=device_of(config))
+    train = config.train
+    encoder = Encoder(tokenizer, max_length=train.max_length, cut=train.cut, device=device_of(config))
     tasks = make_tasks(config)
     return Parts(
         source=source,

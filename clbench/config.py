@@ -59,6 +59,7 @@ class TrainConfig:
     micro_batch_size: int | None = key(None, least=1)
     micro_batch_tokens: int | None = key(None, least=1, identity=False)
     max_length: int = key(512, least=8)
+    cut: str = key("left", among=("left", "middle"))
     lr: float = key(1e-3, least=0)
     schedule: str = key("linear", among=("linear", "cosine", "constant"))
     warmup: float = key(0.1, least=0)

@@ -1,6 +1,8 @@
 """From task names to stages: the order of a stream, its rows, which of them cannot be used, their fingerprints."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
 
 import torch
 
@@ -13,6 +15,9 @@ from clbench.types import Example, Unusable, UserMistake
 
 TOO_LONG = "the answer does not fit train.max_length"
 NOT_RIGHT = "the task's own metric does not count the answer as right"
+COUNTED = 256
+"""Training rows, and test rows, of a task whose prompts are encoded to see how many are cut; rows stand in a fair order."""
+WHERE = {"left": "at their beginning", "middle": "in their middle"}
 NOT_RIGHT_AT_MOST = 0.05
 """Share of a task's rows that may be dropped as NOT_RIGHT; where there are more, the metric is wrong, and the canary `reference` says so."""
 
@@ -132,6 +137,45 @@ def has_right_answers(task: Task, example: Example) -> bool:
 def is_right(task: Task, example: Example, answer: str) -> bool:
     """Whether an answer scores what a right one scores at least, and no more than 1, rounding aside."""
     return task.reference_score - 1e-6 <= task.score(example, answer) <= 1 + 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutPrompts:
+    """Of `of` prompts of a task `share` are cut to fit train.max_length; a cut one loses `median_tokens` of its `median_length`."""
+
+    of: int
+    share: float
+    median_tokens: float
+    median_length: float
+
+
+def cut_prompts(stream: Stream, encoder: Encoder) -> dict[str, CutPrompts]:
+    """The tasks of which prompts are cut. Counted are the first 256 training and test rows of each, as to encode all may take minutes."""
+    found = {}
+    for stage in stream.stages:
+        examples = [
+            *stage.train[:COUNTED],
+            *(example for example in stage.test[:COUNTED] if encoder.fits(example.answer)),
+        ]
+        lost = {example.id: encoder.lost(example) for example in examples}
+        cut = [example for example in examples if lost[example.id]]
+        if cut:
+            found[stage.name] = CutPrompts(
+                of=len(examples),
+                share=len(cut) / len(examples),
+                median_tokens=median(lost[example.id] for example in cut),
+                median_length=median(len(encoder.prompt(example.prompt)) for example in cut),
+            )
+    return found
+
+
+def said_of(cut: CutPrompts, name: str, encoder: Encoder) -> str:
+    """One line for a person."""
+    advice = "; train.cut=middle keeps their beginning, where an instruction stands" if encoder.cut == "left" else ""
+    return (
+        f"{cut.share:.0%} of {cut.of} prompts of {name} do not fit train.max_length={encoder.max_length} and lose {cut.median_tokens:.0f} of "
+        f"{cut.median_length:.0f} tokens (medians) {WHERE[encoder.cut]}{advice}"
+    )
 
 
 def ordered(names: Sequence[str], order: str) -> list[str]:

@@ -11,7 +11,7 @@ from clbench.data.rows import DatasetSpec, load_rows
 from clbench.examine.canaries import check_stream
 from clbench.examine.knowledge import Knowledge
 from clbench.models.tiny import bpe_tokenizer
-from clbench.stream import build_stream
+from clbench.stream import CutPrompts, build_stream, cut_prompts, said_of
 from clbench.types import Unusable, UserMistake
 from tasks.classification import Classification
 from tasks.generation import Generation
@@ -301,3 +301,17 @@ def test_many_such_rows_stay_and_fail_the_canary_wherever_they_stand(tmp_path, e
     assert len(made.stages[0].train) == 31 and [one.dropped for one in made.unusable] == [False]
     (canary,) = (canary for canary in check_stream(made, encoder) if canary.name == "reference")
     assert not canary.passed and canary.detail.endswith("of the train rows 4 of 31 do not")
+
+
+def test_cut_prompts_are_counted_with_what_they_lose(tmp_path, encoder):
+    # "Number 7" is BOS and 8 tokens; room is 40 less the answer, its space and EOS: 3 tokens for an answer of 35 characters.
+    made = stream(tmp_path, ["a" * 35, "a b"], ["b", "a" * 50], encoder)
+    cuts = cut_prompts(made, encoder)
+    assert cuts == {"own": CutPrompts(of=3, share=1 / 3, median_tokens=6, median_length=9)}
+    line = said_of(cuts["own"], "own", encoder)
+    assert line.startswith(
+        "33% of 3 prompts of own do not fit train.max_length=40 and lose 6 of 9 tokens (medians) at their beginning"
+    )
+    assert "train.cut=middle" in line
+    (tmp_path / "short").mkdir()
+    assert cut_prompts(stream(tmp_path / "short", ["a"], ["b"], encoder), encoder) == {}
