@@ -54,6 +54,10 @@ class Task(ABC):
         """Whether `answer` has the form that the task asks for, right or wrong."""
         return bool(answer.strip())
 
+    def guesses(self, example: Example) -> Sequence[str]:
+        """What may be answered without understanding the question; overridden where the choices stand in the prompt alone."""
+        return example.choices
+
     def answer_swaps(self, split: str, count: int) -> Sequence[tuple[Example, Example]]:
         """Up to `count` examples, each beside what its row makes with another row's answer in it; () where there are no rows to swap in."""
         return ()

@@ -6,6 +6,7 @@ A row of ScienceQA without a picture:
 """
 
 from dataclasses import dataclass
+from itertools import takewhile
 from string import ascii_uppercase
 
 from clbench.types import Example, UserMistake
@@ -40,6 +41,11 @@ class ScienceQA(HubTask):
     def score(self, example: Example, answer: str) -> float:
         """1 where the first character is the right letter, else 0, as TRACE does ("Because ..." counts as B)."""
         return float(answer.strip()[:1] == example.answer[0])
+
+    def guesses(self, example: Example) -> tuple[str, ...]:
+        """The letters of the choices, which stand last in the prompt."""
+        options = example.prompt[example.prompt.rfind("\nA. ") :]
+        return tuple(takewhile(lambda letter: f"\n{letter}. " in options, LETTERS))
 
     def is_valid(self, example: Example, answer: str) -> bool:
         """Whether the first line is a letter that a choice can have."""

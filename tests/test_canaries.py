@@ -19,7 +19,7 @@ from clbench.data.encoder import Encoded, Encoder
 from clbench.data.rows import DatasetSpec
 from clbench.examine.canaries import check_stream
 from clbench.examine.canaries.answers import chance, near_zero
-from clbench.examine.canaries.copying import copies, named_last
+from clbench.examine.copying import copies, named_last
 from clbench.examine.student import Student
 from clbench.models.tiny import bpe_tokenizer, word_tokenizer
 from clbench.protocols import Stage, Task

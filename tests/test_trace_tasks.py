@@ -10,6 +10,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from task_rows_trace import CASES, closed, free
 
 import tasks.hub
+from clbench.examine.matrix import floors
+from clbench.protocols import Stage
 from clbench.types import UserMistake
 from tasks.code import with_literals
 
@@ -62,6 +64,27 @@ def test_scienceqa_shows_a_hint_only_where_there_is_one(monkeypatch):
         "What can Ana test?\n\nHint:\nAna has a stove.\n\nChoices:\nA. heat\nB. taste\nC. price\n\nAnswer:"
     )
     assert (second.answer, third.answer) == ("A\nLook at the stove.", "A")
+
+
+def test_floors_of_scienceqa_are_those_of_its_letters(monkeypatch):
+    row = CASES["trace_scienceqa"].rows[1]
+    counts = ((2, 0), (4, 1), (4, 1), (4, 3))  # choices, and which is right
+    rows = [
+        {
+            **row,
+            "question": f"Which?\nA. {i}",
+            "choices": [f"thing {k}" for k in range(count)],
+            "answer": right,
+            "solution": f"By {i}.",
+        }
+        for i, (count, right) in enumerate(counts)
+    ]
+    task = load("trace_scienceqa", rows, monkeypatch)
+    tests = task.examples("test")
+    assert [task.guesses(example) for example in in_order(task)] == [tuple("AB"), *[tuple("ABCD")] * 3]
+    found = floors(Stage(index=1, name="s", task=task, train=tests, test=tests, collate=None, whole_stream=tests))
+    assert found["chance"] == approx((1 / 2 + 3 / 4) / 4)
+    assert found["majority"] == 2 / 4  # always B, whatever the reasons
 
 
 def test_scienceqa_scores_the_first_character_and_says_when_it_was_no_letter(monkeypatch):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import islice
 from math import ceil, sqrt
 
-from clbench.examine.canaries.copying import copies
+from clbench.examine.copying import copies
 from clbench.examine.matrix import choose, examine
 from clbench.examine.student import Student
 from clbench.protocols import Stage, Task
