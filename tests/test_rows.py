@@ -5,12 +5,14 @@ import json
 import pytest
 from datasets import load_dataset
 
+from clbench.build import build
+from clbench.cli import compose
 from clbench.config import StreamConfig
 from clbench.data.encoder import Encoder
 from clbench.data.rows import DatasetSpec, load_rows
 from clbench.examine.canaries import check_stream
 from clbench.examine.knowledge import Knowledge
-from clbench.models.tiny import bpe_tokenizer
+from clbench.models.tiny import Recipe, bpe_tokenizer
 from clbench.stream import CutPrompts, build_stream, cut_prompts, said_of
 from clbench.types import Unusable, UserMistake
 from tasks.classification import Classification
@@ -315,3 +317,17 @@ def test_cut_prompts_are_counted_with_what_they_lose(tmp_path, encoder):
     assert "train.cut=middle" in line
     (tmp_path / "short").mkdir()
     assert cut_prompts(stream(tmp_path / "short", ["a"], ["b"], encoder), encoder) == {}
+
+
+def test_a_damaged_row_is_said_before_a_model_is_pretrained(tmp_path, monkeypatch):
+    def pretrained(self, cache_dir):
+        raise AssertionError("the model was asked for")
+
+    monkeypatch.setattr(Recipe, "load_tokenizer", pretrained)
+    write(tmp_path, lines({**GOOD[0], "text": None}))
+    (tmp_path / "own").rename(tmp_path / "boolq")
+    config = compose(
+        [f"data_dir={tmp_path}", f"results_dir={tmp_path}", f"cache_dir={tmp_path}", "stream.tasks=[boolq]"]
+    )
+    with pytest.raises(UserMistake, match="boolq/train.jsonl, line 1: column"):
+        build(config)
