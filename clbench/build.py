@@ -46,16 +46,21 @@ def set_up_torch(config: Config) -> None:
 
 def build(config: Config) -> Parts:
     """Reads the rows and the tokenizer; no model is loaded."""
+    tasks, probes = make_tasks(config), make_probes(config)
+    # What is wrong with rows is said at once: the tokenizer of a model that is pretrained here is there when that is done.
+    for task in tasks.values():
+        for split in ("train", "test"):
+            task.examples(split)
     source = instantiate(config.model, _convert_="all")
     tokenizer = source.load_tokenizer(Path(config.cache_dir))
-    encoder = Encoder(tokenizer, max_length=config.train.max_length, device=device_of(config))
-    tasks = make_tasks(config)
+    train = config.train
+    encoder = Encoder(tokenizer, max_length=train.max_length, cut=train.cut, device=device_of(config))
     return Parts(
         source=source,
         method=make_method(config),
         encoder=encoder,
         stream=build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder),
-        probes=make_probes(config),
+        probes=probes,
     )
 
 

@@ -59,6 +59,7 @@ class TrainConfig:
     micro_batch_size: int | None = key(None, least=1)
     micro_batch_tokens: int | None = key(None, least=1, identity=False)
     max_length: int = key(512, least=8)
+    cut: str = key("left", among=("left", "middle"))
     lr: float = key(1e-3, least=0)
     schedule: str = key("linear", among=("linear", "cosine", "constant"))
     warmup: float = key(0.1, least=0)
@@ -72,11 +73,14 @@ class TrainConfig:
 
 @dataclass
 class StreamConfig:
+    """The tasks, and how many rows of each; `too_long` says what becomes of a row whose answer does not fit train.max_length."""
+
     name: str = ""
     tasks: list[str] = field(default_factory=list)
     limit: int | None = key(None, least=1)
     train_rows: int | None = key(None, least=1)
     test_rows: int | None = key(None, least=1)
+    too_long: str = key("refuse", among=("refuse", "drop"))
 
 
 @dataclass

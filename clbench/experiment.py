@@ -36,6 +36,7 @@ from clbench.record.overlaps import check_data
 from clbench.record.runs import CANARIES, FAILED
 from clbench.record.tracking import Tracker
 from clbench.record.untouched import Untouched, find, keep, kept_at, source_hash
+from clbench.stream import cut_prompts, said_of
 from clbench.train import optimizer as optim
 from clbench.train.local import LocalEngine
 from clbench.train.loop import Plan, Trained, plan_stage, train_stage
@@ -70,7 +71,12 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
     parts = ranks.in_turn(lambda: build(config))  # the first rank fills the cache for the others
     data = check_data(parts.stream, parts.probes, allow_overlap=config.probe.allow_overlap)
     manifest = describe(config, parts.stream, model_label=parts.source.label, command=command)
-    manifest |= data.record | {"model_fingerprint": parts.source.fingerprint()}
+    cuts = cut_prompts(parts.stream, parts.encoder)
+    manifest |= (
+        data.record
+        | {"cut_prompts": {name: asdict(cut) for name, cut in cuts.items()}}
+        | {"model_fingerprint": parts.source.fingerprint()}
+    )
     if ranks.share(status_of(path, manifest, resume=config.resume) if ranks.is_first else "") == COMPLETE:
         log.info("%s is complete already", path)
         return path
@@ -84,6 +90,8 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
     ledger = None
     if ranks.is_first:
         data.warn()
+        for name, cut in cuts.items():
+            log.warning("%s", said_of(cut, name, parts.encoder))
         evaluation = check_evaluation(parts)
         ledger = Ledger(path, manifest=manifest | {"canaries": evaluation, "untouched_measured_by": untouched.run})
     started = Run(
@@ -118,7 +126,7 @@ def measure_untouched(
     for probe in parts.probes:
         probe.begin(student_of(config, model, parts.encoder, ranks))
     settings = identity(manifest["config"])
-    shared = ("engine.", "order", "stream", "tasks", "probe", "train.max_length")
+    shared = ("engine.", "order", "stream", "tasks", "probe", "train.max_length", "train.cut")
     depends_on = {key: value for key, value in settings.items() if key.startswith(shared)}
     depends_on |= {key: manifest[key] for key in ("model_fingerprint", "data", "probe_data", "versions", "hardware")}
     depends_on["source"] = source_hash([*(stage.task for stage in parts.stream.stages), *parts.probes])

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from clbench.models.loss import answer_loss
-from clbench.types import Batch, Example, Score, Source
+from clbench.types import Batch, Example, Score, Source, Unusable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +54,10 @@ class Task(ABC):
         """Whether `answer` has the form that the task asks for, right or wrong."""
         return bool(answer.strip())
 
+    def guesses(self, example: Example) -> Sequence[str]:
+        """What may be answered without understanding the question; overridden where the choices stand in the prompt alone."""
+        return example.choices
+
     def answer_swaps(self, split: str, count: int) -> Sequence[tuple[Example, Example]]:
         """Up to `count` examples, each beside what its row makes with another row's answer in it; () where there are no rows to swap in."""
         return ()
@@ -82,11 +86,12 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """The stages in the order in which they are trained."""
+    """The stages in the order in which they are trained, and which rows of their tasks could not be used."""
 
     name: str
     order: str
     stages: tuple[Stage, ...]
+    unusable: tuple[Unusable, ...] = ()
 
     def stage_name(self, index: int) -> str:
         """The name of stage `index`; 0 is "base"."""

@@ -56,6 +56,21 @@ class Source:
     after: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Unusable:
+    """`count` of the first `of` rows of a task's split cannot be used as they are, and `why`.
+
+    They were `dropped`, unless there are too many of them for the rows to be at fault.
+    """
+
+    task: str
+    split: str
+    why: str
+    count: int
+    of: int
+    dropped: bool
+
+
 IGNORED = -100
 """Label of a position that is not part of an answer (the value that torch's cross-entropy skips)."""
 

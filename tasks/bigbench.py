@@ -7,8 +7,9 @@ A row of logical_deduction:
 
 from dataclasses import dataclass
 
+from clbench.data.rows import kind_of
 from clbench.types import Example, UserMistake
-from tasks.hub import ClosedTask, Row, lookup, render
+from tasks.hub import ClosedTask, Row, lookup, render, texts_at
 
 CHOICES, SCORES, TARGETS = "multiple_choice_targets", "multiple_choice_scores", "targets"
 
@@ -23,11 +24,11 @@ class BigBenchChoice(ClosedTask):
 
     def example(self, row: Row, *, id: str) -> Example:
         """The question, its choices and the one with the best score; equally good ones count as right, too."""
-        choices = tuple(choice.strip() for choice in lookup(row, CHOICES))
+        choices = tuple(choice.strip() for choice in texts_at(row, CHOICES))
         scores = lookup(row, SCORES)
-        if not choices or len(scores) != len(choices) or max(scores) <= 0:
+        if kind_of(scores) != "list of number" or len(scores) != len(choices) or max(scores) <= 0:
             raise UserMistake(
-                f"{id}: the scores {scores!r} single out none of {len(choices)} choices; not a closed task"
+                f"column {SCORES!r} holds {scores!r}, which singles out none of {len(choices)} choices; not a closed task"
             )
         right = [choice for choice, score in zip(choices, scores, strict=True) if score == max(scores)]
         prompt = render(self.template, {**row, "options": [f"choice: {choice}" for choice in choices]})

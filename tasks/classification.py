@@ -26,6 +26,13 @@ class Classification(ClosedTask):
     label: str
     codes: Sequence[Any] | None = None
 
+    def __post_init__(self) -> None:
+        if wrong := [label for label in self.labels if not isinstance(label, str)]:
+            raise UserMistake(
+                f"labels of task {self.name!r} have {wrong[0]!r}, as yaml reads yes, no, true, false and numbers without quotes; "
+                f'put each label in quotes, labels: ["yes", "no"] (conf/task/{self.name}.yaml)'
+            )
+
     @property
     def answer_columns(self) -> tuple[str, ...]:
         return (self.label,)
@@ -35,7 +42,9 @@ class Classification(ClosedTask):
         place = self._place(given)
         if place is None:
             known = tuple(self.codes or self.labels)
-            raise UserMistake(f"{id}: the label {given!r} is none of {known}; a split without labels cannot be used")
+            raise UserMistake(
+                f"column {self.label!r} holds the label {given!r}, which is none of {known}; a split without labels cannot be used"
+            )
         choices = tuple(dict.fromkeys(self.labels))
         return Example(id=id, prompt=render(self.template, row), answer=self.labels[place], choices=choices)
 

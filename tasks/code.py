@@ -12,7 +12,7 @@ from difflib import SequenceMatcher
 from rapidfuzz import fuzz
 
 from clbench.types import Example
-from tasks.hub import Row, TextTask, accepted, lookup, render
+from tasks.hub import Row, TextTask, accepted, render, text_at
 
 EMPTY_LITERALS = {"<NUM_LIT>": "0", "<STR_LIT>": "", "<CHAR_LIT>": ""}
 LITERAL = re.compile("(<(?:STR|NUM|CHAR)_LIT:(.*?)>)", re.DOTALL)
@@ -21,7 +21,7 @@ LITERAL = re.compile("(<(?:STR|NUM|CHAR)_LIT:(.*?)>)", re.DOTALL)
 @dataclass(kw_only=True)
 class Code(TextTask):
     def example(self, row: Row, *, id: str) -> Example:
-        return Example(id=id, prompt=render(self.template, row), answer=tidy(str(lookup(row, self.answer))))
+        return Example(id=id, prompt=render(self.template, row), answer=tidy(text_at(row, self.answer)))
 
     def score(self, example: Example, answer: str) -> float:
         """Edit similarity in [0, 1]: twice the characters in difflib's matching blocks over the characters of both."""

@@ -12,12 +12,13 @@ index that the row has in its file.
 import hashlib
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from string import Formatter
 from typing import Any
 
-from clbench.data.rows import DatasetSpec, load_rows
+from clbench.data.rows import DatasetSpec, load_rows, place
 from clbench.protocols import Task
 from clbench.types import Example, UserMistake
 
@@ -74,12 +75,13 @@ class HubTask(Task):
     def _chosen(self, rows: Mapping[int, Row], split: str) -> list[list[int]]:
         """The indices of the rows of each example."""
         groups: dict[Any, list[int]] = {}
+        by = self.group_by if split != "train" else None
         for index, row in rows.items():
-            key = lookup(row, self.group_by) if self.group_by and split != "train" else index
-            groups.setdefault(key, []).append(index)
+            groups.setdefault(self._value(by, row, index, split) if by else index, []).append(index)
         chosen = sorted(groups.values(), key=lambda members: bucket(self.sample_seed, self.name, split, members[0]))
         if self.balance_by and split != "train":
-            chosen = balanced(chosen, [lookup(rows[members[0]], self.balance_by) for members in chosen])
+            first = [members[0] for members in chosen]
+            chosen = balanced(chosen, [self._value(self.balance_by, rows[index], index, split) for index in first])
         return chosen[: self.max_train if split == "train" else self.max_test]
 
     def answer_swaps(self, split: str, count: int) -> Sequence[tuple[Example, Example]]:
@@ -106,19 +108,36 @@ class HubTask(Task):
     def _rows(self, split: str) -> dict[int, Row]:
         """The rows that belong to `split`, by their index in the file."""
         rows = dict(enumerate(load_rows(self.dataset, split=split, data_dir=self.data_dir)))
-        wanted = {column: several(value) for column, value in self.where.items()}
-        kept = {i: row for i, row in rows.items() if all(row[column] in values for column, values in wanted.items())}
+        for column, wanted in self.where.items():
+            rows = {i: row for i, row in rows.items() if self._value(column, row, i, split) in several(wanted)}
         if self.hold_out and self.data_dir is None:
-            column = self.hold_out
-            kept = {i: row for i, row in kept.items() if (bucket(row[column]) % TEST_SHARE == 0) == (split == "test")}
-        return kept
+            column, is_test = self.hold_out, split == "test"
+            held = {i: bucket(self._value(column, row, i, split)) % TEST_SHARE == 0 for i, row in rows.items()}
+            rows = {i: row for i, row in rows.items() if held[i] == is_test}
+        return rows
 
     def _merged(self, members: Sequence[tuple[int, Row]], split: str) -> Example:
         """One example of rows that ask the same; the answers of all but the first become references."""
-        place = f"{self.name}/{split}"
-        read = [self.example(stripped(row, self.max_words), id=f"{place}/{index}") for index, row in members]
+        read = []
+        for index, row in members:
+            with self._located(index, split):
+                read.append(self.example(stripped(row, self.max_words), id=f"{self.name}/{split}/{index}"))
         others = dict.fromkeys(example.answer for example in read[1:] if example.answer != read[0].answer)
         return replace(read[0], references=(*read[0].references, *others)) if others else read[0]
+
+    def _value(self, column: str, row: Row, index: int, split: str) -> Any:
+        """What decides which split, group or filter takes the row."""
+        with self._located(index, split):
+            return lookup(row, column)
+
+    @contextmanager
+    def _located(self, index: int, split: str) -> Iterator[None]:
+        """What is wrong with row `index` of `split` is said with its file and line."""
+        try:
+            yield
+        except UserMistake as mistake:
+            where = place(self.dataset, split=split, data_dir=self.data_dir, row=index)
+            raise UserMistake(f"{where}: {mistake} (task {self.name})") from mistake
 
 
 @dataclass(kw_only=True)
@@ -132,7 +151,7 @@ class TextTask(HubTask):
         return (self.answer,)
 
     def example(self, row: Row, *, id: str) -> Example:
-        first, *others = right_answers(lookup(row, self.answer), id=id)
+        first, *others = right_answers(row, self.answer)
         return Example(id=id, prompt=render(self.template, row), answer=first, references=tuple(others))
 
 
@@ -147,7 +166,17 @@ class ClosedTask(HubTask):
 
 
 class _Joining(Formatter):
-    """str.format, except that a list prints as its items on lines of their own."""
+    """str.format, except that a list prints as its items on lines of their own, and that null and NaN are refused."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        try:
+            value, first = super().get_field(field_name, args, kwargs)
+        except (KeyError, IndexError, TypeError) as error:
+            raise UserMistake(f"column {field_name!r} is missing ({error}); the row has {sorted(kwargs)}") from error
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if any(item is None or item != item for item in items):
+            raise UserMistake(f"column {field_name!r} is {value!r}; null and NaN are not allowed in what a task reads")
+        return value, first
 
     def format_field(self, value: Any, format_spec: str) -> str:
         return "\n".join(map(str, value)) if isinstance(value, (list, tuple)) else format(value, format_spec)
@@ -155,18 +184,31 @@ class _Joining(Formatter):
 
 def render(template: str, row: Row) -> str:
     """`template` with the row's columns in place of its {fields}."""
-    try:
-        return _Joining().vformat(template, (), row)
-    except (KeyError, IndexError) as error:
-        raise UserMistake(f"template {template!r} asks for {error}, the row has the columns {sorted(row)}") from error
+    return _Joining().vformat(template, (), row)
 
 
 def lookup(row: Row, path: str) -> Any:
-    """The value at `path`, for instance `choices[text]`."""
-    try:
-        return Formatter().get_field(path, (), row)[0]
-    except KeyError as error:
-        raise UserMistake(f"column {path!r} asks for {error}, the row has the columns {sorted(row)}") from error
+    """The value at `path`, for instance `choices[text]`; raises UserMistake where there is none."""
+    return _Joining().get_field(path, (), row)[0]
+
+
+def text_at(row: Row, path: str) -> str:
+    """The text, or the number, at `path`, without white space around it."""
+    return as_text(lookup(row, path), path)
+
+
+def as_text(value: Any, path: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise UserMistake(f"column {path!r} holds {value!r}; text or a number is due")
+    return str(value).strip()
+
+
+def texts_at(row: Row, path: str) -> list[str]:
+    """The list of texts at `path`."""
+    found = lookup(row, path)
+    if not isinstance(found, (list, tuple)) or not all(isinstance(item, str) for item in found):
+        raise UserMistake(f"column {path!r} holds {found!r}; a list of texts is due, numbers in quotes")
+    return list(found)
 
 
 def replaced(row: Row, path: str, value: Any) -> Row:
@@ -201,16 +243,17 @@ def balanced(items: Sequence[Any], labels: Sequence[Any]) -> list[Any]:
     return [item for turn in turns if len(turn) == len(seen) for item in turn]
 
 
-def right_answers(given: Any, *, id: str) -> list[str]:
-    """The right answers, each once, without white space around them.
+def right_answers(row: Row, path: str) -> list[str]:
+    """The right answers at `path`, each once, without white space around them.
 
-    >>> right_answers(["three ", "3", "3"], id="x"), right_answers(" yes", id="x")
+    >>> right_answers({"a": ["three ", "3", "3"]}, "a"), right_answers({"a": " yes"}, "a")
     (['three', '3'], ['yes'])
     """
+    given = lookup(row, path)
     listed = given if isinstance(given, (list, tuple)) else [given]
-    answers = list(dict.fromkeys(str(answer).strip() for answer in listed))
+    answers = list(dict.fromkeys(as_text(answer, path) for answer in listed))
     if not answers:
-        raise UserMistake(f"{id}: the row lists no right answer; a split without answers cannot be used")
+        raise UserMistake(f"column {path!r} lists no right answer; a split without answers cannot be used")
     return answers
 
 
@@ -222,7 +265,7 @@ def accepted(example: Example) -> tuple[str, ...]:
 def stripped(row: Row, max_words: Mapping[str, int]) -> Row:
     """The row without white space around its texts, the columns of `max_words` cut to that many words."""
     texts = {column: value.strip() if isinstance(value, str) else value for column, value in row.items()}
-    return texts | {column: first_words(texts[column], count) for column, count in max_words.items()}
+    return texts | {column: first_words(text_at(texts, column), count) for column, count in max_words.items()}
 
 
 def first_words(text: str, count: int) -> str:

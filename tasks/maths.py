@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from clbench.types import Example
-from tasks.hub import Row, TextTask, lookup, render
+from tasks.hub import Row, TextTask, render, text_at
 
 NUMBER = re.compile(r"(?<![\d.])-?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|\.\d+)")
 
@@ -22,7 +22,7 @@ class Maths(TextTask):
 
     def example(self, row: Row, *, id: str) -> Example:
         """The problem and its solution; a solution that is only a number is written plainly (12.0 as 12)."""
-        return Example(id=id, prompt=render(self.template, row), answer=plain(str(lookup(row, self.answer)).strip()))
+        return Example(id=id, prompt=render(self.template, row), answer=plain(text_at(row, self.answer)))
 
     def score(self, example: Example, answer: str) -> float:
         given = final_number(answer, self.marker)

@@ -11,7 +11,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from clbench.types import Example, UserMistake
-from tasks.hub import ClosedTask, Row, lookup, render
+from tasks.hub import ClosedTask, Row, lookup, render, text_at, texts_at
 
 
 @dataclass(kw_only=True)
@@ -32,20 +32,23 @@ class MultipleChoice(ClosedTask):
 
     def example(self, row: Row, *, id: str) -> Example:
         one_column = isinstance(self.options, str)
-        texts = lookup(row, self.options) if one_column else [lookup(row, column) for column in self.options]
+        texts = texts_at(row, self.options) if one_column else [text_at(row, column) for column in self.options]
         letters = ascii_uppercase[: len(texts)]
-        labels = list(lookup(row, self.option_labels)) if self.option_labels else list(letters)
-        right = position(lookup(row, self.answer), labels, id=id)
+        labels = texts_at(row, self.option_labels) if self.option_labels else list(letters)
+        right = position(lookup(row, self.answer), labels, column=self.answer)
         lines = [f"{letter}. {without_letter(text, letter)}" for letter, text in zip(letters, texts, strict=True)]
         prompt = render(self.template, {**row, "options": lines})
         return Example(id=id, prompt=prompt, answer=letters[right], choices=tuple(letters))
 
 
-def position(answer: Any, labels: Sequence[str], *, id: str) -> int:
+def position(answer: Any, labels: Sequence[str], *, column: str) -> int:
     """Where the right option stands, from 0."""
     place = labels.index(answer) if answer in labels else answer
     if not isinstance(place, int) or not 0 <= place < len(labels):
-        raise UserMistake(f"{id}: the answer {answer!r} is none of {labels}; a split without answers cannot be used")
+        raise UserMistake(
+            f"column {column!r} holds {answer!r}; one of {labels} is due, or a position from 0 to {len(labels) - 1}; a split without "
+            "answers cannot be used"
+        )
     return place
 
 

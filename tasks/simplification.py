@@ -16,7 +16,7 @@ from typing import ClassVar
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 from clbench.types import Example
-from tasks.hub import Row, TextTask, accepted, lookup, render
+from tasks.hub import Row, TextTask, accepted, render, text_at
 
 ORDERS = (1, 2, 3, 4)
 TOKENIZER = Tokenizer13a()
@@ -32,7 +32,7 @@ class Simplification(TextTask):
     source: str
 
     def example(self, row: Row, *, id: str) -> Example:
-        source, answer = (str(lookup(row, column)).strip() for column in (self.source, self.answer))
+        source, answer = (text_at(row, column) for column in (self.source, self.answer))
         return Example(id=id, prompt=render(self.template, row), answer=answer, source=source)
 
     def score(self, example: Example, answer: str) -> float:

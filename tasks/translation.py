@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from sacrebleu.metrics import BLEU, CHRF
 
 from clbench.types import Example
-from tasks.hub import HubTask, Row, accepted, lookup, ragged, render
+from tasks.hub import HubTask, Row, accepted, ragged, render, text_at
 
 
 @dataclass(kw_only=True)
@@ -25,7 +25,7 @@ class Translation(HubTask):
         return (self.target,)
 
     def example(self, row: Row, *, id: str) -> Example:
-        source, target = (str(lookup(row, column)).strip() for column in (self.source, self.target))
+        source, target = (text_at(row, column) for column in (self.source, self.target))
         return Example(id=id, prompt=render(self.template, row), answer=target, source=source)
 
     def score(self, example: Example, answer: str) -> float:

@@ -20,8 +20,8 @@ from clbench.data.encoder import Encoded, Encoder
 from clbench.data.rows import DatasetSpec
 from clbench.examine.canaries import ARCHITECTURE, check_stream, own_model
 from clbench.examine.canaries.answers import chance, near_zero
-from clbench.examine.canaries.copying import copies, named_last
 from clbench.examine.canaries.own_model import bounds, check_model
+from clbench.examine.copying import copies, named_last
 from clbench.examine.student import Student
 from clbench.models.loss import answer_loss
 from clbench.models.tiny import bpe_tokenizer, fresh_llama, word_tokenizer

@@ -122,12 +122,28 @@ def test_floors_are_chance_the_commonest_answer_and_an_answer_of_another_questio
         "chance": pytest.approx(1 / 3),
         "majority": pytest.approx(2 / 5),
         "format_only": pytest.approx(3 / 5),
+        "copy": pytest.approx(2 / 5),  # no choice stands in a prompt: the first one
     }
 
 
 def test_floors_of_an_open_task_have_no_chance():
     tests = tuple(Example(id=str(i), prompt="?", answer=answer) for i, answer in enumerate(("x y", "z", "z", "w")))
-    assert floors(stage(tests, train=tests[2:])) == {"chance": 0.0, "majority": 0.5, "format_only": 0.5}  # z w z w
+    assert floors(stage(tests, train=tests[2:])) == {
+        "chance": 0.0,
+        "majority": 0.5,
+        "format_only": 0.5,
+        "copy": 0.0,
+    }  # z w z w
+
+
+def test_the_copying_floor_is_that_of_the_best_reader_chosen_on_the_first_32_examples():
+    # The last number is right in the first 20 of 40 prompts, the first word in the last 8.
+    prompts = [("so", 7, "7") if i < 20 else ("9", 7, "9") if i >= 32 else ("so", 7, "5") for i in range(40)]
+    tests = tuple(
+        Example(id=str(i), prompt=f"{first} and {i} {last} how many ?{' really ?' * (i % 3)}", answer=answer)
+        for i, (first, last, answer) in enumerate(prompts)
+    )
+    assert floors(stage(tests))["copy"] == 20 / 40
 
 
 def test_format_loss_is_the_metric_less_exact_match_item_by_item(student):

@@ -69,7 +69,9 @@ def test_a_stream_named_as_ours_is_ours_with_the_tasks_of_the_rows(stream):
         if row.task.startswith((prefix, f"{stream}_")):
             assert row.task in tasks
             stated = OmegaConf.load(ROOT / "conf" / "task" / f"{row.task}.yaml").metric
-            assert row.metric in (stated, "exact_match"), row  # exact match is recorded of every closed task
+            # Exact match is recorded of every closed task. TRACE's own ROUGE-L is another than ours, and stands beside none.
+            theirs = "rougeL" if row.task == "trace_meetingbank" else "exact_match"
+            assert row.metric in (stated, theirs), row
 
 
 def test_a_method_named_as_ours_is_ours():

@@ -88,6 +88,24 @@ def test_generation_equals_greedy_decoding_of_one_prompt(model, tokens):
         assert answer == " ".join(str(token) for token in ids[len(prompt) :] if token > 2)
 
 
+def test_a_prompt_that_is_too_long_is_cut_in_examination_as_in_training(model):
+    class Decodable(Words):
+        def decode(self, ids, skip_special_tokens):
+            return " ".join(map(str, ids))
+
+    prompt, answer = (1, *range(3, 19)), (20, 21)  # of 10 tokens all but the last answer token are read
+    student = Student(model, Encoder(Decodable(), max_length=10, cut="middle"))
+    log_probs = plain_log_probs(model, [1, 3, 4, 5, 6, 15, 16, 17, 18, 20])
+    expected = float(log_probs[8, 20] + log_probs[9, 21])
+    assert student.log_likelihoods([(prompt, answer)])[0][0] == pytest.approx(expected, abs=1e-4)
+    first = int(plain_log_probs(model, [1, 3, 4, 5, 6, 14, 15, 16, 17, 18])[-1].argmax())
+    assert student.generate([prompt], max_new_tokens=1) == [str(first)]
+    # A probe that states its own bound reads as lm-eval does.
+    log_probs = plain_log_probs(model, [1, *range(11, 19), 20])
+    expected = float(log_probs[8, 20] + log_probs[9, 21])
+    assert student.log_likelihoods([(prompt, answer)], max_length=10)[0][0] == pytest.approx(expected, abs=1e-4)
+
+
 def test_log_probs_are_those_of_plain_forwards_in_the_order_asked(model):
     texts = [((1, 5, 6), (2,)), ((1,), (0,)), ((1, 7, 8, 9, 10), (1, 4))]
     found = Student(model, Encoder(Words(), max_length=32), tokens=6).log_probs(texts)

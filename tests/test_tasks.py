@@ -179,7 +179,9 @@ def test_a_label_word_may_stand_for_several_codes(data_dir):
 
 def test_a_code_that_is_not_listed_is_refused_even_if_it_could_be_a_position(data_dir):
     write(data_dir / "curlora3_published_sentiment140" / "train.jsonl", tweets(1))
-    with pytest.raises(UserMistake, match=r"train/0: the label 1 is none of \(0, 2, 4\)"):
+    with pytest.raises(
+        UserMistake, match=r"train.jsonl, line 1: column .sentiment. holds the label 1, which is none of \(0, 2, 4\)"
+    ):
         load("curlora3_published_sentiment140", data_dir).examples("train")
 
 
@@ -216,14 +218,14 @@ def test_a_missing_column_is_a_users_mistake_that_lists_the_columns():
 
 def test_a_split_without_labels_is_refused(data_dir):
     write(data_dir / "glue_mnli" / "test.jsonl", [{**CASES["glue_mnli"].rows[0], "label": -1}])
-    with pytest.raises(UserMistake, match="glue_mnli/test/0: the label -1"):
+    with pytest.raises(UserMistake, match="glue_mnli/test.jsonl, line 1: column .label. holds the label -1"):
         load("glue_mnli", data_dir).examples("test")
 
 
 def test_options_may_be_numbered():
-    assert position("2", ["1", "2", "3"], id="x") == 1
+    assert position("2", ["1", "2", "3"], column="c") == 1
     with pytest.raises(UserMistake, match="split without answers"):
-        position("", ["A", "B"], id="x")
+        position("", ["A", "B"], column="c")
 
 
 @pytest.mark.parametrize(

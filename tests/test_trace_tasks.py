@@ -10,6 +10,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from task_rows_trace import CASES, closed, free
 
 import tasks.hub
+from clbench.examine.matrix import floors
+from clbench.protocols import Stage
 from clbench.types import UserMistake
 from tasks.code import with_literals
 
@@ -64,6 +66,27 @@ def test_scienceqa_shows_a_hint_only_where_there_is_one(monkeypatch):
     assert (second.answer, third.answer) == ("A\nLook at the stove.", "A")
 
 
+def test_floors_of_scienceqa_are_those_of_its_letters(monkeypatch):
+    row = CASES["trace_scienceqa"].rows[1]
+    counts = ((2, 0), (4, 1), (4, 1), (4, 3))  # choices, and which is right
+    rows = [
+        {
+            **row,
+            "question": f"Which?\nA. {i}",
+            "choices": [f"thing {k}" for k in range(count)],
+            "answer": right,
+            "solution": f"By {i}.",
+        }
+        for i, (count, right) in enumerate(counts)
+    ]
+    task = load("trace_scienceqa", rows, monkeypatch)
+    tests = task.examples("test")
+    assert [task.guesses(example) for example in in_order(task)] == [tuple("AB"), *[tuple("ABCD")] * 3]
+    found = floors(Stage(index=1, name="s", task=task, train=tests, test=tests, collate=None, whole_stream=tests))
+    assert found["chance"] == approx((1 / 2 + 3 / 4) / 4)
+    assert found["majority"] == 2 / 4  # always B, whatever the reasons
+
+
 def test_scienceqa_scores_the_first_character_and_says_when_it_was_no_letter(monkeypatch):
     task = load("trace_scienceqa", CASES["trace_scienceqa"].rows, monkeypatch)
     example = in_order(task)[0]
@@ -78,7 +101,7 @@ def test_scienceqa_scores_the_first_character_and_says_when_it_was_no_letter(mon
 @pytest.mark.parametrize("answer", [3, -1])
 def test_scienceqa_refuses_an_answer_that_is_no_choice(answer, monkeypatch):
     row = {**CASES["trace_scienceqa"].rows[1], "answer": answer}
-    with pytest.raises(UserMistake, match="test/0: the answer .* is none of 3 choices"):
+    with pytest.raises(UserMistake, match="split .test., row 0: column .answer. holds .* none of 3 choices"):
         load("trace_scienceqa", [row], monkeypatch).examples("test")
 
 
@@ -98,9 +121,9 @@ def test_exact_match_takes_every_listed_answer_and_trains_on_the_first(monkeypat
 
 
 def test_a_row_without_a_right_answer_is_refused(monkeypatch):
-    with pytest.raises(UserMistake, match="test/0: the row lists no right answer"):
+    with pytest.raises(UserMistake, match="split .test., row 0: column .targets. lists no right answer"):
         load("bigbench_object_counting", free(("Q", [])), monkeypatch).examples("test")
-    with pytest.raises(UserMistake, match=r"single out none of 2 choices"):
+    with pytest.raises(UserMistake, match=r"singles out none of 2 choices"):
         load(
             "bigbench_winowhy", [{**closed(("Q", ["a", "b"], 0))[0], "multiple_choice_scores": [0, 0]}], monkeypatch
         ).examples("test")

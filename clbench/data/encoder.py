@@ -29,7 +29,7 @@ class Encoder:
     """Turns examples into token ids, each once, and ids into batches.
 
     The prompt and the answer are tokenised apart, so a prompt has the same ids in training and in examination. The answer is set off by
-    one space. When the whole is longer than `max_length`, the prompt loses tokens from its left, after the BOS; the answer never does
+    one space. When the whole is longer than `max_length`, the prompt loses tokens where `cut` says, but never the BOS; the answer never does
     (UserMistake where it alone is too long). Without `together` a batch has one row (`examine.together`).
     """
 
@@ -38,11 +38,13 @@ class Encoder:
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_length: int,
+        cut: str = "left",
         device: torch.device | str = "cpu",
         together: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.cut = cut
         self.device = torch.device(device)
         self.together = together
         self._encoded: dict[tuple[str, str], Encoded] = {}
@@ -65,8 +67,13 @@ class Encoder:
             self._answers[answer] = tuple(self.text(" " + answer))
         return self._answers[answer]
 
+    def fits(self, answer: str) -> bool:
+        """Whether BOS, the answer and EOS have at most `max_length` tokens."""
+        # A token stands for a byte at least; the margin is for BOS, EOS and what marks the beginning. So a short text need not be read.
+        return len(answer.encode()) + 8 <= self.max_length or len(self.answer(answer)) + 2 <= self.max_length
+
     def example(self, example: Example) -> Encoded:
-        """The example's ids with EOS at the end, cut from the prompt's left to `max_length`."""
+        """The example's ids with EOS at the end, the prompt cut so that they are at most `max_length`."""
         key = (example.prompt, example.answer)
         if key not in self._encoded:
             answer = (*self.answer(example.answer), self.tokenizer.eos_token_id)
@@ -74,9 +81,17 @@ class Encoder:
                 raise UserMistake(
                     f"the answer of {example.id} has {len(answer)} tokens; train.max_length={self.max_length} must hold it and a prompt"
                 )
-            prompt = clip_left(self.prompt(example.prompt), self.max_length - len(answer))
+            prompt = self.clipped(self.prompt(example.prompt), self.max_length - len(answer))
             self._encoded[key] = Encoded(ids=(*prompt, *answer), answer_start=len(prompt))
         return self._encoded[key]
+
+    def clipped(self, prompt: Ids, length: int) -> Ids:
+        """A prompt's ids cut to `length`, as in training, so in examination."""
+        return CUTS[self.cut](prompt, length)
+
+    def lost(self, example: Example) -> int:
+        """How many tokens of the example's prompt are cut in training."""
+        return len(self.prompt(example.prompt)) - self.example(example).answer_start
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         (batch,) = self.micro_batches([(example, 0, 1.0) for example in examples], rows=len(examples))
@@ -148,6 +163,15 @@ def clip_left(ids: Ids, length: int) -> Ids:
     """`ids` cut to `length` by dropping what follows the first (BOS)."""
     assert length >= 1, length
     return ids if len(ids) <= length else (ids[0], *ids[len(ids) - length + 1 :])
+
+
+def clip_middle(ids: Ids, length: int) -> Ids:
+    """`ids` cut to `length` by dropping what is between their two halves, so that beginning and end stay (as LongBench does, arXiv 2308.14508)."""
+    assert length >= 1, length
+    return ids if len(ids) <= length else (*ids[: length - length // 2], *ids[len(ids) - length // 2 :])
+
+
+CUTS = {"left": clip_left, "middle": clip_middle}
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -24,7 +24,17 @@ from lm_eval.tasks import TaskManager
 
 from clbench.data.rows import DatasetSpec
 from clbench.examine.lm import StudentLM
-from clbench.examine.lm_tasks import Named, Rows, RowSource, Wanted, resolve, subset, task_index, wanted_of_each
+from clbench.examine.lm_tasks import (
+    Named,
+    Rows,
+    RowSource,
+    Wanted,
+    check_targets,
+    resolve,
+    subset,
+    task_index,
+    wanted_of_each,
+)
 from clbench.examine.scores import Found, mean, scores
 from clbench.examine.student import Student
 from clbench.protocols import Probe, Stream
@@ -93,6 +103,7 @@ class Knowledge(Probe):
         for task in tasks:
             size = len(task.eval_docs)
             chosen.append(subset(task.task_name, size=size, wanted=each)[: self.limit])
+            check_targets(task, chosen[-1])
             task.build_all_requests(samples=list(chosen[-1]) if len(chosen[-1]) < size else None)
         return LedgerRow(name=name, tasks=tasks, chosen=tuple(chosen))
 

@@ -13,7 +13,8 @@ itself, and a larger subset holds every smaller one.
 
 import hashlib
 import importlib.resources
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,11 +22,11 @@ from typing import Any
 
 import datasets
 import lm_eval.tasks
-from datasets.exceptions import DatasetNotFoundError
-from lm_eval.api.task import Task
+from datasets.exceptions import DatasetsError
+from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
-from clbench.data.rows import DatasetSpec, load_rows
+from clbench.data.rows import DatasetSpec, kind_of, load_rows, place
 from clbench.types import UserMistake
 
 Rows = list[dict[str, Any]]
@@ -122,10 +123,11 @@ class RowSource:
             # Settings reach a task of the index as an entry of a group.
             entry = {"task": named.name, **named.changes, **self._local(named)}
             (task,) = index.load([{"group": "one", "task": [entry]}])["tasks"].values()
-        except (UserMistake, OSError, DatasetNotFoundError, RuntimeError) as error:  # RuntimeError: a loading script
-            first_line = str(error).partition("\n")[0]
+        except (ValueError, OSError, DatasetsError, RuntimeError) as error:
+            # ValueError: a configuration that there is not, or a UserMistake; RuntimeError: a loading script.
+            reason = " ".join(str(error).split())
             raise UserMistake(
-                f"probe task {named.name!r}: {hub!r} could not be loaded ({first_line}); leave the task out of probe.tasks (probe=mini_local "
+                f"probe task {named.name!r}: {hub!r} could not be loaded ({reason}); mend that, leave the task out of probe.tasks (probe=mini_local "
                 f"has no lambada_openai), or set data_dir and the folder of {hub}:{part} under probe.probes.*.folders (conf/probe)"
             ) from error
         task.set_fewshot_seed(FEWSHOT_SEED)
@@ -151,10 +153,78 @@ class RowSource:
         if (spec.name, split) not in self._files:
             self._files[spec.name, split] = load_rows(spec, split=split, data_dir=self.data_dir)
         column = self.columns.get(spec.hub)
-        rows = [row for row in self._files[spec.name, split] if column is None or row[column] == spec.config]
-        if not rows:
+        rows = self._files[spec.name, split]
+        chosen = {number: row for number, row in enumerate(rows) if column is None or row.get(column) == spec.config}
+        if not chosen:
             raise UserMistake(f"{spec.name}/{split}.jsonl in data_dir={self.data_dir!r} has no row of {spec.config!r}")
-        return rows
+        needed = needed_columns(named.config, {name for row in rows for name in row})
+        for number, row in chosen.items():
+            if wrong := unreadable(row, named.config, needed=needed):
+                raise UserMistake(f"{place(spec, split=split, data_dir=self.data_dir, row=number)}: {wrong}")
+        return list(chosen.values())
+
+
+def needed_columns(config: Settings, columns: Collection[str]) -> set[str]:
+    """The columns that a task's templates name; all where Python code reads the rows, which the index names by its file."""
+    code = [config.get(key) for key in ("class", "process_docs", "process_results")]
+    templates = [str(config.get(key) or "") for key in ("doc_to_text", "doc_to_choice", "doc_to_target")]
+    if any(code) or any(Path(template).is_absolute() for template in templates):
+        return set(columns)
+    return {word for template in templates for word in re.findall(r"\w+", template)} & set(columns)
+
+
+def unreadable(row: Mapping[str, Any], config: Settings, *, needed: Iterable[str]) -> str:
+    """What is wrong with a row as the task's templates read it, which lm-eval would ask or score all the same; "" where nothing is."""
+    for column in sorted(needed):
+        if has_null(row.get(column)):
+            return f"column {column!r} is missing or holds null, which the task reads; text or a number is due"
+    choices, target = (bare(config.get(key), row) for key in ("doc_to_choice", "doc_to_target"))
+    if choices is not None and kind_of(choices) != "list of text":
+        return f"column {str(config['doc_to_choice']).strip('{ }')!r} holds {choices!r}; a list of texts is due, numbers in quotes"
+    if not choices or target is None:
+        return ""
+    if isinstance(config["doc_to_choice"], str) and isinstance(target, str) and target not in choices:
+        wrong = f"{target!r}, which is none of {choices}; a position, from 0 to {len(choices) - 1}, is written without quotes"
+    else:
+        wrong = wrong_target(target, choices)
+    return f"column {str(config['doc_to_target']).strip('{ }')!r} holds {wrong}" if wrong else ""
+
+
+def bare(template: Any, row: Mapping[str, Any]) -> Any:
+    """What a template gives that is only a column's name, or a list of choices; None for any other."""
+    return template if isinstance(template, list) else row.get(str(template).strip("{ }"))
+
+
+def has_null(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(isinstance(inner, list) and has_null(inner) for inner in value.values())
+    return any(map(has_null, value)) if isinstance(value, list) else value is None
+
+
+def wrong_target(target: Any, choices: Sequence[str]) -> str:
+    """What is wrong with a right answer, or with one of several: neither a choice nor the position of one; "" where nothing is.
+
+    >>> wrong_target("2", ["x", "y", "z"]), wrong_target(3, ["x", "y", "z"])
+    ('', "3, which is no position from 0 to 2 and none of ['x', 'y', 'z']")
+    """
+    for one in target if isinstance(target, list) else [target]:
+        position = int(one) if isinstance(one, str) and one.isdigit() else one  # as lm-eval reads it
+        if one not in choices and not (isinstance(position, int) and 0 <= position < len(choices)):
+            return f"{one!r}, which is no position from 0 to {len(choices) - 1} and none of {list(choices)}"
+    return ""
+
+
+def check_targets(task: Task, documents: Iterable[int]) -> None:
+    """Raises UserMistake where the right answer of a document is none of its choices: lm-eval would count it as missed by every model."""
+    if not isinstance(task, ConfigurableTask) or task.OUTPUT_TYPE != "multiple_choice":
+        return
+    for number in documents:
+        doc = task.eval_docs[number]
+        target = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        if wrong := wrong_target(target, task.doc_to_choice(doc)):
+            raise UserMistake(
+                f"probe task {task.task_name!r}, document {number}: its answer is {wrong}; mend the row, or leave the task out of probe.tasks"
+            )
 
 
 def subset(task: str, *, size: int, wanted: Wanted) -> tuple[int, ...]:

@@ -8,13 +8,18 @@ metric stand the share of answers of the right form, and for closed tasks how of
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import numpy as np
 
+from clbench.examine.copying import copies
 from clbench.examine.scores import Found, mean, scores
 from clbench.examine.student import Student
 from clbench.protocols import Probe, Stage, Stream
 from clbench.types import Example, Score
+
+CHOSEN_ON, COPIED_ROWS, COPIED_CHARACTERS = 32, 256, 10**6
+"""On how many test examples a copying reader is chosen; how many, and how much text, it then reads at most."""
 
 
 class Matrix(Probe):
@@ -86,14 +91,35 @@ def longest_answer(student: Student, stage: Stage) -> int:
 
 
 def floors(stage: Stage) -> dict[str, float]:
-    """What guessing gives: uniform over the choices (zero for generative tasks), always the commonest test answer, and `format_only`.
+    """What is to be had without an answer of one's own, as mean scores.
 
-    `format_only` is what an answer of the right form scores that knows nothing of the question: test example i gets the answer of
-    training example i (counted round where train is shorter), both in the task's fixed order.
+    `chance`: of the guesses that a question leaves (zero where it leaves none). `majority`: of the commonest test answer, or of the
+    commonest right guess if that is more. `format_only` is what an answer of the right form scores that knows nothing of the question:
+    test example i gets the answer of training example i (counted round where train is shorter), both in the task's fixed order.
+    `copy`: of what stands at one place of each prompt (`copied`).
     """
-    tests = stage.test
-    commonest, _ = Counter(example.answer for example in tests).most_common(1)[0]
-    majority = sum(stage.task.score(example, commonest) for example in tests) / len(tests)
-    chance = sum(1 / len(example.choices) for example in tests) / len(tests) if tests[0].choices else 0.0
-    borrowed = (stage.task.score(example, stage.train[i % len(stage.train)].answer) for i, example in enumerate(tests))
-    return {"chance": chance, "majority": majority, "format_only": sum(borrowed) / len(tests)}
+    task, tests = stage.task, stage.test
+    guessed = [[(guess, task.score(example, guess)) for guess in task.guesses(example)] for example in tests]
+    chance = sum(sum(score for _, score in offered) / len(offered) for offered in guessed if offered) / len(tests)
+    right = [guess for offered in guessed for guess, score in offered if score >= task.reference_score]
+    common = [Counter(said).most_common(1)[0][0] for said in ([example.answer for example in tests], right) if said]
+    majority = max(sum(task.score(example, constant) for example in tests) for constant in common) / len(tests)
+    borrowed = (task.score(example, stage.train[i % len(stage.train)].answer) for i, example in enumerate(tests))
+    return {"chance": chance, "majority": majority, "format_only": sum(borrowed) / len(tests), "copy": copied(stage)}
+
+
+def copied(stage: Stage) -> float:
+    """The mean score of the reader of `copying` that does best on the first 32 test examples.
+
+    Of the others at most 256 are read, and a million characters, as every reader keeps the places of all words.
+    """
+    characters = accumulate(len(example.prompt) for example in stage.test[:COPIED_ROWS])
+    count = max(sum(so_far <= COPIED_CHARACTERS for so_far in characters), 1)
+    tests = stage.test[:count]
+
+    def mean_score(answers: Sequence[str], rows: int) -> float:
+        pairs = list(zip(tests, answers, strict=True))[:rows]
+        return sum(stage.task.score(example, answer) for example, answer in pairs) / len(pairs)
+
+    best = max((answers for _, answers in copies(tests)), key=lambda answers: mean_score(answers, CHOSEN_ON))
+    return mean_score(best, count)

@@ -57,16 +57,20 @@ class Student:
     ) -> list[tuple[float, bool]]:
         """For each (context ids, continuation ids): log p(continuation | context) in nats, and whether greedy decoding gives it.
 
-        The context is cut from its left until all but the last token fit into `max_length` tokens (None: train.max_length).
+        The context is cut from its left until all but the last token fit into `max_length` tokens; None: as in training, to
+        train.max_length.
         """
-        score = partial(self._log_likelihoods, longest=max_length or self.encoder.max_length)
+        longest, clip = (max_length, clip_left) if max_length else (self.encoder.max_length, self.encoder.clipped)
+        score = partial(self._log_likelihoods, longest=longest, clip=clip)
         return self.ranks.shared(score, requests, by=[context for context, _ in requests])
 
-    def _log_likelihoods(self, requests: Sequence[tuple[Ids, Ids]], *, longest: int) -> list[tuple[float, bool]]:
+    def _log_likelihoods(
+        self, requests: Sequence[tuple[Ids, Ids]], *, longest: int, clip: Callable[[Ids, int], Ids]
+    ) -> list[tuple[float, bool]]:
         asked: dict[Ids, list[int]] = {}
         for index, (context, continuation) in enumerate(requests):
             assert context and continuation, (context, continuation)
-            asked.setdefault(clip_left(context, longest + 1 - len(continuation)), []).append(index)
+            asked.setdefault(clip(context, longest + 1 - len(continuation)), []).append(index)
         owners = list(asked.values())
         reads = [
             Read(context, (len(context) - 1,), tuple(requests[index][1][:-1] for index in members))
@@ -109,7 +113,7 @@ class Student:
     def generate(self, prompts: Sequence[Ids], *, max_new_tokens: int) -> list[str]:
         """Greedy continuation of each prompt until EOS or `max_new_tokens`, as text without special tokens."""
         room = min(self.encoder.max_length, self.positions - max_new_tokens)
-        written = self.write([clip_left(prompt, room) for prompt in prompts], max_new_tokens=max_new_tokens)
+        written = self.write([self.encoder.clipped(prompt, room) for prompt in prompts], max_new_tokens=max_new_tokens)
         return [self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
 
     def write(

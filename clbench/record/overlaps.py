@@ -21,7 +21,7 @@ from typing import Any
 from clbench.data.rows import DatasetSpec, fingerprint
 from clbench.protocols import Probe, Stage, Stream
 from clbench.stream import fingerprints
-from clbench.types import Example, UserMistake
+from clbench.types import Example, Unusable, UserMistake
 
 log = logging.getLogger("clbench")
 SHINGLE_WORDS = 13
@@ -49,8 +49,12 @@ class DataCheck:
     record: Mapping[str, Any]
     found: tuple[Overlap, ...]
     overlapping: frozenset[str]
+    unusable: tuple[Unusable, ...]
 
     def warn(self) -> None:
+        for one in self.unusable:
+            done = "were dropped" if one.dropped else "stay: too many for the rows to be at fault"
+            log.warning("%d of %d %s rows of %s %s: %s", one.count, one.of, one.split, one.task, done, one.why)
         for one in self.found:
             log.warning("%s: %d of %d of %s are also in %s", one.kind, one.count, one.of, one.where, one.also_in)
 
@@ -68,10 +72,11 @@ def check_data(stream: Stream, probes: Sequence[Probe], *, allow_overlap: bool) 
         "probe_data": {
             name: {"documents": len(texts), "sha256": fingerprint(texts)} for name, texts in documents.items()
         },
+        "unusable": [asdict(one) for one in stream.unusable],
         "overlaps": [asdict(overlap) for overlap in found],
         "trained_probes": trained,
     }
-    return DataCheck(record=record, found=found, overlapping=overlapping)
+    return DataCheck(record=record, found=found, overlapping=overlapping, unusable=stream.unusable)
 
 
 def stream_hash(fingerprints: Mapping[str, Mapping[str, Any]]) -> str:

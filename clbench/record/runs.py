@@ -31,7 +31,7 @@ FILES = ("manifest.json", "status", "scores.jsonl", "cost.jsonl", "items/*.npz")
 CANARIES, FAILED = "canaries", "failed"
 """The probe that says how far a run's fast forwards are from plain ones, and its metric that is 1 where that is too far."""
 NEEDED = ("stream", "order", "model", "method", "seed", "variant", "config", "config_hash", "git", "tasks", "metrics")
-OPTIONAL = {"stream_hash": "", "command": "", "data": "", "model_fingerprint": "", "trained_probes": ()}
+OPTIONAL = {"stream_hash": "", "command": "", "data": "", "model_fingerprint": "", "trained_probes": (), "unusable": ()}
 SCORE = {field.name: field.type for field in fields(Score) if field.name != "items"}
 COST = {field.name: "float" for field in fields(Cost)}
 """The fields of a line of scores.jsonl and of cost.jsonl, and the type that each is read as."""

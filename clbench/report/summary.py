@@ -194,6 +194,7 @@ def _notes(runs: pd.DataFrame, row: Mapping[str, Any], variants: pd.DataFrame) -
     own, *others = map(identity, [first["config"], *variants["config"]])
     keys = sorted({key for other in others for key in other}.difference(SEEDS))
     keys = [key for key in keys if any(other.get(key) != own.get(key) for other in others)]
+    dropped = sum(one["count"] for one in first["unusable"] if one["dropped"])
     said = {
         "n_seeds<3: no interval": n_seeds == 1,
         "n_seeds<3: wide interval": n_seeds == 2,
@@ -202,6 +203,7 @@ def _notes(runs: pd.DataFrame, row: Mapping[str, Any], variants: pd.DataFrame) -
         f"{n_commits} commits": n_commits > 1,
         "data differs between seeds": any(data != first["data"] for data in runs["data"]),
         "model_fingerprint differs between seeds": runs["model_fingerprint"].nunique() > 1,
+        f"rows dropped: {dropped}": dropped,
         f"probe trained on: {', '.join(trained)}": trained,
         "below base": row["average_accuracy"] < row["base_accuracy"],
         "trained nothing": row["tokens_trained"] == 0,

@@ -9,6 +9,7 @@ Not here: duplicates and overlaps between texts (`record.overlaps`), and what be
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +22,7 @@ from clbench.examine.canaries.tokens import NEW_TOKENS, Watched, one_bos, same_p
 from clbench.examine.student import Student
 from clbench.models.tiny import fresh_llama
 from clbench.protocols import Stage, Stream
+from clbench.types import Unusable
 
 # A wide initialisation, so that the random model answers different prompts differently.
 ARCHITECTURE = {
@@ -57,12 +59,15 @@ def check_stream(stream: Stream, encoder: Encoder, *, seed: int = 0, rows: int =
         Canary(name=name, task=stage.name, passed=passed, detail=detail)
         for stage in stream.stages
         for name, (passed, detail) in check_task(
-            replace(stage, train=stage.train[:rows], test=stage.test[:rows]), model=model, encoder=encoder
+            replace(stage, train=stage.train[:rows], test=stage.test[:rows]),
+            model=model,
+            encoder=encoder,
+            unusable=stream.unusable,
         ).items()
     )
 
 
-def check_task(stage: Stage, *, model: Module, encoder: Encoder) -> dict[str, Verdict]:
+def check_task(stage: Stage, *, model: Module, encoder: Encoder, unusable: Sequence[Unusable]) -> dict[str, Verdict]:
     """The verdict of every canary on `stage`'s test examples; `swap` is absent where the task has no rows."""
     student = Watched(Student(model, encoder))
     closed = bool(stage.test[0].choices)
@@ -72,7 +77,7 @@ def check_task(stage: Stage, *, model: Module, encoder: Encoder) -> dict[str, Ve
     return {
         "chance": by_chance,
         "copier": copier(stage),
-        "reference": reference(stage),
+        "reference": reference(stage, unusable),
         "shuffled": shuffled(wrong, closed=closed),
         "bos": one_bos(stage, encoder),
         "prompt": same_prompt(stage, encoder, asked=student.asked),

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from itertools import islice
 from math import ceil, sqrt
 
-from clbench.examine.canaries.copying import copies
+from clbench.examine.copying import copies
 from clbench.examine.matrix import choose, examine
 from clbench.examine.student import Student
 from clbench.protocols import Stage, Task
-from clbench.types import Example
+from clbench.stream import NOT_RIGHT, is_right
+from clbench.types import Example, Unusable
 
 STANDARD_ERRORS = 4
 NEAR_ZERO = 0.05
@@ -98,28 +99,28 @@ def solved(task: Task, examples: Sequence[Example], answers: Sequence[str], *, a
     return right
 
 
-def is_right(task: Task, example: Example, answer: str) -> bool:
-    """Whether an answer scores what a right one scores at least, and no more than 1, rounding aside."""
-    return task.reference_score - 1e-6 <= task.score(example, answer) <= 1 + 1e-6
-
-
 def swap(pairs: Sequence[tuple[Example, Example]]) -> Verdict:
     """Whether no prompt changes when another row's answer is put into its row."""
     changed = [example.id for example, swapped in pairs if example.prompt != swapped.prompt]
     return not changed, f"{len(changed)} of {len(pairs)} prompts change with the answer"
 
 
-def reference(stage: Stage) -> Verdict:
-    """Whether every right answer gets the full score, is of a valid form and, in a closed task, is one of the choices."""
+def reference(stage: Stage, unusable: Sequence[Unusable]) -> Verdict:
+    """Whether every right answer gets the full score, is of a valid form and, in a closed task, is one of the choices.
+
+    Rows of which this does not hold were dropped when the stream was built, a few in a hundred at most: more show that the metric is wrong.
+    """
     accepted = [(example, answer) for example in stage.test for answer in (example.answer, *example.references)]
     full = sum(is_right(stage.task, example, answer) for example, answer in accepted)
     valid = sum(
         stage.task.is_valid(example, answer) and (not example.choices or answer in example.choices)
         for example, answer in accepted
     )
+    wrong = [one for one in unusable if one.task == stage.name and one.why == NOT_RIGHT]
     return (
-        full == valid == len(accepted),
-        f"of {len(accepted)} right answers {full} get the full score and {valid} are valid",
+        full == valid == len(accepted) and all(one.dropped for one in wrong),
+        f"of {len(accepted)} right answers {full} get the full score and {valid} are valid"
+        + "".join(f"; of the {one.split} rows {one.count} of {one.of} do not" for one in wrong),
     )
 
 

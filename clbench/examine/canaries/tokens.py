@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from clbench.data.encoder import Encoder, Ids, clip_left
+from clbench.data.encoder import Encoder, Ids
 from clbench.examine.canaries.answers import Verdict
 from clbench.examine.student import Student
 from clbench.protocols import Stage
@@ -49,7 +49,7 @@ def one_bos(stage: Stage, encoder: Encoder) -> Verdict:
 def same_prompt(stage: Stage, encoder: Encoder, *, asked: set[tuple[Ids, Ids]]) -> Verdict:
     """Whether prompts and answers have the same ids in training and in examination, and examination did read them so.
 
-    A prompt that training cuts must be BOS and the end of the one examined, and more than the BOS. Of closed tasks the right answer must
+    A prompt that training cuts must be what its cut leaves of the one examined, and more than the BOS. Of closed tasks the right answer must
     have been scored, too. `asked` is what the student was given for `chance`.
     """
     examples = encodable(stage, encoder)
@@ -57,7 +57,7 @@ def same_prompt(stage: Stage, encoder: Encoder, *, asked: set[tuple[Ids, Ids]]) 
     for example in examples:
         encoded = encoder.example(example)
         context, answer = encoder.prompt(example.prompt), encoder.answer(example.answer)
-        kept = clip_left(context, encoder.max_length - len(answer) - 1)
+        kept = encoder.clipped(context, encoder.max_length - len(answer) - 1)
         same += encoded.ids == (*kept, *answer, encoder.tokenizer.eos_token_id) and encoded.answer_start == len(kept)
         cut += kept != context
         lost += len(context) > 1 == len(kept)

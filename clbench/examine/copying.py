@@ -6,7 +6,7 @@ are runs of letters and digits, or single other signs; upper and lower case coun
 >>> from clbench.types import Example
 >>> examples = [Example(id=str(i), prompt=f"sum of 1 and {i} ( {i + 1} ) :", answer=str(i + 1)) for i in range(3)]
 >>> [reader for reader, answers in copies(examples) if answers == ["1", "2", "3"]]
-['the words that stand 2 words before the end', "the words after the first '('", "the words after the last '('"]
+['the words that stand 2 words before the end', 'the last number', "the words after the first '('", "the words after the last '('"]
 """
 
 import re
@@ -16,6 +16,7 @@ from itertools import takewhile
 from clbench.types import Example
 
 WORD = re.compile(r"\w+|[^\w\s]")
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
 CUE_EXAMPLES = 3
 """A cue is looked for around the right answers of so many examples: the first may be an exception."""
 
@@ -57,6 +58,7 @@ def copies(examples: Sequence[Example]) -> Iterator[tuple[str, list[str]]]:
     for skipped in range(tail + 1):
         yield f"the words that stand {skipped} words before the end", read(end - skipped for end in ends)
     yield "the first words", read([0] * len(prompts))
+    yield "the last number", [(NUMBER.findall(example.prompt) or [""])[-1] for example in examples]
     for skipped in sorted({0, tail}):
         shown = [prompt.before_last(skipped) for prompt in prompts]
         yield f"the last lines without their last {skipped} words", [text.rstrip().split("\n")[-1] for text in shown]
