@@ -25,6 +25,7 @@ from clbench.examine.canaries import check_stream
 from clbench.examine.student import Student
 from clbench.examine.together import reads_together
 from clbench.models.folding import folded
+from clbench.models.limits import check_length
 from clbench.models.loss import causal_lm
 from clbench.models.sharding import gathering
 from clbench.models.weights import describe as count_parameters
@@ -74,6 +75,7 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
         log.info("%s is complete already", path)
         return path
     model = load_model(config, parts.source)
+    check_length(model, config.train.max_length)
     with gathering(model):
         parts.encoder.together = reads_together(model, parts.encoder)
         untouched = measure_untouched(config, parts, model, manifest=manifest, ranks=ranks)
