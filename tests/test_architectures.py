@@ -3,6 +3,7 @@
 Plain is one sequence at a time, without a cache of keys and values, without padding, adapters not folded.
 """
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -11,15 +12,17 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from clbench import cli
 from clbench.data.encoder import Encoder
 from clbench.examine.student import Student
 from clbench.examine.together import reads_together
 from clbench.models.folding import export, folded
+from clbench.models.limits import NO_LIMIT, check_length, positions
 from clbench.models.loss import answer_loss, causal_lm
-from clbench.models.pretrained import prepared
+from clbench.models.pretrained import Pretrained, load, prepared
+from clbench.models.tiny import word_tokenizer
 from clbench.models.weights import trainable
 from clbench.types import Example, UserMistake
 from tests.test_data import Words
@@ -310,3 +313,98 @@ def test_singular_vectors_of_a_weight_kept_in_out_are_those_of_its_layers_matrix
     name = next(name for name in method.bases if "h.0" in name and "lora_A" in name)
     _, _, vectors = torch.linalg.svd(weight)
     torch.testing.assert_close((vectors[:2] @ method.bases[name]).abs(), torch.eye(2), atol=1e-4, rtol=0)
+
+
+def words() -> PreTrainedTokenizerFast:
+    return word_tokenizer([f"w{number}" for number in range(48)])
+
+
+def folder(path: Path, model, tokenizer=None) -> str:
+    """A model's folder as users have it."""
+    model.save_pretrained(path)
+    (tokenizer or words()).save_pretrained(path)
+    return str(path)
+
+
+def refused(name: str) -> str:
+    """The one line with which a folder is refused, before its weights are read."""
+    with pytest.raises(UserMistake) as mistake:
+        Pretrained(label="x", name=name).load_tokenizer(Path())
+    assert "\n" not in str(mistake.value) and len(str(mistake.value)) < 400, str(mistake.value)
+    return str(mistake.value)
+
+
+def test_a_folder_is_refused_in_one_line_before_its_weights_are_read(tmp_path):
+    t5 = AutoConfig.for_model("t5", vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    t5.save_pretrained(tmp_path / "t5")
+    words().save_pretrained(tmp_path / "t5")
+    assert "is a t5" in refused(str(tmp_path / "t5"))
+    unknown = folder(tmp_path / "unknown", tiny("llama"))
+    stated = json.loads((tmp_path / "unknown" / "config.json").read_text())
+    (tmp_path / "unknown" / "config.json").write_text(json.dumps(stated | {"model_type": "frobnicate"}))
+    assert "frobnicate" in refused(unknown)
+    piece = folder(tmp_path / "piece", tiny("llama"))
+    (tmp_path / "piece" / "tokenizer.json").unlink()
+    (tmp_path / "piece" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    (tmp_path / "piece" / "tokenizer.model").write_bytes(b"no sentences")
+    assert "tiktoken" in refused(piece)
+
+
+def test_ids_beyond_the_embedding_are_refused_unless_only_a_special_tokens_spelling_gives_them(tmp_path):
+    tokenizer = words()
+    tokenizer.add_special_tokens({"pad_token": "<more>"})
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    assert (len(tokenizer), tokenizer.pad_token_id) == (54, 52)
+    sizes = {"vocab_size": 53}
+    name = folder(tmp_path / "fits", tiny("llama", **sizes), tokenizer)
+    assert Pretrained(label="x", name=name).load_tokenizer(Path()).pad_token_id == 52
+    name = folder(tmp_path / "pad", tiny("llama", vocab_size=52), tokenizer)
+    assert "'<more>' has the id 52" in refused(name)
+    name = folder(tmp_path / "word", tiny("llama", vocab_size=50), words())
+    assert "has the id 50" in refused(name)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "bloom"])
+def test_the_models_own_dropout_is_off_and_said_once(name, tmp_path, caplog):
+    model = tiny(name, vocab_size=53)
+    with caplog.at_level("INFO"):
+        loaded, tokenizer = load(folder(tmp_path, model), dtype=torch.float32)
+    said = [record.message for record in caplog.records if "dropout is off" in record.message]
+    assert len(said) == (name in ("gpt2", "opt"))  # 0.1 in their configurations
+    batch = Encoder(tokenizer, max_length=64).collate(examples())
+    with torch.inference_mode():
+        assert float(answer_loss(loaded.train(), batch)) == float(answer_loss(loaded.eval(), batch))
+
+
+def test_what_is_longer_than_the_models_positions_is_refused_in_one_line():
+    for name in ("gpt2", "opt"):
+        model = tiny(name)
+        assert positions(model) == 128
+        with pytest.raises(UserMistake, match="train.max_length=129"):
+            check_length(model, 129)
+        check_length(model, 128)
+        student = Student(model, Encoder(Words(), max_length=64))
+        long = [((1, *range(3, 60), *range(3, 60), *range(3, 30)), (7,))]
+        with pytest.raises(UserMistake, match="128 positions"):
+            student.log_likelihoods(long, max_length=1000)
+        with pytest.raises(UserMistake, match="answers of 128 tokens"):
+            student.generate([(1, 5)], max_new_tokens=128)
+
+
+def test_the_longest_input_is_found_under_any_name_and_in_nested_configurations():
+    assert positions(tiny("mpt")) == positions(tiny("rwkv")) == 128
+    assert positions(tiny("mamba2", max_position_embeddings=None)) == NO_LIMIT
+    assert positions(tiny("bloom", max_position_embeddings=None)) == NO_LIMIT
+    assert positions(tiny("llama-dynamic")) == 16 * 8 and positions(tiny("llama-yarn")) == 128
+    text = {**SMALL, "sliding_window": 12, "query_pre_attn_scalar": 8}
+    sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config=sight | {"image_size": 28, "patch_size": 14}
+    )
+    torch.manual_seed(0)
+    nested = prepared(AutoModelForCausalLM.from_config(config).float())
+    encoder = run_encoder(nested)
+    assert positions(nested) == 128
+    check_scores(nested, encoder)
+    check_writing(nested, encoder, tokens=2)
+    assert run_loss(nested, encoder) == pytest.approx(plain_loss(nested, encoder), abs=1e-4)
