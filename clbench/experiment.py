@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from clbench.build import Parts, build, load_model, set_up_torch, wrap
+from clbench.build import Parts, build, check_method, load_model, set_up_torch, wrap
 from clbench.config import Config, identity, is_due, run_directory, run_name
 from clbench.data.encoder import Encoder
 from clbench.examine.canaries import check_stream
@@ -76,6 +76,7 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
         return path
     model = load_model(config, parts.source)
     check_length(model, config.train.max_length)
+    check_method(config, model)
     with gathering(model):
         parts.encoder.together = reads_together(model, parts.encoder)
         untouched = measure_untouched(config, parts, model, manifest=manifest, ranks=ranks)

@@ -6,6 +6,7 @@ Plain is one sequence at a time, without a cache of keys and values, without pad
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -175,17 +176,17 @@ def run_loss(model, encoder):
 
 def check_scores(model, encoder, *, plain=None):
     """Scores of `model` as a run makes them against plain forwards of `plain`."""
-    for tokens in (None, 60):
-        asked = requests()
-        scored = Student(model, encoder, tokens=tokens).log_likelihoods(asked)
-        for (context, continuation), (value, greedy) in zip(asked, scored, strict=True):
-            log_probs = plain_log_probs(plain or model, [*context, *continuation[:-1]])[len(context) - 1 :]
+    asked = requests()
+    scored = [Student(model, encoder, tokens=tokens).log_likelihoods(asked) for tokens in (None, 60)]
+    for (context, continuation), *found in zip(asked, *scored, strict=True):
+        log_probs = plain_log_probs(plain or model, [*context, *continuation[:-1]])[len(context) - 1 :]
+        for value, greedy in found:
             expected = sum(float(row[token]) for row, token in zip(log_probs, continuation, strict=True))
             assert value == pytest.approx(expected, abs=1e-4 * len(continuation))
             assert greedy == all(int(row.argmax()) == token for row, token in zip(log_probs, continuation, strict=True))
 
 
-def check_writing(model, encoder, *, plain=None, tokens=6):
+def check_writing(model, encoder, *, plain=None, tokens=4):
     asked = prompts()
     for prompt, answer in zip(asked, Student(model, encoder).write(asked, max_new_tokens=tokens), strict=True):
         ids = list(prompt)
@@ -219,7 +220,29 @@ def adapted(model, name: str, targets="all-linear", **changed):
     return wrapped
 
 
-@pytest.mark.parametrize("name", MODELS)
+# In `make test` one model of each kind that was once wrong; the others in `make test-slow`.
+QUICK = (
+    "llama-dynamic",
+    "mistral",
+    "gemma3_text",
+    "phi3-longrope",
+    "opt",
+    "gpt2",
+    "gpt_neo",
+    "gpt_oss",
+    "lfm2",
+    "granite",
+    "mpt",
+    "llama4_text",
+)
+QUICKLY_ADAPTED = ("llama-tied", "gpt2", "falcon", "lfm2")
+
+
+def named(*quick: str) -> list[Any]:
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in MODELS]
+
+
+@pytest.mark.parametrize("name", named(*QUICK))
 def test_scores_answers_and_losses_are_those_of_plain_forwards(name):
     model = tiny(name)
     encoder = run_encoder(model)
@@ -229,7 +252,7 @@ def test_scores_answers_and_losses_are_those_of_plain_forwards(name):
 
 
 @pytest.mark.parametrize("method", ["seq", "clora", "curlora", "secura"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", named(*QUICKLY_ADAPTED))
 def test_adapters_act_alike_folded_or_not(name, method):
     untouched = tiny(name)
     _, targets = UNLIKE.get(name, ("", "all-linear"))
