@@ -55,7 +55,7 @@ def choose(weight: Tensor, count: int, *, select: str, seed: int, name: str) -> 
 class CurLora(Method):
     """`rank` columns and rows of each layer in `targets`, chosen by `select`; the update is multiplied by `alpha`."""
 
-    targets: list[str]
+    targets: list[str] | str
     rank: int
     alpha: float
     select: str

@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from clbench.models import cur
+from clbench.models.limits import check_unshared
 from clbench.protocols import Engine, Method, Stage
 from clbench.types import UserMistake
 
@@ -73,7 +74,7 @@ def magnorm_output_release(output: Tensor, delta: Tensor, *, kappa: float) -> Te
 class Secura(Method):
     """CABR layers at `targets`, restrained by `magnorm`; `merge` every `fusion_step` steps (None: when a task ends)."""
 
-    targets: list[str]
+    targets: list[str] | str
     rank: int
     inner: int
     magnorm: str
@@ -101,6 +102,8 @@ class Secura(Method):
 
     def wrap(self, model: Module) -> Module:
         self.layers = cur.inject(model, targets=self.targets, make=lambda _, base: self.fitted(base))
+        if self.merges:
+            check_unshared(model, self.layers)
         return model
 
     def fitted(self, base: Module) -> cur.CurLinear:

@@ -37,7 +37,7 @@ class SeqMerge(Seq):
 
     def wrap(self, model: Module) -> Module:
         wrapped = super().wrap(model)
-        self.pairs = lora_pairs(wrapped)
+        self.pairs = lora_pairs(wrapped, merging=True)
         return wrapped
 
     def consolidate(self, model: Module) -> None:

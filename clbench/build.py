@@ -1,5 +1,6 @@
 """The objects that a configuration names: tasks, probes, method, stream, model."""
 
+import copy
 import os
 import warnings
 from dataclasses import dataclass
@@ -75,6 +76,12 @@ def load_model(config: Config, source: Any) -> Module:
     with born_sharded(dtype, offload=config.engine.offload):
         model, _ = source.load(Path(config.cache_dir), dtype=dtype)
         return model.to(device=device, dtype=dtype)
+
+
+def check_method(config: Config, model: Module) -> None:
+    """Raises UserMistake where the method's layers are not to be had on `model`, before that is examined: tries on one without storage."""
+    with torch.device("meta"):
+        make_method(config).wrap(type(model)(copy.deepcopy(model.config)))
 
 
 def wrap(config: Config, method: Method, model: Module) -> Module:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from clbench.build import Parts, build, load_model, set_up_torch, wrap
+from clbench.build import Parts, build, check_method, load_model, set_up_torch, wrap
 from clbench.config import Config, identity, is_due, run_directory, run_name
 from clbench.data.encoder import Encoder
 from clbench.examine.canaries import check_stream
@@ -26,6 +26,7 @@ from clbench.examine.canaries.own_model import check_model
 from clbench.examine.student import Student
 from clbench.examine.together import reads_together
 from clbench.models.folding import folded
+from clbench.models.limits import check_length
 from clbench.models.loss import causal_lm
 from clbench.models.sharding import gathering
 from clbench.models.weights import count_parameters, load_trainable_state, trainable, trainable_state
@@ -81,6 +82,8 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
         log.info("%s is complete already", path)
         return path
     model = load_model(config, parts.source)
+    check_length(model, config.train.max_length)
+    check_method(config, model)
     with gathering(model):
         parts.encoder.together = reads_together(model, parts.encoder)
         untouched = measure_untouched(config, parts, model, manifest=manifest, ranks=ranks)

@@ -19,11 +19,11 @@ class Words:
     pad_token_id, bos_token_id, eos_token_id = 0, 1, 2
 
     def __init__(self):
-        self.ids = {}
+        self.ids = {"?": 2}
 
     def __call__(self, text, add_special_tokens, split_special_tokens):
         assert not add_special_tokens and split_special_tokens
-        return {"input_ids": [self.ids.setdefault(word, len(self.ids) + 3) for word in text.split()]}
+        return {"input_ids": [self.ids.setdefault(word, len(self.ids) + 2) for word in text.split()]}
 
 
 def example(prompt: str, answer: str) -> Example:

@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from clbench.types import IGNORED, Batch, Example, UserMistake
 
 Ids = tuple[int, ...]
+SIGN = "?"
+"""What prompts often end in, and is a token by itself."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Encoder:
         self._encoded: dict[tuple[str, str], Encoded] = {}
         self._prompts: dict[str, Ids] = {}
         self._answers: dict[str, Ids] = {}
+        self._own: dict[tuple[str, bool], Ids] = {}
 
     def text(self, text: str) -> list[int]:
         """Token ids of bare text, without special tokens; one that is spelled out in the text (`<s>` in a program) is plain characters."""
@@ -64,13 +67,22 @@ class Encoder:
     def answer(self, answer: str) -> Ids:
         """The answer's token ids as they follow a prompt, without EOS."""
         if answer not in self._answers:
-            self._answers[answer] = tuple(self.text(" " + answer))
+            # Behind a sign: at a text's beginning some tokenizers put a space of their own, which behind a prompt would be a second one.
+            sign, whole = self.text(SIGN), self.text(f"{SIGN} {answer}")
+            follows = whole[: len(sign)] == sign
+            self._answers[answer] = tuple(whole[len(sign) :] if follows else self.text(f" {answer}"))
         return self._answers[answer]
 
     def fits(self, answer: str) -> bool:
         """Whether BOS, the answer and EOS have at most `max_length` tokens."""
         # A token stands for a byte at least; the margin is for BOS, EOS and what marks the beginning. So a short text need not be read.
         return len(answer.encode()) + 8 <= self.max_length or len(self.answer(answer)) + 2 <= self.max_length
+
+    def own(self, text: str, *, special: bool) -> Ids:
+        """The text's ids as the tokenizer itself gives them, special tokens that the text spells as such; with `special` those that it adds, too."""
+        if (text, special) not in self._own:
+            self._own[text, special] = tuple(self.tokenizer.encode(text, add_special_tokens=special))
+        return self._own[text, special]
 
     def example(self, example: Example) -> Encoded:
         """The example's ids with EOS at the end, the prompt cut so that they are at most `max_length`."""

@@ -1,8 +1,9 @@
 """A Student as lm-eval sees a model.
 
-All three verbs give what lm-eval's own class gives for the same model (`HFLM` with `add_bos_token=True`), with one BOS before every context.
-In rolling log-likelihoods that class also predicts the BOS, from a BOS before it; so does this one, because its numbers are for comparing.
-The perplexity probe, which is ours, does not.
+All three verbs give what lm-eval's own class gives for the same model (`HFLM` at its defaults): the tokenizer alone says whether a BOS stands
+before a context (Llama's does, Qwen's and GPT-2's do not), a special token that a text spells is one, and a context that is too long loses its
+beginning, BOS and all. In rolling log-likelihoods that class also predicts the BOS, from a BOS before it; so does this one, because its numbers
+are for comparing. The perplexity probe, which is ours, does not.
 """
 
 from collections import defaultdict
@@ -11,24 +12,26 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, resolve_max_length
 from transformers import PreTrainedTokenizerBase
 
-from clbench.data.encoder import clip_left
+from clbench.data.encoder import Ids
 from clbench.examine.student import Student
 from clbench.examine.text import rolling_nll
+from clbench.models.loss import causal_lm
 from clbench.types import UserMistake
 
 
 class StudentLM(TemplateLM):
-    """`student` behind lm-eval's interface, reading up to `max_length` tokens (None: as many as the model has positions for)."""
+    """`student` behind lm-eval's interface, reading up to `max_length` tokens (None: as many as lm-eval's own class)."""
 
     backend = "causal"
 
     def __init__(self, student: Student, *, max_length: int | None = None) -> None:
         super().__init__()
         self.student = student
-        self.max_length = min(max_length or student.positions, student.positions)
+        longest = resolve_max_length(causal_lm(student.model).config, student.encoder.tokenizer)
+        self.max_length = min(max_length or longest, longest)
 
     @property
     def eot_token_id(self) -> int:
@@ -40,16 +43,28 @@ class StudentLM(TemplateLM):
         return self.student.encoder.tokenizer.bos_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        ids = self.student.encoder.prompt(string)
-        return list(ids[1:] if add_special_tokens is False else ids)
+        if add_special_tokens is None:
+            encoder = self.student.encoder
+            add_special_tokens = not has_bos_prefix(string, encoder.tokenizer.decode([self.prefix_token_id]))
+        return list(self.student.encoder.own(string, special=add_special_tokens))
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
-        pairs = [(tuple(context), tuple(continuation)) for _, context, continuation in requests]
+        pairs = [self._pair(*request) for request in requests]
         return self.student.log_likelihoods(pairs, max_length=self.max_length)
+
+    def _pair(self, texts: tuple[str, str], context: Sequence[int], continuation: Sequence[int]) -> tuple[Ids, Ids]:
+        """The ids of a request, its context cut from the left; raises UserMistake where lm-eval's own class asserts."""
+        kept = context[-(self.max_length + 1 - len(continuation)) :]
+        if not 0 < len(continuation) <= self.max_length or not kept:
+            raise UserMistake(
+                f"a task of probe.tasks asks for {texts[1][:40]!r} after {texts[0][-40:]!r}, {len(continuation)} tokens of "
+                f"{self.max_length} that the model reads; where it is 0, one token spans the context and the continuation; take the task out"
+            )
+        return tuple(kept), tuple(continuation)
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood in nats of whole texts, in windows of the longest input."""
-        texts = [self.student.encoder.prompt(request.args[0]) for request in requests]
+        texts = [tuple(self.tok_encode(request.args[0])) for request in requests]
         return [-nll for nll in rolling_nll(self.student, texts, window=self.max_length)]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -60,13 +75,17 @@ class StudentLM(TemplateLM):
             alike[self._settings(request.args[1])].append(index)
         for (stops, max_new_tokens), members in alike.items():
             room = self.max_length - max_new_tokens
-            prompts = [clip_left(encoder.prompt(requests[index].args[0]), room) for index in members]
+            prompts = [self._prompt(requests[index].args[0])[-room:] for index in members]
             has_ended = stopped(stops, encoder.tokenizer)
             written = self.student.write(prompts, max_new_tokens=max_new_tokens, has_ended=has_ended)
             texts = encoder.tokenizer.batch_decode(written, skip_special_tokens=True)
             for index, text in zip(members, texts, strict=True):
                 answers[index] = cut(text, stops)
         return answers
+
+    def _prompt(self, text: str) -> Ids:
+        encoder = self.student.encoder
+        return encoder.own(text, special=not has_bos_prefix(text, encoder.tokenizer.bos_token))
 
     def _settings(self, given: dict[str, Any]) -> tuple[tuple[str, ...], int]:
         """The stop strings, EOS's text last, and the most tokens to write; raises UserMistake where they cannot be had."""

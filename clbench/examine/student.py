@@ -18,8 +18,10 @@ from transformers import DynamicCache, GenerationConfig
 
 from clbench.data.encoder import Encoder, Ids, clip_left
 from clbench.examine.packing import Read, Row, groups, row_of
+from clbench.models.limits import is_stretched, positions, settings
 from clbench.models.loss import causal_lm
 from clbench.train.ranks import Ranks
+from clbench.types import UserMistake
 
 TOKENS = {"cpu": 384, "cuda": 4096}
 """Tokens of a forward that keep a device busy and, on the CPU, in its caches (measured)."""
@@ -49,7 +51,7 @@ class Student:
     @property
     def positions(self) -> int:
         """The longest input that the model can read, in tokens."""
-        return causal_lm(self.model).config.get_text_config().max_position_embeddings
+        return positions(self.model)
 
     @torch.inference_mode()
     def log_likelihoods(
@@ -67,14 +69,16 @@ class Student:
     def _log_likelihoods(
         self, requests: Sequence[tuple[Ids, Ids]], *, longest: int, clip: Callable[[Ids, int], Ids]
     ) -> list[tuple[float, bool]]:
-        asked: dict[Ids, list[int]] = {}
+        asked: dict[tuple[Ids, int], list[int]] = {}
+        apart = is_stretched(self.model)  # there a context's own logits depend on how long the whole is
         for index, (context, continuation) in enumerate(requests):
             assert context and continuation, (context, continuation)
-            asked.setdefault(clip(context, longest + 1 - len(continuation)), []).append(index)
+            kept = clip(context, longest + 1 - len(continuation))
+            asked.setdefault((kept, len(continuation) if apart else 0), []).append(index)
         owners = list(asked.values())
         reads = [
             Read(context, (len(context) - 1,), tuple(requests[index][1][:-1] for index in members))
-            for context, members in asked.items()
+            for (context, _), members in asked.items()
         ]
         found: dict[int, tuple[float, bool]] = {}
         for numbers, logits_NV in self._forwards(reads):
@@ -113,6 +117,11 @@ class Student:
     def generate(self, prompts: Sequence[Ids], *, max_new_tokens: int) -> list[str]:
         """Greedy continuation of each prompt until EOS or `max_new_tokens`, as text without special tokens."""
         room = min(self.encoder.max_length, self.positions - max_new_tokens)
+        if room < 1:
+            raise UserMistake(
+                f"a task asks for answers of {max_new_tokens} tokens, the model has {self.positions} positions; "
+                "set the task's max_new_tokens, or take it out of the stream"
+            )
         written = self.write([self.encoder.clipped(prompt, room) for prompt in prompts], max_new_tokens=max_new_tokens)
         return [self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
 
@@ -128,7 +137,11 @@ class Student:
         model, pad = causal_lm(self.model), self.encoder.tokenizer.pad_token_id
         ends = {self.encoder.tokenizer.eos_token_id, *eos_ids(model)}
         settings = GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(ends), pad_token_id=pad
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(ends),
+            pad_token_id=pad,
+            use_cache=not is_stretched(model),
         )
         written: dict[int, list[int]] = {}
         order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
@@ -151,12 +164,18 @@ class Student:
 
     def _shares(self, longest: int) -> bool:
         """Whether sequences of up to `longest` tokens may share a row: an attention window counts places of the row."""
-        window = causal_lm(self.model).config.get_text_config().to_dict().get("sliding_window")
+        window = settings(self.model).get("sliding_window")
         return self.encoder.together and (not window or longest <= window)
 
     def _forwards(self, reads: Sequence[Read]) -> Iterator[tuple[list[int], Tensor]]:
         """Per forward the reads in it and logits [N, V] in float32: of each read those at its places, then those of its branches."""
-        if not self._shares(max((read.longest for read in reads), default=0)):
+        longest = max((read.longest for read in reads), default=0)
+        if longest > self.positions:
+            raise UserMistake(
+                f"a probe reads {longest} tokens at once, the model has {self.positions} positions; "
+                "shorten the probe's window (conf/probe) or train.max_length"
+            )
+        if not self._shares(longest):
             for number, read in enumerate(reads):
                 yield [number], self._alone(read)
             return
@@ -172,7 +191,7 @@ class Student:
 
     def _rows(self, reads: Sequence[Read], members: Sequence[int], *, shared: int) -> Iterator[list[int]]:
         """Members of a group that one forward holds."""
-        most = LOGITS[self.encoder.device.type] // causal_lm(self.model).config.get_text_config().vocab_size
+        most = LOGITS[self.encoder.device.type] // settings(self.model)["vocab_size"]
         row: list[int] = []
         tokens = wanted = 0
         for number in members:
@@ -227,7 +246,7 @@ def mask_of(model: Module, sees_TS: Tensor) -> Tensor | dict[str, Tensor]:
     """What is added to attention's logits, [1, 1, T, S]: one for all layers, or one for each kind of layer that the model has."""
     mask_11TS = torch.zeros(sees_TS.shape, dtype=model.dtype, device=sees_TS.device)
     mask_11TS = mask_11TS.masked_fill_(~sees_TS, torch.finfo(model.dtype).min)[None, None]
-    kinds = model.config.get_text_config().to_dict().get("layer_types")
+    kinds = settings(model).get("layer_types")
     return dict.fromkeys(kinds, mask_11TS) if kinds else mask_11TS
 
 

@@ -145,9 +145,9 @@ def windows(ids: Ids, *, bos: int, length: int) -> Iterator[tuple[Ids, Ids]]:
 
 
 def rolling_nll(student: Student, texts: Sequence[Ids], *, window: int) -> list[float]:
-    """Negative log-likelihood in nats of each text (its token ids without BOS; at least one) in windows of `window` tokens."""
+    """Negative log-likelihood in nats of each text (its token ids without BOS) in windows of `window` tokens."""
     bos = student.encoder.tokenizer.bos_token_id
-    read = [list(windows(ids, bos=bos, length=window)) for ids in texts]
+    read = [list(windows(ids, bos=bos, length=window)) if ids else [] for ids in texts]
     scored = iter(student.log_likelihoods([pair for pairs in read for pair in pairs], max_length=window))
     return [-sum(next(scored)[0] for _ in pairs) for pairs in read]
 

@@ -4,25 +4,28 @@ import copy
 
 import torch
 from torch.nn import Module
+from torch.nn.functional import cross_entropy
 
 from clbench.data.encoder import Encoder, Ids
 from clbench.examine.student import Student
-from clbench.models.loss import causal_lm
+from clbench.models.limits import ATTENTION, is_stretched, settings
+from clbench.models.loss import causal_lm, read, rows_of
+from clbench.types import IGNORED, Batch
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Nats a token between two ways of computing a log-likelihood that count as rounding."""
-STRETCHED = ("dynamic", "longrope")
-"""Kinds of rotary embedding that depend on the longest position of a forward, so that rows change each other."""
 
 
 def reads_together(model: Module, encoder: Encoder) -> bool:
-    """Whether scores and written tokens of a few random sequences are the same in one forward and one at a time."""
+    """Whether scores, written tokens and losses of a few random sequences are the same in one forward and one at a time."""
     inner = causal_lm(model)
-    config = inner.config.get_text_config().to_dict()
-    rope = (config.get("rope_parameters") or {}).get("rope_type")
+    config = settings(inner)
     if not inner._supports_attention_backend or inner.config._attn_implementation not in ("sdpa", "eager"):
         return False
-    if rope in STRETCHED or config.get("attention_chunk_size"):
+    # Convolutions and states run on from one sequence into the next.
+    if inner._is_stateful or not ATTENTION.issuperset(config.get("layer_types") or ()):
+        return False
+    if is_stretched(inner) or config.get("attention_chunk_size"):
         return False
     one, many = copy.copy(encoder), copy.copy(encoder)
     one.together, many.together = False, True
@@ -33,7 +36,31 @@ def reads_together(model: Module, encoder: Encoder) -> bool:
         abs(a - b) / len(continuation) for ((a, _), (b, _)), (_, continuation) in zip(pairs, requests, strict=True)
     )
     written = [student.write(prompts, max_new_tokens=2) for student in (alone, together)]
+    gap = max(gap, _gap_in_training(inner, [context for context, _ in requests], encoder.device))
     return gap <= TOLERANCES[inner.dtype] and written[0] == written[1]
+
+
+@torch.inference_mode()
+def _gap_in_training(model: Module, rows: list[Ids], device: torch.device) -> float:
+    """The largest difference of a token's loss, in nats, between rows read as one and each by itself."""
+    width = min(len(row) for row in rows)
+    ids = torch.tensor([row[-width:] for row in rows], device=device)
+    labels = ids.clone()
+    labels[:, 0] = IGNORED
+    zeros = torch.zeros(len(rows), device=device)
+    batch = Batch(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        labels=labels,
+        weights=zeros,
+        sources=zeros.long(),
+        source_tokens=(),
+    )
+    alone = [read(model, rows_of(batch, row[None])) for row in torch.arange(len(rows), device=device)]
+    losses = [
+        cross_entropy(each.logits.float(), each.labels, reduction="none") for each in (read(model, batch), *alone)
+    ]
+    return float((losses[0] - torch.cat(losses[1:])).abs().max())
 
 
 def _questions(vocabulary: int) -> tuple[list[tuple[Ids, Ids]], list[Ids]]:

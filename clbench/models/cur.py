@@ -109,7 +109,8 @@ class ProductCore(Module):
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()
-        self.A = Parameter(start.detach().to(trained_dtype(start), copy=True))
+        # A view of a weight kept [in, out] has its strides, which DeepSpeed cannot flatten.
+        self.A = Parameter(start.detach().to(trained_dtype(start), copy=True, memory_format=torch.contiguous_format))
         self.B = Parameter(torch.zeros_like(self.A).t().contiguous())
         self.register_buffer("history", torch.zeros(len(start), len(start), dtype=self.A.dtype, device=start.device))
 
@@ -221,7 +222,9 @@ class CurLinear(Module):
         return y if self.beta is None else y + self.beta.to(y.dtype)
 
 
-def inject(model: Module, *, targets: Sequence[str], make: Callable[[str, Module], CurLinear]) -> dict[str, CurLinear]:
+def inject(
+    model: Module, *, targets: Sequence[str] | str, make: Callable[[str, Module], CurLinear]
+) -> dict[str, CurLinear]:
     """Freezes `model` and replaces each layer named by `targets` with `make(name, layer)`; the new layers by name."""
     model.requires_grad_(False)
     layers = {}

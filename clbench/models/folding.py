@@ -13,6 +13,7 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 
 from clbench.models.cur import CurLinear
+from clbench.models.limits import shared_weights
 from clbench.models.sharding import copied, is_first, is_sharded, stored, whole
 from clbench.types import UserMistake
 
@@ -21,10 +22,16 @@ from clbench.types import UserMistake
 def folded(model: Module) -> Iterator[Module]:
     """Adapters merged into the weights they adapt, for faster forwards; on exit every weight is bitwise what it was.
 
-    A model without adapters passes unchanged, and so does a layer that no weight is equal to (`CurLinear.foldable`).
+    A model without adapters passes unchanged, and so does a layer that no weight is equal to (`CurLinear.foldable`) or whose weight another
+    layer reads, too.
     """
     adapted = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer | CurLinear)]
-    layers = [layer for layer in adapted if not isinstance(layer, CurLinear) or layer.foldable]
+    shared = shared_weights(model)
+    layers = [
+        layer
+        for layer in adapted
+        if id(inner_layer(layer).weight) not in shared and (not isinstance(layer, CurLinear) or layer.foldable)
+    ]
     weights = [inner_layer(layer).weight for layer in layers]
     kept = [stored(weight).clone() for weight in weights]
     for layer in layers:
@@ -103,12 +110,14 @@ def ordinary(model: PreTrainedModel) -> PreTrainedModel:
 
 def ordinary_state(model: Module) -> dict[str, Tensor]:
     """The tensors of a model whose adapters are folded, by the names they have in a model without adapters; of slices, copies of the whole."""
-    state = dict(model.state_dict(keep_vars=True))
+    state, shared = dict(model.state_dict(keep_vars=True)), shared_weights(model)
     for name, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer | CurLinear):
             continue
         state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
         plain = dict(inner_layer(layer).state_dict(keep_vars=True))
+        if id(inner_layer(layer).weight) in shared:
+            raise UserMistake(f"{name} is adapted and its weight is another layer's, too: it cannot be exported")
         if isinstance(layer, CurLinear) and not layer.foldable:
             raise UserMistake(
                 f"{name} has outputs that no weight gives, so it cannot be exported; change method.magnorm"

@@ -18,6 +18,8 @@ from torch.nn import Module
 from torch.nn import functional as F
 
 from clbench.data.sampling import seeded
+from clbench.models.cur import oriented
+from clbench.models.limits import check_unshared
 from clbench.models.sharding import stored, whole
 from clbench.types import UserMistake
 
@@ -38,7 +40,7 @@ class Pair:
     @property
     def weight(self) -> Tensor:
         """The adapted layer's own weight [out, in], detached; in-place edits reach the model. Ranks may hold slices of it: see `whole`."""
-        return self.layer.get_base_layer().weight.detach()
+        return oriented(self.layer.get_base_layer())
 
     @property
     def stored(self) -> Tensor:
@@ -58,14 +60,23 @@ class Pair:
         return self.scale * (factors[self.B].to(self.weight.device) @ factors[self.A].to(self.weight.device))
 
 
-def lora_pairs(model: Module) -> tuple[Pair, ...]:
-    """Every LoRA layer of `model`, in the model's order; raises UserMistake where the adapter is not plain LoRA."""
+def lora_pairs(model: Module, *, merging: bool = False) -> tuple[Pair, ...]:
+    """Every LoRA layer of `model`, in the model's order; raises UserMistake where the adapter is not plain LoRA.
+
+    With `merging`, also where its weight is another layer's, too, and so cannot be written into.
+    """
     pairs = []
+    if merging:
+        check_unshared(model, [name for name, layer in model.named_modules() if isinstance(layer, LoraLayer)])
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             if layer.lora_variant:
                 raise UserMistake(
                     "method.lora.dora=true, but this method works on plain LoRA; set method.lora.dora=false"
+                )
+            if not layer.lora_A:
+                raise UserMistake(
+                    f"this method works on linear layers, {name} is none; take it out of method.lora.targets"
                 )
             a, b = (f"{name}.lora_{factor}.{ADAPTER}.weight" for factor in "AB")
             pairs.append(Pair(A=a, B=b, rank=layer.r[ADAPTER], scale=layer.scaling[ADAPTER], layer=layer))

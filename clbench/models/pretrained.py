@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import Module
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,8 +20,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from clbench.models.limits import check_tokens, rope_settings
 from clbench.types import UserMistake
 
+UNLOADABLE = (OSError, ValueError, ImportError)
+"""What transformers raises for folders that it cannot read, kinds of model that it does not know, and packages that a tokenizer lacks."""
 log = logging.getLogger(__name__)
 
 
@@ -63,19 +67,61 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     tokenizer = load_tokenizer(name, revision=revision)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype)
-    except OSError as error:
+        config = without_dropout(configuration(name, revision=revision))
+        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, config=config)
+    except UNLOADABLE as error:
         raise not_loaded(name, error) from error
+    return prepared(model), tokenizer
+
+
+def configuration(name: str, *, revision: str | None = None) -> PretrainedConfig:
+    """The configuration of a folder or hub id; raises UserMistake where it is no causal language model's."""
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except UNLOADABLE as error:
+        raise not_loaded(name, error) from error
+    if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserMistake(
+            f"model.name={name!r} is a {config.model_type}, no decoder that continues text; name a causal language model"
+        )
+    return config
+
+
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """`config` with its own dropout off, said in a line of the log: a method states the dropout that it wants (`method.lora.dropout`)."""
+    text = config.get_text_config()
+    found = {
+        key: value for key, value in text.to_dict().items() if "drop" in key and isinstance(value, float) and value
+    }
+    if found:
+        stated = ", ".join(f"{key} {value}" for key, value in found.items())
+        log.info("the model's own dropout is off in training: its configuration states %s", stated)
+        text.update(dict.fromkeys(found, 0.0))
+    return config
+
+
+def prepared(model: PreTrainedModel) -> PreTrainedModel:
+    """A model as a run uses it: what it gives for a sequence depends on no other sequence, and not on settings for sampling."""
     # Answers are the likeliest tokens: penalties and samples that a model asks for are left out, its EOS ids stay.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
-    return model.eval(), tokenizer
+    if any(rope.get("rope_type") == "dynamic" for rope in rope_settings(model)):
+        for module in model.modules():
+            if "original_inv_freq" in dict(module.named_buffers(recurse=False)):
+                module.register_forward_pre_hook(unstretched)
+    return model.eval()
+
+
+def unstretched(rotary: Module, inputs: object) -> None:
+    """Forgets the longest sequence that a dynamic rotary embedding has seen, by which it would read the next one."""
+    rotary.max_seq_len_cached = rotary.original_max_seq_len
+    rotary.inv_freq = rotary.original_inv_freq
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder or hub id, with the special tokens that it lacks taken from its EOS."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="right")
-    except OSError as error:
+    except UNLOADABLE as error:
         raise not_loaded(name, error) from error
     if tokenizer.eos_token is None:
         raise UserMistake(f"model.name={name!r} has a tokenizer without an end-of-text token; choose another model")
@@ -83,12 +129,13 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
         tokenizer.bos_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    check_tokens(configuration(name, revision=revision), tokenizer)
     return tokenizer
 
 
-def not_loaded(name: str, error: OSError) -> UserMistake:
+def not_loaded(name: str, error: Exception) -> UserMistake:
     """The one line for a model that cannot be had."""
-    reason = str(error).splitlines()[0]
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return UserMistake(
         f"model.name={name!r} could not be loaded ({reason}); name a local folder, or choose another model"
     )

@@ -92,13 +92,14 @@ class Recipe:
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         if self.note:
             log.warning("%s: %s", self.label, self.note)
-        return load(self.folder(cache_dir), dtype=dtype)
+        model, tokenizer = load(self.folder(cache_dir), dtype=dtype)
+        return model, with_bos(tokenizer)
 
     def configuration(self, cache_dir: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(self.folder(cache_dir))
 
     def load_tokenizer(self, cache_dir: Path) -> PreTrainedTokenizerFast:
-        return load_tokenizer(self.folder(cache_dir))
+        return with_bos(load_tokenizer(self.folder(cache_dir)))
 
     def make(self, folder: Path) -> None:
         """Pretrains the model and writes it, its tokenizer and recipe.json to `folder`."""
@@ -121,6 +122,12 @@ class Recipe:
         tokenizer.save_pretrained(folder)
         record = {**self.settings(), "last_loss": loss}
         (folder / "recipe.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """`tokenizer`, which then puts BOS before a text, as every text was pretrained on with one."""
+    tokenizer.add_bos_token = True
+    return tokenizer
 
 
 def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
