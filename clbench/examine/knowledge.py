@@ -108,6 +108,7 @@ class Knowledge(Probe):
         """Each row's metrics; at stage 0 also its chance rate, and the majority rate where all its items offer the same choices."""
         model = StudentLM(student, max_length=self.max_length)
         for row in self.ledger_rows:
+            student.about(self.name, row.name)
             started = time.perf_counter()
             found = {metric: aggregated(row, metric, values) for metric, values in answer(row, model).items()}
             found |= floors(row) if stage == 0 else {}

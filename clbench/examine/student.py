@@ -29,22 +29,36 @@ WRITTEN = 32
 """How many times more tokens a batch holds when answers are written, as a step writes one token a row."""
 HasEnded = Callable[[list[list[int]]], list[bool]]
 """Of the tokens that each row has written so far: whether the row is done."""
+Report = Callable[[str, str, int, int], None]
+"""Hears of a probe and a task how many requests are answered, and of how many."""
 
 
 class Student:
     """`model` with its tokenizer; `tokens` bounds the tokens of a forward (None: what suits the device).
 
-    `tokens_scored` counts the tokens that were read and written.
+    `tokens_scored` counts the tokens that were read and written. `report` hears of every forward; of ranks, each hears of its own part.
     """
 
     def __init__(
-        self, model: Module, encoder: Encoder, *, tokens: int | None = None, ranks: Ranks | None = None
+        self,
+        model: Module,
+        encoder: Encoder,
+        *,
+        tokens: int | None = None,
+        ranks: Ranks | None = None,
+        report: Report = lambda *_: None,
     ) -> None:
         self.model = model
         self.encoder = encoder
         self.ranks = ranks or Ranks()
         self.tokens = tokens or TOKENS[encoder.device.type]
         self.tokens_scored = 0
+        self._report = report
+        self._about = ("", "")
+
+    def about(self, probe: str, task: str) -> None:
+        """What is asked from here on belongs to this task of a probe."""
+        self._about = (probe, task)
 
     @property
     def positions(self) -> int:
@@ -73,7 +87,7 @@ class Student:
             for context, members in asked.items()
         ]
         found: dict[int, tuple[float, bool]] = {}
-        for numbers, logits_NV in self._forwards(reads):
+        for numbers, logits_NV in self._reported(reads):
             places, targets, members, start = [], [], [], 0
             for number in numbers:
                 first, start = start, start + 1
@@ -100,7 +114,7 @@ class Student:
     def _log_probs(self, texts: Sequence[tuple[Ids, Sequence[int]]]) -> list[Tensor]:
         reads = [Read(ids, tuple(places)) for ids, places in texts]
         found: dict[int, Tensor] = {}
-        for numbers, logits_NV in self._forwards(reads):
+        for numbers, logits_NV in self._reported(reads):
             parts = logits_NV.log_softmax(-1).split([reads[number].scored for number in numbers])
             # Other ranks get them: a view would take all of what it is a view of along.
             found |= {number: part.to("cpu", copy=True) for number, part in zip(numbers, parts, strict=True)}
@@ -143,12 +157,20 @@ class Student:
                 length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
                 written[number] = ids[:length]
                 self.tokens_scored += len(prompts[number]) + length
+            self._report(*self._about, len(written), len(prompts))
         return [written[number] for number in range(len(prompts))]
 
     def _shares(self, longest: int) -> bool:
         """Whether sequences of up to `longest` tokens may share a row: an attention window counts places of the row."""
         window = causal_lm(self.model).config.get_text_config().to_dict().get("sliding_window")
         return self.encoder.together and (not window or longest <= window)
+
+    def _reported(self, reads: Sequence[Read]) -> Iterator[tuple[list[int], Tensor]]:
+        done = 0
+        for numbers, logits_NV in self._forwards(reads):
+            yield numbers, logits_NV
+            done += len(numbers)
+            self._report(*self._about, done, len(reads))
 
     def _forwards(self, reads: Sequence[Read]) -> Iterator[tuple[list[int], Tensor]]:
         """Per forward the reads in it and logits [N, V] in float32: of each read those at its places, then those of its branches."""

@@ -41,6 +41,7 @@ class TextProbe(Probe):
         return {self.task: self.texts}
 
     def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:
+        student.about(self.name, self.task)
         started = time.perf_counter()
         found = self.find(student)
         seconds = time.perf_counter() - started
