@@ -32,7 +32,7 @@ from clbench.types import UserMistake  # noqa: E402
 from tests import ranks  # noqa: E402
 from tests.ranks import run  # noqa: E402
 
-VIEWS = {"log_likelihoods": 7, "generate": 5, "log_probs": 3}
+VIEWS = {"log_likelihoods": 7, "generate": 5, "read": 3}
 """How many requests of each kind the students are asked."""
 
 
@@ -147,7 +147,7 @@ def requests(vocabulary: int) -> dict[str, list]:
     return {
         "log_likelihoods": [(ids(3 + 5 * n, n), ids(1 + n, n + 50)) for n in range(VIEWS["log_likelihoods"])],
         "generate": [ids(2 + 7 * n, n) for n in range(VIEWS["generate"])],
-        "log_probs": [(ids(4 + n, n), [n, 3 + n]) for n in range(VIEWS["log_probs"])],
+        "read": [(ids(4 + n, n), ids(4, n), [n, 3]) for n in range(VIEWS["read"])],
     }
 
 

@@ -19,7 +19,7 @@ from clbench.cli import CONF_DIR, compose
 from clbench.examine.knowledge import Knowledge, answer
 from clbench.examine.lm import StudentLM, cut
 from clbench.examine.lm_tasks import resolve, subset, task_index
-from clbench.examine.text import Perplexity
+from clbench.examine.text import Text
 from clbench.types import UserMistake
 from tests.test_probes import SENTENCES, STREAM, tiny_student
 
@@ -221,8 +221,9 @@ def test_the_perplexity_probe_gives_lm_evals_rolling_log_likelihood_of_the_text_
     (task,) = probe(data_dir, "wikitext").ledger_rows[0].tasks
     texts = [instance.args[0] for instance in task.instances]
     theirs = hflm(student, add_bos_token=False).loglikelihood_rolling(task.instances, disable_tqdm=True)
-    scores = Perplexity(name="p", task="t", texts=texts, window=256).measure(student, STREAM, 0)
-    (score,) = [score for score in scores if score.metric == "nll_token"]
+    text = Text(name="p", task="t", texts=texts, window=256)
+    text.begin(student)
+    (score,) = [score for score in text.measure(student, STREAM, 0) if score.metric == "nll_token"]
     assert score.items == pytest.approx([-value for value in theirs], rel=1e-5)
     assert max(len(student.encoder.text(text)) for text in texts) > 256  # more than one window somewhere
 
