@@ -167,7 +167,7 @@ TEXTS = ["A dog sleeps.", "The boat comes back full of fish in the morning"]
 
 def measured(student, texts, *, window, **settings):
     """What the probe says of the untouched model, by metric."""
-    probe = Text(name="perplexity", task="t", texts=texts, window=window, **settings)
+    probe = Text(name="perplexity", task="t", texts=texts, window=window, text_loss=True, **settings)
     probe.begin(student)
     return {score.metric: score for score in probe.measure(student, STREAM, 0)}
 
@@ -215,7 +215,7 @@ def test_a_text_without_any_chance_has_infinite_perplexity_instead_of_an_error(s
 
 
 def test_text_is_read_once_for_all_its_metrics_also_of_the_untouched_model(moved):
-    probe = Text(name="perplexity", task="t", texts=TEXTS, window=64, positions=7)
+    probe = Text(name="perplexity", task="t", texts=TEXTS, window=64, positions=7, text_loss=True)
     tokens = sum(len(moved.encoder.text(text)) for text in TEXTS)
     probe.begin(moved)
     rows = [(score.probe, score.metric) for score in probe.measure(moved, STREAM, 0)]

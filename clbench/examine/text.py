@@ -41,8 +41,8 @@ class Text(Probe):
     """Likelihood of `texts` in windows of `window` tokens, and KL(untouched || now) at `positions` of their tokens, evenly spaced.
 
     At most `tokens` tokens are read (None: all), the same for every stage and method: see `beginnings`. `task` names the texts in the ledger,
-    `dataset` says where they come from (None: they are made here). Rows of likelihood have the probe's name, the others "text_loss" and
-    "divergence". The untouched model's log-probabilities are kept in float32 on the CPU (256 positions of 128,256 tokens: 131 MB).
+    `dataset` says where they come from (None: they are made here). Rows of likelihood have the probe's name, the others "text_loss"
+    (on request) and "divergence". The untouched model's log-probabilities are kept in float32 on the CPU (256 positions of 128,256 tokens: 131 MB).
     """
 
     name: str
@@ -51,6 +51,7 @@ class Text(Probe):
     window: int
     tokens: int | None = None
     positions: int = 256
+    text_loss: bool = False
     dataset: DatasetSpec | None = None
     read: list[str] = field(default_factory=list, init=False)
     untouched: Reading | None = field(default=None, init=False)
@@ -77,7 +78,7 @@ class Text(Probe):
         each = [total / length for total, length in zip(now.nll, lengths, strict=True)]
         rows = {
             self.name: likelihood(now.nll, self.read, tokens=sum(lengths)),
-            "text_loss": {"mean_text_nll": mean(each)},
+            "text_loss": {"mean_text_nll": mean(each)} if self.text_loss else {},
             "divergence": {"kl_token": mean(moved_N.tolist())},
         }
         seconds = now.seconds
