@@ -85,14 +85,17 @@ class StreamConfig:
 
 @dataclass
 class ProbeConfig:
-    """What is measured, and when: `probes` by name; `tasks` and `limit` are read by the lm-eval probe.
+    """What is measured, and when: `probes` by name; `tasks`, `limit` and `shots` (5, or {mmlu: 5}) are read by the lm-eval probe,
+    `text_tokens` (null: all) by that of text.
 
     `cadence` says of a probe after which stages it measures (`all` unless listed): all, quarters, ends, every:K. The untouched model and
     the last stage are always measured. `allow_overlap` lets a probe measure a dataset that the stream trains on; the row is flagged.
     """
 
-    tasks: list[str] = field(default_factory=list)
+    tasks: list[Any] = field(default_factory=list)
     limit: int | None = key(None, least=1)
+    shots: Any = None
+    text_tokens: int | None = key(8192, least=64)
     probes: dict[str, Any] = field(default_factory=dict)
     cadence: dict[str, str] = field(default_factory=dict)
     allow_overlap: bool = False

@@ -1,5 +1,7 @@
 """What there is and what an experiment will cost: `python -m clbench.doctor methods`, `python -m clbench.doctor +experiment=NAME`.
 
+`python -m clbench.doctor hub` looks whether the hub still has every dataset that conf/ names.
+
 Parameters are counted on torch's meta device, where tensors have a shape and no storage. Tokens are counted by drawing every batch as the run
 will. Operations, hours and memory are formulas; what they assume is printed below them. No weights are loaded. GB are 10^9 bytes.
 """
@@ -24,6 +26,7 @@ from clbench.build import DTYPES, make_method, make_tasks, set_up_torch
 from clbench.cli import CONF_DIR, USERS_MISTAKES, compose, refuse
 from clbench.config import Config, one_of
 from clbench.data.encoder import Encoder
+from clbench.hub import checked
 from clbench.models.weights import count_parameters
 from clbench.protocols import Method, Task
 from clbench.stream import address, build_stream
@@ -35,7 +38,10 @@ PAGE = """# Datasets of the tasks\n
 Written by `python -m clbench.doctor datasets > conf/task/README.md`; a test holds it against the yamls. The project holds none of these rows.
 Terms are those that the dataset's card states; ask your own counsel. A revision "main" is a branch: no commit is pinned.\n
 | task | hub dataset @ revision | hub splits train / test | licence | metric | rows at most |\n| --- | --- | --- | --- | --- | --- |\n"""
-USAGE = "usage: python -m clbench.doctor methods | datasets | [+experiment=NAME] [key=value ...] [gpu=h100] [utilisation=0.4] [engine.processes=8]"
+USAGE = (
+    "usage: python -m clbench.doctor methods | datasets | hub | [+experiment=NAME] [key=value ...] [gpu=h100] [utilisation=0.4] "
+    "[engine.processes=8]"
+)
 CARD = ("paper", "trainable", "memory", "compute", "deviations")
 GPUS = {"a100": (312, 80), "h100": (989, 80), "h200": (989, 141), "l40s": (362, 48), "rtx4090": (165, 24)}
 """Dense bfloat16 peak in 10^12 operations a second, and memory in GB, from the makers' data sheets."""
@@ -95,6 +101,11 @@ def datasets_page() -> str:
             most = f"{task['max_train']} / {task['max_test']}"
             rows.append((path.stem, address(instantiate(task["dataset"])), splits, task["licence"], metric, most))
     return PAGE + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def hub_table() -> Table:
+    """Every dataset that conf/ names, and what keeps it from being read from the hub today."""
+    return table("Datasets on the hub", ("asked for by", "dataset : configuration @ revision [splits]", ""), checked())
 
 
 def datasets_table(tasks: Mapping[str, Task]) -> Table:
@@ -231,7 +242,13 @@ def forecast(arguments: Sequence[str]) -> Iterator[Table | str]:
 
 def main(arguments: Sequence[str]) -> None:
     """Prints what was asked for. A mistake of the user's ends the command with exit code 2."""
-    pages = {"methods": methods_table, "datasets": datasets_page, "--help": lambda: USAGE, "-h": lambda: USAGE}
+    pages = {
+        "methods": methods_table,
+        "datasets": datasets_page,
+        "hub": hub_table,
+        "--help": lambda: USAGE,
+        "-h": lambda: USAGE,
+    }
     if not arguments:
         refuse(UserMistake(USAGE))
     try:

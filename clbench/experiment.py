@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from clbench.config import Config, identity, is_due, run_directory, run_name
 from clbench.data.encoder import Encoder
 from clbench.examine.canaries import check_stream
 from clbench.examine.canaries.own_model import check_model
-from clbench.examine.student import Student
+from clbench.examine.student import Report, Student
 from clbench.examine.together import reads_together
 from clbench.models.folding import folded
 from clbench.models.limits import check_length
@@ -31,16 +32,18 @@ from clbench.models.loss import causal_lm
 from clbench.models.sharding import gathering
 from clbench.models.weights import count_parameters, load_trainable_state, trainable, trainable_state
 from clbench.protocols import Engine, Method, Probe, Stage, Stream
+from clbench.record.forecast import Forecast, seconds_of
 from clbench.record.ledger import COMPLETE, Checkpoint, Ledger, status_of
 from clbench.record.manifest import describe
 from clbench.record.overlaps import check_data
 from clbench.record.runs import CANARIES, FAILED
-from clbench.record.tracking import Tracker
+from clbench.record.tracking import Tracker, written_to
 from clbench.record.untouched import Untouched, find, keep, kept_at, source_hash
 from clbench.stream import cut_prompts, said_of
 from clbench.train import optimizer as optim
 from clbench.train.local import LocalEngine
 from clbench.train.loop import Plan, Trained, plan_stage, train_stage
+from clbench.train.pace import seconds_a_token, tokens_of
 from clbench.train.ranks import Ranks
 from clbench.types import Cost, Score, Source
 
@@ -84,32 +87,35 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
     model = load_model(config, parts.source)
     check_length(model, config.train.max_length)
     check_method(config, model)
-    with gathering(model):
-        parts.encoder.together = reads_together(model, parts.encoder)
-        untouched = measure_untouched(config, parts, model, manifest=manifest, ranks=ranks)
-    model = wrap(config, parts.method, model)
-    # A polite kill counts as an interruption, like Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    ledger = None
-    if ranks.is_first:
-        data.warn()
-        for name, cut in cuts.items():
-            log.warning("%s", said_of(cut, name, parts.encoder))
-        evaluation = check_evaluation(parts)
-        ledger = Ledger(path, manifest=manifest | {"canaries": evaluation, "untouched_measured_by": untouched.run})
-    started = Run(
-        config=config,
-        method=parts.method,
-        model=model,
-        stream=parts.stream,
-        probes=parts.probes,
-        encoder=parts.encoder,
-        ledger=ledger,
-        ranks=ranks,
-        overlapping=data.overlapping,
-    )
-    with ledger or nullcontext():
-        run_stages(started, untouched)
+    shown = Tracker(config, parts.stream.stages, silent=not ranks.is_first)
+    with written_to(path if ranks.is_first else None), shown as tracker:
+        with gathering(model):
+            parts.encoder.together = reads_together(model, parts.encoder)
+            untouched = measure_untouched(config, parts, model, manifest=manifest, ranks=ranks, tracker=tracker)
+        model = wrap(config, parts.method, model)
+        # A polite kill counts as an interruption, like Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        ledger = None
+        if ranks.is_first:
+            data.warn()
+            for name, cut in cuts.items():
+                log.warning("%s", said_of(cut, name, parts.encoder))
+            tracker.doing("canaries")
+            evaluation = check_evaluation(parts)
+            ledger = Ledger(path, manifest=manifest | {"canaries": evaluation, "untouched_measured_by": untouched.run})
+        started = Run(
+            config=config,
+            method=parts.method,
+            model=model,
+            stream=parts.stream,
+            probes=parts.probes,
+            encoder=parts.encoder,
+            ledger=ledger,
+            ranks=ranks,
+            overlapping=data.overlapping,
+        )
+        with ledger or nullcontext():
+            run_stages(started, untouched, tracker)
     return path
 
 
@@ -123,11 +129,12 @@ def check_evaluation(parts: Parts) -> dict[str, Any]:
 
 
 def measure_untouched(
-    config: Config, parts: Parts, model: Module, *, manifest: Mapping[str, Any], ranks: Ranks
+    config: Config, parts: Parts, model: Module, *, manifest: Mapping[str, Any], ranks: Ranks, tracker: Tracker
 ) -> Untouched:
     """The untouched model's scores: those that another run has measured, or else measured now and kept for others."""
+    student = student_of(config, model, parts.encoder, ranks, report=partial(tracker.examining, 0, "model"))
     for probe in parts.probes:
-        probe.begin(student_of(config, model, parts.encoder, ranks))
+        probe.begin(student)
     settings = identity(manifest["config"])
     shared = ("engine.", "order", "stream", "tasks", "probe", "train.max_length", "train.cut")
     depends_on = {key: value for key, value in settings.items() if key.startswith(shared)}
@@ -137,7 +144,6 @@ def measure_untouched(
     kept = ranks.share(find(path) if ranks.is_first else None)
     if kept is not None:
         return kept
-    student = student_of(config, model, parts.encoder, ranks)
     scores = [score for probe in parts.probes for score in probe.measure(student, parts.stream, 0)]
     tokens = sum(ranks.gather(student.tokens_scored))
     measured = Untouched(run=manifest["run"], tokens=tokens, scores=tuple(scores))
@@ -146,7 +152,7 @@ def measure_untouched(
     return measured
 
 
-def run_stages(run: Run, untouched: Untouched) -> None:
+def run_stages(run: Run, untouched: Untouched, tracker: Tracker) -> None:
     """Every stage that the ledger does not hold yet, the untouched model first."""
     first = run.ranks.share(run.ledger.finished + 1 if run.ledger else 0)
     moments: dict[str, Tensor] = {}
@@ -154,12 +160,26 @@ def run_stages(run: Run, untouched: Untouched) -> None:
     if first > 0:
         moments, within = go_on(run)
     done = max(first - 1, 0)
-    with Tracker(run.config, run.stream.stages, first=done, silent=not run.ranks.is_first) as tracker:
-        if first == 0:
-            record_untouched(run, untouched, tracker)
-        for stage in run.stream.stages[done:]:
-            moments = run_stage(run, stage, tracker, moments=moments, within=within)
-            within = None
+    if first == 0:
+        record_untouched(run, untouched, tracker)
+    tracker.begin(forecast(run, untouched), finished=done)
+    for stage in run.stream.stages[done:]:
+        moments = run_stage(run, stage, tracker, moments=moments, within=within)
+        within = None
+
+
+def forecast(run: Run, untouched: Untouched) -> Forecast:
+    """How long the stages will take, on this machine as it is now."""
+    config, stages, seconds = run.config.train, run.stream.stages, seconds_of(untouched.scores)
+    pace = 0.0
+    if run.config.engine.shard_base:
+        # A backward pass takes twice as long as a forward, and slices of a model go backward in an engine only.
+        pace = 3 * sum(seconds.values()) / untouched.tokens
+    elif trainable(run.model):
+        pace = seconds_a_token(run.model, run.encoder, stages[0].train, config) / run.ranks.size
+    training = tuple(pace * tokens_of(run.method, stage, run.encoder, config) for stage in stages)
+    views = len(run.method.views(run.model))
+    return Forecast(training=training, examining=seconds, cadence=run.config.probe.cadence, views=views)
 
 
 def go_on(run: Run) -> tuple[dict[str, Tensor], Checkpoint | None]:
@@ -190,7 +210,7 @@ def run_stage(
     started = time.perf_counter() - (within.seconds if within else 0.0)
     sources, trained, moments = train(run, stage, tracker, moments=moments, within=within)
     after_training = time.perf_counter()
-    examined, tokens = examine(run, stage.index)
+    examined, tokens = examine(run, stage.index, tracker)
     scores = [
         *replay_scores(run, stage, sources[1:]),
         *examined,
@@ -319,12 +339,12 @@ def open_engine(
     return DeepSpeedEngine(model, optimizer=optimizer, schedule=schedule, config=config, moments=moments)
 
 
-def student_of(config: Config, model: Module, encoder: Encoder, ranks: Ranks) -> Student:
+def student_of(config: Config, model: Module, encoder: Encoder, ranks: Ranks, *, report: Report) -> Student:
     """The model under examination. Ranks share its requests, unless they hold slices of the base and make every forward together."""
-    return Student(model, encoder, ranks=Ranks() if config.engine.shard_base else ranks)
+    return Student(model, encoder, ranks=Ranks() if config.engine.shard_base else ranks, report=report)
 
 
-def examine(run: Run, index: int) -> tuple[list[Score], int]:
+def examine(run: Run, index: int, tracker: Tracker) -> tuple[list[Score], int]:
     """Every probe on every view of the model, and the tokens that were read; a secondary view's probes are named `probe@view`."""
     run.model.eval()
     scores, tokens = [], 0
@@ -332,7 +352,8 @@ def examine(run: Run, index: int) -> tuple[list[Score], int]:
     due = [probe for probe in run.probes if is_due(cadence.get(probe.name, "all"), index, last)]
     for number, (view, weights) in enumerate(run.method.views(run.model).items()):
         with weights, folded(run.model) if number == 0 else nullcontext(), gathering(run.model):
-            student = student_of(run.config, run.model, run.encoder, run.ranks)
+            report = partial(tracker.examining, index, view)
+            student = student_of(run.config, run.model, run.encoder, run.ranks, report=report)
             for probe in due:
                 found = probe.measure(student, run.stream, index)
                 scores += [replace(score, probe=f"{score.probe}@{view}") if number else score for score in found]
@@ -345,7 +366,7 @@ def check_own_model(run: Run, index: int) -> list[Score]:
     started = time.perf_counter()
     view, *_ = run.method.views(run.model).values()
     with view, gathering(run.model):
-        student = student_of(run.config, run.model, run.encoder, Ranks())
+        student = Student(run.model, run.encoder)
         gaps = check_model(student, run.stream, folded=folded(run.model))
     for gap in gaps:
         if gap.failed:

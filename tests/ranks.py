@@ -134,7 +134,7 @@ def outcome(case: str, *overrides: str) -> dict[str, object]:
 
 def train(toy: methods.Lab, number: int) -> float:
     """Stage `number`; the loss that it reports."""
-    tracker = Tracker(toy.run.config, toy.run.stream.stages, first=number, silent=True)
+    tracker = Tracker(toy.run.config, toy.run.stream.stages, silent=True)
     _, trained, toy.moments = experiment.train(toy.run, toy.stage(number), tracker, moments=toy.moments, within=None)
     toy.model.eval()
     return trained.loss

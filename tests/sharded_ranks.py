@@ -27,11 +27,12 @@ from clbench.models import sharding  # noqa: E402
 from clbench.models.folding import export, folded  # noqa: E402
 from clbench.models.loss import causal_lm  # noqa: E402
 from clbench.models.weights import count_parameters, trainable  # noqa: E402
+from clbench.record.tracking import Tracker  # noqa: E402
 from clbench.types import UserMistake  # noqa: E402
 from tests import ranks  # noqa: E402
 from tests.ranks import run  # noqa: E402
 
-VIEWS = {"log_likelihoods": 7, "generate": 5, "log_probs": 3}
+VIEWS = {"log_likelihoods": 7, "generate": 5, "read": 3}
 """How many requests of each kind the students are asked."""
 
 
@@ -93,10 +94,10 @@ def held(*overrides: str) -> dict[str, object]:
         if slices and "model" in moments:
             moments["examining"].append(holding(moments["model"]))
 
-    def noted_examine(made: experiment.Run, index: int) -> tuple[list, int]:
+    def noted_examine(made: experiment.Run, index: int, tracker: Tracker) -> tuple[list, int]:
         moments["between"].append(holding(made.model))
         adapters.append(sum(parameter.numel() for parameter in trainable(made.model).values()))
-        found = examine(made, index)
+        found = examine(made, index, tracker)
         moments["between"].append(holding(made.model))
         return found
 
@@ -151,7 +152,7 @@ def requests(vocabulary: int) -> dict[str, list]:
     return {
         "log_likelihoods": [(ids(3 + 5 * n, n), ids(1 + n, n + 50)) for n in range(VIEWS["log_likelihoods"])],
         "generate": [ids(2 + 7 * n, n) for n in range(VIEWS["generate"])],
-        "log_probs": [(ids(4 + n, n), [n, 3 + n]) for n in range(VIEWS["log_probs"])],
+        "read": [(ids(4 + n, n), ids(4, n), [n, 3]) for n in range(VIEWS["read"])],
     }
 
 

@@ -324,7 +324,7 @@ def asked(toy: methods.Lab, student: Student) -> dict[str, object]:
     return {
         "likelihoods": student.log_likelihoods([(context, choice) for context in contexts for choice in choices]),
         "answers": student.generate(contexts, max_new_tokens=4),
-        "distributions": torch.cat(student.log_probs([(ids, [len(ids) - 1]) for ids in contexts])),
+        "distributions": torch.cat([rows for *_, rows in student.read([(ids, choices[0], [0]) for ids in contexts])]),
         "text": rolling_nll(student, [context[1:] for context in contexts], window=3),
         "one": student.log_likelihoods([(contexts[0], choices[0])]),
         "none": student.log_likelihoods([]),

@@ -4,18 +4,22 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
+import lm_eval.tasks
 import pytest
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 from omegaconf import OmegaConf
 
-from clbench.cli import CONF_DIR
+from clbench.cli import CONF_DIR, compose
 from clbench.examine.knowledge import Knowledge, answer
 from clbench.examine.lm import StudentLM, cut
 from clbench.examine.lm_tasks import resolve, subset, task_index
-from clbench.examine.text import Perplexity
+from clbench.examine.text import Text
 from clbench.types import UserMistake
 from tests.test_probes import SENTENCES, STREAM, tiny_student
 
@@ -55,7 +59,7 @@ def named(name):
 
 def subjects():
     """The 19 subjects of mmlu_stem in the order in which lm-eval's group lists them."""
-    return [task.config["dataset_name"] for task in named("mmlu_stem")["mmlu_stem"]]
+    return [task.config["dataset_name"] for task in named("mmlu_stem")["mmlu_stem"].tasks]
 
 
 def hellaswag_row(i, half):
@@ -217,8 +221,9 @@ def test_the_perplexity_probe_gives_lm_evals_rolling_log_likelihood_of_the_text_
     (task,) = probe(data_dir, "wikitext").ledger_rows[0].tasks
     texts = [instance.args[0] for instance in task.instances]
     theirs = hflm(student, add_bos_token=False).loglikelihood_rolling(task.instances, disable_tqdm=True)
-    scores = Perplexity(name="p", task="t", texts=texts, window=256).measure(student, STREAM, 0)
-    (score,) = [score for score in scores if score.metric == "nll_token"]
+    text = Text(name="p", task="t", texts=texts, window=256)
+    text.begin(student)
+    (score,) = [score for score in text.measure(student, STREAM, 0) if score.metric == "nll_token"]
     assert score.items == pytest.approx([-value for value in theirs], rel=1e-5)
     assert max(len(student.encoder.text(text)) for text in texts) > 256  # more than one window somewhere
 
@@ -334,15 +339,169 @@ def test_a_group_is_one_row_whose_items_stand_in_the_order_of_its_tasks(student,
     assert [text.split()[0] for text in texts] == ["0", "1"] * 19
 
 
+def from_files(data_dir, task, *splits):
+    """lm-eval's own task as its users point it at files, without any code of ours."""
+    files = {split: str(data_dir / FOLDER_OF.get(task, task) / f"{split}.jsonl") for split in splits}
+    changes = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+    return {"group": "one", "task": [{"task": task, **changes}]}
+
+
+FOLDER_OF = {"triviaqa": "trivia_qa"}
+SHOWN = {"hellaswag": 3, "arc_challenge": 4, "winogrande": 2, "triviaqa": 2}
+
+
+@pytest.fixture(scope="module")
+def shown_dir(data_dir, tmp_path_factory):
+    """The invented rows, and others for examples where lm-eval takes them."""
+    root = shutil.copytree(data_dir, tmp_path_factory.mktemp("shown"), dirs_exist_ok=True)
+    write(root / "hellaswag", "train", [hellaswag_row(i, HALVES[(i + 2) % 5]) for i in range(9)])
+    for name, split in (("arc_challenge", "test"), ("winogrande", "validation")):
+        rows = (root / name / f"{split}.jsonl").read_text().splitlines()
+        write(root / name, "train", [json.loads(row) for row in rows[::-1]])
+    trivia = [
+        {"question": f"Who {s[: i + 9]}", "answer": {"aliases": [s[-9:], s[:4]]}} for i, s in enumerate(SENTENCES)
+    ]
+    write(root / "trivia_qa", "train", trivia)
+    write(root / "trivia_qa", "validation", trivia[:3])
+    dev = [
+        {"question": f"{k} {subject}?", "subject": subject, "choices": [w * 2 for w in "wxyz"], "answer": k % 4}
+        for subject in subjects()
+        for k in range(5)
+    ]
+    write(root / "mmlu", "dev", dev)
+    return root
+
+
+def test_shots_give_what_lm_eval_gives_item_by_item(shown_dir, tmp_path, monkeypatch):
+    from lm_eval.evaluator import simple_evaluate
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    student = tiny_student(positions=1500)
+    folders = FOLDERS | {"mandarjoshi/trivia_qa": "trivia_qa"}
+    knowledge = probe(shown_dir, *SHOWN, shots=SHOWN, folders=folders, search=[*SEARCH, "triviaqa"])
+    assert [row.name for row in knowledge.ledger_rows] == [f"{task}@{shots}" for task, shots in SHOWN.items()]
+    found = {(s.task, s.metric): s for s in knowledge.measure(student, STREAM, 1)}
+    home = Path(lm_eval.tasks.__file__).parent
+    manager = TaskManager(include_defaults=False, include_path=[home / name for name in (*SEARCH, "triviaqa")])
+    for task, shots in SHOWN.items():
+        scored = "test" if task == "arc_challenge" else "validation"
+        theirs = simple_evaluate(
+            hflm(student),
+            tasks=[from_files(shown_dir, task, "train", scored)],
+            num_fewshot=shots,
+            task_manager=manager,
+            bootstrap_iters=0,
+            log_samples=True,
+            verbosity="ERROR",
+        )
+        samples = sorted(theirs["samples"][task], key=lambda sample: sample["doc_id"])
+        for metric in {"acc", "acc_norm", "exact_match"} & samples[0].keys():
+            assert list(found[f"{task}@{shots}", metric].items) == [sample[metric] for sample in samples]
+        (row,) = [row for row in knowledge.ledger_rows if row.name == f"{task}@{shots}"]
+        prompts = [asked[0].args[0] for _, asked in row.documents()]
+        assert prompts == [sample["arguments"][0][0] for sample in samples]
+
+
+@pytest.mark.skipif(not REAL_ROWS, reason="CLBENCH_DATA names no folder of real rows")
+def test_published_shots_of_real_rows_equal_lm_evals_own():
+    student = tiny_student(positions=12_000)
+    knowledge = probe(REAL_ROWS, "arc_challenge", "mmlu", shots={"arc_challenge": 25, "mmlu": 5}, limit=1)
+    assert [row.name for row in knowledge.ledger_rows] == ["arc_challenge@25", "mmlu@5"]
+    assert_equal_item_by_item(student, knowledge)
+
+
+def test_a_group_shows_the_examples_of_each_of_its_tasks_which_need_no_other_split(shown_dir):
+    (row,) = probe(shown_dir, "mmlu_stem", shots=5, items={"mmlu_stem": 19}).ledger_rows
+    assert row.name == "mmlu_stem@5" and len(row.documents()) == 19
+    for subject, (_, asked) in zip(subjects(), row.documents(), strict=True):
+        questions = [line for line in asked[0].args[0].splitlines() if line.endswith(f"{subject}?")]
+        assert questions == [f"{k} {subject}?" for k in range(5)]
+
+
+def test_a_name_tells_of_shots_that_the_tasks_yaml_does_not(shown_dir):
+    def names(*tasks, **settings):
+        return [row.name for row in probe(shown_dir, *tasks, **settings).ledger_rows]
+
+    assert names("hellaswag", "gsm8k", shots=5) == ["hellaswag@5", "gsm8k"]  # five is gsm8k's own number
+    assert names("hellaswag", "gsm8k", shots={"gsm8k": 2, "mmlu": 5}) == ["hellaswag", "gsm8k@2"]
+    assert names({"task": "hellaswag", "num_fewshot": 2}, "hellaswag") == ["hellaswag@2", "hellaswag"]
+    assert names("truthfulqa_mc1", shots=5) == ["truthfulqa_mc1"]  # 0 by its yaml, which lm-eval keeps
+    chosen = [
+        probe(shown_dir, "piqa", "hellaswag", shots=s, items={"hellaswag": 2}).ledger_rows[1].chosen
+        for s in (None, {"hellaswag": 3})
+    ]
+    assert chosen[0] == chosen[1] and len(chosen[0][0]) == 2  # what is frozen are the questions
+
+
+def test_shots_that_cannot_be_had_are_mistakes(data_dir, shown_dir):
+    for shots, said in (
+        ({"hellasag": 5}, "'hellasag'"),
+        (-1, "whole numbers"),
+        ({"piqa": "5"}, "whole numbers"),
+        (True, "whole numbers"),
+    ):
+        with pytest.raises(UserMistake, match=said):
+            probe(shown_dir, "hellaswag", shots=shots)
+    with pytest.raises(UserMistake, match=r"hellaswag/train.jsonl"):
+        probe(data_dir, "hellaswag", shots=5)
+    with pytest.raises(UserMistake, match="is to show 10 examples, its split for them has 9"):
+        probe(shown_dir, "hellaswag", shots=10)
+
+
+def test_shots_are_a_key_of_the_configuration(overrides):
+    config = compose([*overrides, "probe.shots={mmlu:5}", "probe.tasks=[{task:mmlu,num_fewshot:5}]"])
+    assert config.probe.probes["knowledge"]["shots"] == {"mmlu": 5}
+    assert config.probe.probes["knowledge"]["tasks"] == [{"task": "mmlu", "num_fewshot": 5}]
+
+
+def test_a_group_that_weighs_its_tasks_equally_is_the_mean_of_their_means(student, tmp_path, monkeypatch):
+    from lm_eval.evaluator import simple_evaluate
+
+    def task(name, split):
+        files = {"data_files": {"test": str(tmp_path / "quiz" / f"{split}.jsonl")}}
+        return {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": files,
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{text}}",
+            "doc_to_choice": ["yes", "no"],
+            "doc_to_target": "{{label}}",
+        }
+
+    rows = [{"text": f"{s[:20]}?", "label": k % 2} for k, s in enumerate([*SENTENCES, SENTENCES[0]])]
+    write(tmp_path / "quiz", "short", rows[:2])
+    write(tmp_path / "quiz", "long", [row | {"label": k // 3} for k, row in enumerate(rows[2:])])
+    (tmp_path / "pairs").mkdir()
+    group = {
+        "group": "pair",
+        "task": ["short", "long"],
+        "aggregate_metric_list": [{"metric": "acc", "aggregation": "mean", "weight_by_size": False}],
+    }
+    for name, yaml in {"short": task("short", "short"), "long": task("long", "long"), "pair": group}.items():
+        OmegaConf.save(OmegaConf.create(yaml), tmp_path / "pairs" / f"{name}.yaml")
+    (tmp_path / "pairs" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    knowledge = Knowledge(name="knowledge", tasks=["pair"], include="pairs:.")
+    (score,) = [s for s in knowledge.measure(student, STREAM, 1) if s.metric == "acc"]
+    manager = TaskManager(include_path=str(tmp_path / "pairs"), include_defaults=False)
+    theirs = simple_evaluate(hflm(student), tasks=["pair"], task_manager=manager, verbosity="ERROR")["results"]["pair"]
+    assert score.value == pytest.approx(theirs["acc,none"]) and score.n == 6
+    assert score.stderr == pytest.approx(theirs["acc_stderr,none"])
+    assert score.value != pytest.approx(sum(score.items) / 6)
+
+
 def test_a_group_of_unlike_tasks_is_its_members():
     ((name, mmlu),) = named("mmlu").items()
-    assert (name, len(mmlu), mmlu[0].config.get("num_fewshot")) == ("mmlu", 57, None)
+    assert (name, len(mmlu.tasks), mmlu.tasks[0].config.get("num_fewshot")) == ("mmlu", 57, None)
     openllm = resolve("openllm", task_index(["openllm"], search=[*SEARCH, "benchmarks"]))
-    assert {"arc_challenge", "hellaswag", "mmlu", "winogrande", "gsm8k"} < set(openllm)
-    assert {task.config["num_fewshot"] for task in openllm["mmlu"]} == {5}  # what the group sets for its members
+    # What the group sets for its members stands in their names; five is what gsm8k's own yaml says.
+    assert {"arc_challenge@25", "hellaswag@10", "mmlu@5", "winogrande@5", "gsm8k"} < set(openllm)
+    assert {task.config["num_fewshot"] for task in openllm["mmlu@5"].tasks} == {5}
     assert list(named("truthfulqa")) == ["truthfulqa_gen", "truthfulqa_mc1", "truthfulqa_mc2"]
     (arc,) = named("ai2_arc").values()
-    assert [task.name for task in arc] == ["arc_challenge", "arc_easy"]
+    assert [task.name for task in arc.tasks] == ["arc_challenge", "arc_easy"]
 
 
 def test_the_folders_that_are_searched_hold_all_that_their_names_stand_for():

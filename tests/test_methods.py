@@ -129,7 +129,7 @@ class Lab:
 
     def train(self, number: int) -> None:
         """Stage `number`, by the very function that an experiment calls."""
-        tracker = Tracker(self.run.config, self.run.stream.stages, first=0, silent=True)
+        tracker = Tracker(self.run.config, self.run.stream.stages, silent=True)
         *_, self.moments = experiment.train(
             self.run, self.stage(number), tracker, moments=self.moments, within=self.within
         )

@@ -12,7 +12,7 @@ from clbench.data.rows import DatasetSpec
 from clbench.examine.matrix import Matrix, choose, examine, floors
 from clbench.examine.scores import mean
 from clbench.examine.student import Student
-from clbench.examine.text import Divergence, MeanTextLoss, Perplexity
+from clbench.examine.text import Text, beginnings
 from clbench.protocols import Stage, Stream, Task
 from clbench.types import Example
 
@@ -181,10 +181,15 @@ def test_an_open_task_is_scored_on_what_greedy_decoding_writes(student):
 TEXTS = ["A dog sleeps.", "The boat comes back full of fish in the morning"]
 
 
+def measured(student, texts, *, window, **settings):
+    """What the probe says of the untouched model, by metric."""
+    probe = Text(name="perplexity", task="t", texts=texts, window=window, text_loss=True, **settings)
+    probe.begin(student)
+    return {score.metric: score for score in probe.measure(student, STREAM, 0)}
+
+
 def test_perplexity_weighs_tokens_and_normalises_by_words_and_bytes(student):
-    found = {
-        s.metric: s for s in Perplexity(name="perplexity", task="t", texts=TEXTS, window=64).measure(student, STREAM, 0)
-    }
+    found = measured(student, TEXTS, window=64)
     nll = [token_nll(student, student.encoder.text(text)) for text in TEXTS]
     every, words, size = nll[0] + nll[1], 3 + 10, sum(map(len, TEXTS))
     mean = sum(every) / len(every)
@@ -197,10 +202,17 @@ def test_perplexity_weighs_tokens_and_normalises_by_words_and_bytes(student):
     assert found["nll_token"].items == pytest.approx([sum(one) for one in nll], rel=1e-5)
 
 
+def test_text_loss_weighs_texts(student):
+    score = measured(student, TEXTS, window=64)["mean_text_nll"]
+    means = [sum(nll) / len(nll) for nll in (token_nll(student, student.encoder.text(text)) for text in TEXTS)]
+    assert (score.probe, score.n) == ("text_loss", 2)
+    assert score.items == pytest.approx(means, rel=1e-5) and score.value == pytest.approx(sum(means) / 2, rel=1e-5)
+    assert score.stderr == pytest.approx(abs(means[0] - means[1]) / 2, rel=1e-4)
+
+
 def test_perplexity_reads_the_whole_text_in_windows_of_which_the_last_is_filled_up(student):
     ids = student.encoder.text(TEXTS[1])
-    probe = Perplexity(name="perplexity", task="t", texts=TEXTS[1:], window=5)
-    (score,) = [s for s in probe.measure(student, STREAM, 0) if s.metric == "nll_token"]
+    score = measured(student, TEXTS[1:], window=5)["nll_token"]
     whole, places = [0, *ids], range(1, len(ids) + 1)
     # The token at `place` is read after its window so far; the last window reaches back to five tokens.
     starts = [(place - 1) // 5 * 5 for place in places]
@@ -214,25 +226,43 @@ def test_perplexity_reads_the_whole_text_in_windows_of_which_the_last_is_filled_
 
 
 def test_a_text_without_any_chance_has_infinite_perplexity_instead_of_an_error(student):
-    texts = ["?" * 3000]  # one word of 3000 tokens: exp(3000 times several nats)
-    found = {
-        s.metric: s.value for s in Perplexity(name="p", task="t", texts=texts, window=64).measure(student, STREAM, 0)
-    }
-    assert found["word_perplexity"] == math.inf and math.isfinite(found["token_perplexity"])
+    found = measured(student, ["?" * 3000], window=64)  # one word of 3000 tokens: exp(3000 times several nats)
+    assert found["word_perplexity"].value == math.inf and math.isfinite(found["token_perplexity"].value)
 
 
-def test_mean_text_nll_is_the_mean_over_texts_of_the_mean_over_their_first_tokens(student):
-    texts = [*TEXTS, "A third text that is not read"]
-    probe = MeanTextLoss(name="text_loss", task="t", texts=texts, max_texts=2, max_tokens=7)
-    (score,) = probe.measure(student, STREAM, 0)
-    means = []
-    for text in TEXTS:
-        nll = token_nll(student, student.encoder.text(text)[:7])
-        means.append(sum(nll) / len(nll))
-    assert (score.metric, score.n) == ("mean_text_nll", 2)
-    assert score.items == pytest.approx(means, rel=1e-5) and score.value == pytest.approx(sum(means) / 2, rel=1e-5)
-    assert score.stderr == pytest.approx(abs(means[0] - means[1]) / 2, rel=1e-4)
-    assert list(probe.documents()["t"]) == TEXTS
+def test_text_is_read_once_for_all_its_metrics_also_of_the_untouched_model(moved):
+    probe = Text(name="perplexity", task="t", texts=TEXTS, window=64, positions=7, text_loss=True)
+    tokens = sum(len(moved.encoder.text(text)) for text in TEXTS)
+    probe.begin(moved)
+    rows = [(score.probe, score.metric) for score in probe.measure(moved, STREAM, 0)]
+    assert moved.tokens_scored == tokens - 1  # one BOS for both; a text's last token predicts nothing
+    assert rows == [
+        *(("perplexity", metric) for metric in ("nll_token", "token_perplexity", "word_perplexity", "bits_per_byte")),
+        ("text_loss", "mean_text_nll"),
+        ("divergence", "kl_token"),
+    ]
+    scores = list(probe.measure(moved, STREAM, 1))
+    assert moved.tokens_scored == 2 * (tokens - 1)
+    assert [score.seconds > 0 for score in scores] == [True, *[False] * 5]
+
+
+def test_a_budget_of_tokens_takes_the_beginnings_of_texts_to_the_end_of_a_word(student):
+    encoder = student.encoder
+    long, short = " ".join(SENTENCES * 8), "A dog sleeps."
+    of_short = len(encoder.text(short))
+    assert beginnings([long, short], encoder, most=None) == [long, short]
+    assert beginnings(TEXTS, encoder, most=sum(len(encoder.text(text)) for text in TEXTS)) == TEXTS
+    first, second, third = beginnings([long, short, long], encoder, most=400)
+    # What the short one leaves is the others', in equal parts.
+    assert second == short and first == third
+    assert (400 - of_short) // 2 - 20 < len(encoder.text(first)) <= (400 - of_short) // 2
+    assert long.startswith(first + " ")
+    # Fewer than 64 tokens for each: the last are left out.
+    assert beginnings([long] * 5, encoder, most=150) == beginnings([long] * 2, encoder, most=150)
+    assert 0 < len(encoder.text(beginnings(["x" * 4000], encoder, most=64)[0])) <= 64  # no word ends
+    found = measured(student, [long, short, long], window=64, tokens=400)
+    assert found["nll_token"].n == len(encoder.text(first)) * 2 + of_short
+    assert found["bits_per_byte"].n == 2 * len(first) + len(short)
 
 
 @pytest.fixture
@@ -241,32 +271,31 @@ def moved():
     return tiny_student()
 
 
-def test_divergence_positions_are_the_middles_of_equal_spans(student):
-    ids = student.encoder.text(TEXTS[1])
-    probe = Divergence(name="divergence", task="t", texts=[TEXTS[1]], window=1000, positions=3)
-    spans = [(2 * k + 1) * len(ids) // 6 for k in range(3)]
-    assert probe.chosen(student) == [
-        ((0, *ids[: spans[-1]]), spans)
-    ]  # one window, read once and no further than needed
-    probe = Divergence(name="divergence", task="t", texts=TEXTS, window=4, positions=10**6)
-    first, second = (student.encoder.text(text) for text in TEXTS)
-    starts = [(ids, start) for ids in (first, second) for start in range(0, len(ids), 4)]
-    cut = [ids[start : start + 4] for ids, start in starts]
-    assert probe.chosen(student) == [((0, *ids[:-1]), list(range(len(ids)))) for ids in cut]
+def test_divergence_positions_are_the_middles_of_equal_spans():
+    def chosen(positions, tokens):
+        return Text(name="p", task="t", texts=TEXTS, window=4, positions=positions).chosen(tokens)
+
+    assert chosen(3, 24) == [4, 12, 20] and chosen(2, 7) == [1, 5] and chosen(10, 3) == [0, 1, 2]
 
 
 def test_divergence_is_zero_for_the_untouched_model_and_exact_for_another(moved):
-    probe = Divergence(name="divergence", task="t", texts=TEXTS, window=6, positions=10)
+    probe = Text(name="perplexity", task="t", texts=TEXTS, window=6, positions=10)
     probe.begin(moved)
-    (score,) = probe.measure(moved, STREAM, 0)
+    (score,) = [score for score in probe.measure(moved, STREAM, 0) if score.probe == "divergence"]
     assert (score.metric, score.value, score.n, score.items) == ("kl_token", 0.0, 10, (0.0,) * 10)
 
-    contexts = [ids[: place + 1] for ids, places in probe.chosen(moved) for place in places]
+    # Every token of both texts after what is read before it: BOS first, then windows of six of which the last is filled up.
+    contexts = []
+    for ids in (moved.encoder.text(text) for text in TEXTS):
+        for place in range(len(ids)):
+            start = min(place // 6 * 6, max(len(ids) - 6, 0))
+            contexts.append([0, *ids][start : place + 1])
+    contexts = [contexts[(2 * k + 1) * len(contexts) // 20] for k in range(10)]
     before = [plain(moved, context) for context in contexts]
     with torch.no_grad():
         for parameter in moved.model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.05)
-    (score,) = probe.measure(moved, STREAM, 1)
+    (score,) = [score for score in probe.measure(moved, STREAM, 1) if score.probe == "divergence"]
     # In float64: sum over the vocabulary of p log(p / q), p the untouched model's.
     expected = [
         float((p.exp() * (p - q)).sum()) for p, q in zip(before, (plain(moved, c) for c in contexts), strict=True)
@@ -282,10 +311,11 @@ def test_divergence_sees_the_untouched_model_without_dropout(moved):
     for layer in moved.model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     moved.model.train()
-    probe = Divergence(name="divergence", task="t", texts=TEXTS, window=6, positions=10)
+    probe = Text(name="perplexity", task="t", texts=TEXTS, window=6, positions=10)
     probe.begin(moved)
     moved.model.eval()
-    assert next(probe.measure(moved, STREAM, 0)).value == 0.0
+    (score,) = [score for score in probe.measure(moved, STREAM, 1) if score.probe == "divergence"]
+    assert score.value == 0.0
 
 
 def plain(student, ids):
@@ -295,10 +325,6 @@ def plain(student, ids):
 
 def test_a_text_probe_names_its_dataset_and_its_texts():
     spec = DatasetSpec(name="pages", hub="someone/pages")
-    for probe in (
-        Perplexity(name="p", task="t", texts=TEXTS, window=8, dataset=spec),
-        MeanTextLoss(name="p", task="t", texts=TEXTS, dataset=spec),
-        Divergence(name="p", task="t", texts=TEXTS, window=8, dataset=spec),
-    ):
-        assert list(probe.datasets()) == [spec] and list(probe.documents()["t"]) == TEXTS
-    assert Perplexity(name="p", task="t", texts=TEXTS, window=8).datasets() == ()
+    probe = Text(name="p", task="t", texts=TEXTS, window=8, dataset=spec)
+    assert list(probe.datasets()) == [spec] and list(probe.documents()["t"]) == TEXTS
+    assert Text(name="p", task="t", texts=TEXTS, window=8).datasets() == ()

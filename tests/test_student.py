@@ -106,11 +106,15 @@ def test_a_prompt_that_is_too_long_is_cut_in_examination_as_in_training(model):
     assert student.log_likelihoods([(prompt, answer)], max_length=10)[0][0] == pytest.approx(expected, abs=1e-4)
 
 
-def test_log_probs_are_those_of_plain_forwards_in_the_order_asked(model):
-    texts = [((1, 5, 6), (2,)), ((1,), (0,)), ((1, 7, 8, 9, 10), (1, 4))]
-    found = Student(model, Encoder(Words(), max_length=32), tokens=6).log_probs(texts)
-    for (ids, places), rows in zip(texts, found, strict=True):
-        torch.testing.assert_close(rows, plain_log_probs(model, list(ids))[list(places)], atol=1e-5, rtol=0)
+def test_distributions_are_those_of_plain_forwards_at_the_places_asked(model):
+    requests = [((1, 5), (6, 4, 3), (0, 2)), ((1,), (7,), (0,)), ((1, 5), (9, 3), ()), ((1, 7, 8), (9, 10), (1,))]
+    student = Student(model, Encoder(Words(), max_length=32), tokens=6)
+    found = student.read(requests)
+    assert [one[:2] for one in found] == student.log_likelihoods([request[:2] for request in requests])
+    for (context, continuation, places), (*_, rows) in zip(requests, found, strict=True):
+        # What could stand at a place follows the token before it.
+        expected = plain_log_probs(model, [*context, *continuation])[[len(context) - 1 + place for place in places]]
+        torch.testing.assert_close(rows.reshape(expected.shape), expected, atol=1e-5, rtol=0)
 
 
 def test_the_answer_loss_is_transformers_own_loss(model):
@@ -180,3 +184,15 @@ def test_rows_are_trained_on_as_if_each_stood_alone(model):
             answer_loss(model, part).backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_many_continuations_of_one_context_are_read_in_several_forwards(model):
+    texts = [tuple(3 + (7 * n + k) % 20 for k in range(9)) for n in range(12)]
+    heard = []
+    student = Student(model, Encoder(Words(), max_length=32), tokens=20, report=lambda *one: heard.append(one[2:]))
+    found = student.log_likelihoods([((1,), text) for text in texts])
+    # They begin at 0, 9, 18; 27, 36; 45, 54; 63, 72; 81, 90, 99: in five spans of twenty tokens.
+    assert heard == [(done, 5) for done in range(1, 6)]
+    for text, (value, _) in zip(texts, found, strict=True):
+        log_probs = plain_log_probs(model, [1, *text])
+        assert value == pytest.approx(sum(float(log_probs[k, token]) for k, token in enumerate(text)), abs=1e-4)

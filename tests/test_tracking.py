@@ -47,5 +47,5 @@ def test_in_a_terminal_a_live_line_below_a_line_for_every_stage(cache_dir, tmp_p
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode(errors="replace"))
     for stage in (1, 2, 3):
         assert re.search(rf"stage {stage}/3 \w+ +loss \d[^\r\n]*knowledge acc", text)
-    assert re.search(r"step 3/3 +loss \d", text)
+    assert re.search(r"stage \d/3 (examining: \w+ \w+ +\d+/\d+|\w+ +step 3/3 +loss \d)", text)
     assert "Leaderboard" in text and "leaderboard.csv" in text

@@ -12,8 +12,8 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import dataclass, field, replace
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from lm_eval.tasks import TaskManager
 from clbench.data.rows import DatasetSpec
 from clbench.examine.lm import StudentLM
 from clbench.examine.lm_tasks import (
-    Named,
+    NamedRow,
     Rows,
     RowSource,
     Wanted,
@@ -34,6 +34,7 @@ from clbench.examine.lm_tasks import (
     subset,
     task_index,
     wanted_of_each,
+    with_shots,
 )
 from clbench.examine.scores import Found, mean, scores
 from clbench.examine.student import Student
@@ -46,11 +47,12 @@ CERTAIN, RULED_OUT = -1.0, -1e6
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerRow:
-    """A row of the ledger: the tasks behind `name` with their requests built, and the document ids chosen of each."""
+    """A row of the ledger: the tasks behind `name` with their requests built, the document ids chosen of each; `unweighted` as in NamedRow."""
 
     name: str
     tasks: tuple[Task, ...]
     chosen: tuple[tuple[int, ...], ...]
+    unweighted: frozenset[str] = frozenset()
 
     def documents(self) -> list[tuple[Task, list[Instance]]]:
         """The requests of each document beside its task, in order."""
@@ -64,7 +66,9 @@ class Knowledge(Probe):
 
     `items` maps a name of `tasks` to a number (a fixed subset, see `lm_tasks`; an equal part for each task of a group) or, for a single
     task, to a list of indices; a task that it does not name is measured whole. Names that are not in `tasks` lie idle, so that a yaml can state
-    the items of more tasks than a run measures. `max_length` is the longest input in tokens; None: what the model can read, as in lm-eval.
+    the items of more tasks than a run measures. `shots` is the number of few-shot examples, of all tasks or by such a name (None: what each
+    task's own yaml says); a row that shows another number is named `task@shots`. `max_length` is the longest input in tokens; None: what the
+    model can read, as in lm-eval.
     `search` and `include`: see `lm_tasks.task_index`; the last four: see `lm_tasks.RowSource`.
     """
 
@@ -72,6 +76,7 @@ class Knowledge(Probe):
     tasks: Sequence[str]
     limit: int | None = None
     items: Mapping[str, Wanted] | None = None
+    shots: int | Mapping[str, int] | None = None
     max_length: int | None = None
     search: Sequence[str] = ()
     include: str | None = None
@@ -83,9 +88,21 @@ class Knowledge(Probe):
     def __post_init__(self) -> None:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         wanted = set(self.items or ())
-        index = task_index(wanted.union(self.tasks), search=self.search, include=self.include)
-        found = {row: named for task in self.tasks for row, named in resolve(task, index).items()}
-        for item in wanted - found.keys():
+        shots = self.shots if isinstance(self.shots, Mapping) else {"all": self.shots}
+        for task, count in shots.items():
+            if count is not None and (type(count) is not int or count < 0):
+                raise UserMistake(
+                    f"probe.shots asks for {count!r} of {task}; give whole numbers from 0 on, as 5 or {{mmlu: 5}}"
+                )
+        named = {task if isinstance(task, str) else str(task.get("group") or task["task"]) for task in self.tasks}
+        index = task_index(wanted | named, search=self.search, include=self.include)
+        for task in shots.keys() - named - index.task_index.keys() - {"all"}:
+            raise UserMistake(
+                f"probe.shots names {task!r}; it goes by the names of probe.tasks: {', '.join(sorted(named))}"
+            )
+        asked = [with_shots(task, self.shots, index) for task in self.tasks]
+        found = {name: row for task in asked for name, row in resolve(task, index).items()}
+        for item in wanted - {row.asked for row in found.values()}:
             if item in self.tasks or item not in index.task_index:
                 raise UserMistake(
                     f"probe.probes.*.items names {item!r}, which lm-eval does not know, or whose tasks measure different things and are "
@@ -94,18 +111,18 @@ class Knowledge(Probe):
         self._source = RowSource(rows=self.rows, data_dir=self.data_dir, folders=self.folders, columns=self.columns)
         # lm-eval and datasets draw a progress bar per task, over the run's own line.
         with contextlib.redirect_stderr(io.StringIO()):
-            self.ledger_rows = [self._prepared(row, named, index) for row, named in found.items()]
+            self.ledger_rows = [self._prepared(name, row, index) for name, row in found.items()]
 
-    def _prepared(self, name: str, named: Sequence[Named], index: TaskManager) -> LedgerRow:
+    def _prepared(self, name: str, row: NamedRow, index: TaskManager) -> LedgerRow:
         """Builds the tasks of a row, and the requests of the chosen documents of each."""
-        tasks = tuple(self._source.build(one, index) for one in named)
-        each, chosen = wanted_of_each(name, wanted=(self.items or {}).get(name), tasks=len(tasks)), []
+        tasks = tuple(self._source.build(one, index) for one in row.tasks)
+        each, chosen = wanted_of_each(name, wanted=(self.items or {}).get(row.asked), tasks=len(tasks)), []
         for task in tasks:
             size = len(task.eval_docs)
             chosen.append(subset(task.task_name, size=size, wanted=each)[: self.limit])
             check_targets(task, chosen[-1])
             task.build_all_requests(samples=list(chosen[-1]) if len(chosen[-1]) < size else None)
-        return LedgerRow(name=name, tasks=tasks, chosen=tuple(chosen))
+        return LedgerRow(name=name, tasks=tasks, chosen=tuple(chosen), unweighted=row.unweighted)
 
     def datasets(self) -> Sequence[DatasetSpec]:
         tasks = [task for row in self.ledger_rows for task in row.tasks if task.task_name not in self.rows]
@@ -119,6 +136,7 @@ class Knowledge(Probe):
         """Each row's metrics; at stage 0 also its chance rate, and the majority rate where all its items offer the same choices."""
         model = StudentLM(student, max_length=self.max_length)
         for row in self.ledger_rows:
+            student.about(self.name, row.name)
             started = time.perf_counter()
             found = {metric: aggregated(row, metric, values) for metric, values in answer(row, model).items()}
             found |= floors(row) if stage == 0 else {}
@@ -146,8 +164,14 @@ def answer(row: LedgerRow, model: StudentLM) -> dict[str, list[Any]]:
 
 
 def aggregated(row: LedgerRow, metric: str, values: Sequence[Any]) -> Found:
-    """The mean over items, or a metric of all of them together (perplexity, F1), which keeps items that are numbers."""
-    aggregation = row.tasks[0].aggregation().get(metric.partition(",")[0], metrics.mean)
+    """The mean over items, of tasks' means, or a metric of all items together (perplexity, F1), which keeps items that are numbers."""
+    name = metric.partition(",")[0]
+    aggregation = row.tasks[0].aggregation().get(name, metrics.mean)
+    if aggregation is metrics.mean and name in row.unweighted:
+        rest = iter(values)
+        means = [mean(list(islice(rest, len(chosen)))) for chosen in row.chosen]
+        stderr = float(metrics.unweighted_mean_stderr([one.stderr for one in means]))
+        return replace(mean(values), value=float(np.mean([one.value for one in means])), stderr=stderr)
     if aggregation is metrics.mean:
         return mean(values)
     try:

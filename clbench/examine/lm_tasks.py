@@ -1,7 +1,8 @@
 """lm-eval's tasks by name: what a name stands for, and task objects whose rows come from the hub, from `data_dir` or from memory.
 
 A name is one of lm-eval's tasks, groups or tags, or that of a yaml of our own. A group or tag is one row of the ledger where all its tasks
-measure the same thing in the same way (mmlu: 57 subjects); else each of its members is (openllm, metabench).
+measure the same thing in the same way (mmlu: 57 subjects); else each of its members is (openllm, metabench). A row whose tasks show another
+number of examples than their own yamls say has that number in its name: mmlu@5.
 
 A subset of `count` documents is the `count` whose hash of (task, index) is lowest, in the order of their index: a number alone names it, the same
 for every model, stage and machine. The index is lm-eval's own document id (its `--samples`), so a subset can be measured again with lm-eval
@@ -48,6 +49,15 @@ class Named:
     changes: Settings
 
 
+@dataclass(frozen=True, kw_only=True)
+class NamedRow:
+    """A row of the ledger: its `tasks`, the name that was `asked` for, the metrics that are means of tasks' means, whatever their sizes."""
+
+    asked: str
+    tasks: tuple[Named, ...]
+    unweighted: frozenset[str] = frozenset()
+
+
 def task_index(names: Iterable[str], *, search: Sequence[str] = (), include: str | None = None) -> TaskManager:
     """An index that knows `names`: of our folder `include` ("package:folder") and the folders `search` of lm_eval/tasks, or the whole."""
     home, own = Path(lm_eval.tasks.__file__).parent, []
@@ -65,25 +75,50 @@ def whole_index(*own: Path) -> TaskManager:
     return TaskManager(include_path=list(own))
 
 
-def resolve(member: str | Settings, index: TaskManager, inherited: Settings | None = None) -> dict[str, list[Named]]:
+def with_shots(member: str | Settings, shots: int | Mapping[str, int] | None, index: TaskManager) -> str | Settings:
+    """A member of probe.tasks and the number of examples that it is to show; what it states itself stays.
+
+    As in lm-eval, one number for all leaves a task alone whose own yaml says 0.
+    """
+    stated = {"task": member} if isinstance(member, str) else member
+    name = str(stated.get("group") or stated["task"])
+    entry, for_all = index.task_index.get(name), not isinstance(shots, Mapping)
+    wanted = shots if for_all else shots.get(name)
+    fixed = for_all and entry is not None and (entry.cfg or {}).get("num_fewshot") == 0
+    return member if wanted is None or fixed or "num_fewshot" in stated else {**stated, "num_fewshot": wanted}
+
+
+def resolve(member: str | Settings, index: TaskManager, inherited: Settings | None = None) -> dict[str, NamedRow]:
     """The rows of the ledger that a name stands for, or a group's entry that changes settings of what it names; inner settings win."""
     stated = {"task": member} if isinstance(member, str) else member
     name, below = str(stated.get("group") or stated["task"]), stated.get("task")
     changes = (inherited or {}) | _settings(stated)
-    entry = index.task_index.get(name)
+    entry, means = index.task_index.get(name), stated.get("aggregate_metric_list")
     if entry is None and not isinstance(below, list):  # a list: a group that is defined where it is used
         raise UserMistake(f"probe.tasks names {name!r}, which lm-eval does not know; see `lm-eval ls tasks`")
     if entry is not None and entry.kind.name == "TAG":
         below = sorted(entry.tags)
     elif entry is not None and entry.kind.name == "GROUP":
         below, changes = entry.cfg["task"], _settings(entry.cfg) | changes
+        means = means or entry.cfg.get("aggregate_metric_list")
     elif entry is not None:
-        return {name: [Named(name=name, config=entry.cfg | changes, changes=changes)]}
-    rows: dict[str, list[Named]] = {}
+        task = Named(name=name, config=entry.cfg | changes, changes=changes)
+        return {_label(name, [task], index): NamedRow(asked=name, tasks=(task,))}
+    rows: dict[str, NamedRow] = {}
     for inner in [below] if isinstance(below, str) else below:
         rows |= resolve(inner, index, changes)
-    tasks = [task for row in rows.values() for task in row]
-    return {name: tasks} if len({_measure(task.config) for task in tasks}) == 1 else rows
+    tasks = tuple(task for row in rows.values() for task in row.tasks)
+    if len({_measure(task.config) for task in tasks}) > 1:
+        return rows
+    listed = [means] if isinstance(means, dict) else means or ()
+    unweighted = frozenset(one["metric"] for one in listed if one.get("weight_by_size") is False)
+    return {_label(name, tasks, index): NamedRow(asked=name, tasks=tasks, unweighted=unweighted)}
+
+
+def _label(name: str, tasks: Sequence[Named], index: TaskManager) -> str:
+    shots = tasks[0].config.get("num_fewshot") or 0
+    usual = {(index.task_index[task.name].cfg or {}).get("num_fewshot") or 0 for task in tasks}
+    return name if usual == {shots} else f"{name}@{shots}"
 
 
 def _settings(stated: Settings) -> Settings:
@@ -131,6 +166,11 @@ class RowSource:
                 f"has no lambada_openai), or set data_dir and the folder of {hub}:{part} under probe.probes.*.folders (conf/probe)"
             ) from error
         task.set_fewshot_seed(FEWSHOT_SEED)
+        shots = named.config.get("num_fewshot") or 0
+        if shots and len(there := task.fewshot_docs()) < shots:
+            raise UserMistake(
+                f"probe task {named.name!r} is to show {shots} examples, its split for them has {len(there)}; lower probe.shots"
+            )
         return task
 
     def _local(self, named: Named) -> Settings:
@@ -138,8 +178,8 @@ class RowSource:
         if named.name not in self.rows and self.data_dir is None:
             return {}
         scored = "test_split" if named.config.get("test_split") else "validation_split"
-        # lm-eval reads the splits of few-shot examples also where it shows none; here they may then be absent.
-        read = SPLITS if named.config.get("num_fewshot") else (scored,)
+        # lm-eval reads all splits that the yaml names; here those may be absent that nothing is taken from.
+        read = {scored} | ({_shown_from(named.config)} if named.config.get("num_fewshot") else set())
         splits = {key: named.config.get(key) if key in read else None for key in SPLITS}
         names = {str(split) for key, split in splits.items() if split or key == scored}
         found = {name: datasets.Dataset.from_list(self._read(named, name)) for name in names}
@@ -225,6 +265,12 @@ def check_targets(task: Task, documents: Iterable[int]) -> None:
             raise UserMistake(
                 f"probe task {task.task_name!r}, document {number}: its answer is {wrong}; mend the row, or leave the task out of probe.tasks"
             )
+
+
+def _shown_from(config: Settings) -> str | None:
+    """The key of the split that lm-eval takes examples from; None where the yaml lists them."""
+    order = ("fewshot_split", *SPLITS[:3])
+    return None if (config.get("fewshot_config") or {}).get("samples") else next(filter(config.get, order), None)
 
 
 def subset(task: str, *, size: int, wanted: Wanted) -> tuple[int, ...]:

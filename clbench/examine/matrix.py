@@ -31,6 +31,7 @@ class Matrix(Probe):
     def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:
         """Per task: its metric, format_validity, for closed tasks exact_match and format_loss, corpus metrics; at stage 0 the floors."""
         for asked in stream.stages:
+            student.about(self.name, asked.name)
             started = time.perf_counter()
             items, totals = examine(student, asked)
             seconds = time.perf_counter() - started

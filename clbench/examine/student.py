@@ -7,6 +7,7 @@ for which this is not exact (`together`) reads one sequence at a time. All score
 Shape suffixes: T tokens of a row, S tokens it sees, N scored positions, V vocabulary.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -31,29 +32,45 @@ WRITTEN = 32
 """How many times more tokens a batch holds when answers are written, as a step writes one token a row."""
 HasEnded = Callable[[list[list[int]]], list[bool]]
 """Of the tokens that each row has written so far: whether the row is done."""
+Request = tuple[Ids, Ids, Sequence[int]]
+"""A context, its continuation, and the places of that at which whole distributions are wanted."""
+NOTHING = torch.empty(0)
+Report = Callable[[str, str, int, int], None]
+"""Hears of a probe and a task how many requests are answered, and of how many."""
 
 
 class Student:
     """`model` with its tokenizer; `tokens` bounds the tokens of a forward (None: what suits the device).
 
-    `tokens_scored` counts the tokens that were read and written.
+    `tokens_scored` counts the tokens that were read and written. `report` hears of every forward; of ranks, each hears of its own part.
     """
 
     def __init__(
-        self, model: Module, encoder: Encoder, *, tokens: int | None = None, ranks: Ranks | None = None
+        self,
+        model: Module,
+        encoder: Encoder,
+        *,
+        tokens: int | None = None,
+        ranks: Ranks | None = None,
+        report: Report = lambda *_: None,
     ) -> None:
         self.model = model
         self.encoder = encoder
         self.ranks = ranks or Ranks()
         self.tokens = tokens or TOKENS[encoder.device.type]
         self.tokens_scored = 0
+        self._report = report
+        self._about = ("", "")
+
+    def about(self, probe: str, task: str) -> None:
+        """What is asked from here on belongs to this task of a probe."""
+        self._about = (probe, task)
 
     @property
     def positions(self) -> int:
         """The longest input that the model can read, in tokens."""
         return positions(self.model)
 
-    @torch.inference_mode()
     def log_likelihoods(
         self, requests: Sequence[tuple[Ids, Ids]], *, max_length: int | None = None
     ) -> list[tuple[float, bool]]:
@@ -62,57 +79,56 @@ class Student:
         The context is cut from its left until all but the last token fit into `max_length` tokens; None: as in training, to
         train.max_length.
         """
-        longest, clip = (max_length, clip_left) if max_length else (self.encoder.max_length, self.encoder.clipped)
-        score = partial(self._log_likelihoods, longest=longest, clip=clip)
-        return self.ranks.shared(score, requests, by=[context for context, _ in requests])
+        read = self.read([(*request, ()) for request in requests], max_length=max_length)
+        return [(value, is_greedy) for value, is_greedy, _ in read]
 
-    def _log_likelihoods(
-        self, requests: Sequence[tuple[Ids, Ids]], *, longest: int, clip: Callable[[Ids, int], Ids]
-    ) -> list[tuple[float, bool]]:
-        asked: dict[tuple[Ids, int], list[int]] = {}
+    @torch.inference_mode()
+    def read(self, requests: Sequence[Request], *, max_length: int | None = None) -> list[tuple[float, bool, Tensor]]:
+        """As `log_likelihoods`, and log-probabilities in nats of all tokens that could stand at places of a continuation, [places, V] on the CPU."""
+        longest, clip = (max_length, clip_left) if max_length else (self.encoder.max_length, self.encoder.clipped)
+        score = partial(self._read, longest=longest, clip=clip)
+        return self.ranks.shared(score, requests, by=[context for context, *_ in requests])
+
+    def _read(
+        self, requests: Sequence[Request], *, longest: int, clip: Callable[[Ids, int], Ids]
+    ) -> list[tuple[float, bool, Tensor]]:
+        asked: dict[tuple[Ids, int, int], list[int]] = {}
+        tokens: Counter[Ids] = Counter()
         apart = is_stretched(self.model)  # there a context's own logits depend on how long the whole is
-        for index, (context, continuation) in enumerate(requests):
+        for index, (context, continuation, _) in enumerate(requests):
             assert context and continuation, (context, continuation)
-            kept = clip(context, longest + 1 - len(continuation))
-            asked.setdefault((kept, len(continuation) if apart else 0), []).append(index)
+            context = clip(context, longest + 1 - len(continuation))
+            # The first windows of all texts follow the same context, BOS: a forward holds some of them.
+            key = (context, tokens[context] // self.tokens, len(continuation) if apart else 0)
+            asked.setdefault(key, []).append(index)
+            tokens[context] += len(continuation)
         owners = list(asked.values())
         reads = [
             Read(context, (len(context) - 1,), tuple(requests[index][1][:-1] for index in members))
-            for (context, _), members in asked.items()
+            for (context, *_), members in asked.items()
         ]
-        found: dict[int, tuple[float, bool]] = {}
-        for numbers, logits_NV in self._forwards(reads):
-            places, targets, members, start = [], [], [], 0
+        found: dict[int, tuple[float, bool, Tensor]] = {}
+        for numbers, logits_NV in self._reported(reads):
+            places, targets, members, whole, start = [], [], [], [], 0
             for number in numbers:
                 first, start = start, start + 1
                 for index in owners[number]:
-                    continuation = requests[index][1]
-                    places += [first, *range(start, start + len(continuation) - 1)]
+                    _, continuation, wanted = requests[index]
+                    at = [first, *range(start, start + len(continuation) - 1)]
+                    places += at
+                    # Other ranks get them: a view would take all of what it is a view of along.
+                    whole.append(
+                        logits_NV[[at[place] for place in wanted]].log_softmax(-1).cpu() if wanted else NOTHING
+                    )
                     targets += continuation
                     members.append(index)
                     start += len(continuation) - 1
             picked, greedy = scored(logits_NV, places, targets)
             lengths = [len(requests[index][1]) for index in members]
-            for index, values, flags in zip(members, picked.split(lengths), greedy.split(lengths), strict=True):
-                found[index] = float(values.sum()), bool(flags.all())
+            parts = zip(members, picked.split(lengths), greedy.split(lengths), whole, strict=True)
+            for index, values, flags, rows_NV in parts:
+                found[index] = float(values.sum()), bool(flags.all()), rows_NV
         return [found[index] for index in range(len(requests))]
-
-    @torch.inference_mode()
-    def log_probs(self, texts: Sequence[tuple[Ids, Sequence[int]]]) -> list[Tensor]:
-        """For each (ids, places): log-probabilities in nats of every token of the vocabulary after each place, [places, V]."""
-        return [
-            part.to(self.encoder.device)
-            for part in self.ranks.shared(self._log_probs, texts, by=[ids for ids, _ in texts])
-        ]
-
-    def _log_probs(self, texts: Sequence[tuple[Ids, Sequence[int]]]) -> list[Tensor]:
-        reads = [Read(ids, tuple(places)) for ids, places in texts]
-        found: dict[int, Tensor] = {}
-        for numbers, logits_NV in self._forwards(reads):
-            parts = logits_NV.log_softmax(-1).split([reads[number].scored for number in numbers])
-            # Other ranks get them: a view would take all of what it is a view of along.
-            found |= {number: part.to("cpu", copy=True) for number, part in zip(numbers, parts, strict=True)}
-        return [found[number] for number in range(len(reads))]
 
     def generate(self, prompts: Sequence[Ids], *, max_new_tokens: int) -> list[str]:
         """Greedy continuation of each prompt until EOS or `max_new_tokens`, as text without special tokens."""
@@ -160,12 +176,20 @@ class Student:
                 length = next((place for place, token in enumerate(ids) if token in ends), len(ids))
                 written[number] = ids[:length]
                 self.tokens_scored += len(prompts[number]) + length
+            self._report(*self._about, len(written), len(prompts))
         return [written[number] for number in range(len(prompts))]
 
     def _shares(self, longest: int) -> bool:
         """Whether sequences of up to `longest` tokens may share a row: an attention window counts places of the row."""
         window = settings(self.model).get("sliding_window")
         return self.encoder.together and (not window or longest <= window)
+
+    def _reported(self, reads: Sequence[Read]) -> Iterator[tuple[list[int], Tensor]]:
+        done = 0
+        for numbers, logits_NV in self._forwards(reads):
+            yield numbers, logits_NV
+            done += len(numbers)
+            self._report(*self._about, done, len(reads))
 
     def _forwards(self, reads: Sequence[Read]) -> Iterator[tuple[list[int], Tensor]]:
         """Per forward the reads in it and logits [N, V] in float32: of each read those at its places, then those of its branches."""

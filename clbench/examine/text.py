@@ -1,8 +1,8 @@
-"""Probes of running text: how likely it is, and how far the model's predictions on it have moved.
+"""A probe of running text: how likely it is, and how far the model's predictions on it have moved; every text is read once for all of it.
 
-`Perplexity` reads whole texts in fixed windows, weighs tokens equally and normalises by token, word and byte. Every token is predicted
-once, as in lm-eval's rolling log-likelihood, so two models are compared on equal terms. `MeanTextLoss` reads the beginning of a few texts and
-weighs texts equally: a cheap twin whose items, one a text, pair. `Divergence` says whether the distribution behind the answers survives.
+Texts are read in fixed windows, and every token is predicted once, as in lm-eval's rolling log-likelihood, so two models are compared on equal
+terms. Perplexity weighs tokens equally and normalises by token, word and byte. `mean_text_nll` weighs texts equally: its items, one a text, pair. It
+is after the forgetting column of PEFT's method comparison. Divergence says whether the distribution behind the answers survives.
 
 >>> list(windows((5, 6, 7, 8, 9), bos=0, length=3))
 [((0,), (5, 6, 7)), ((6, 7), (8, 9))]
@@ -10,29 +10,51 @@ weighs texts equally: a cheap twin whose items, one a text, pair. `Divergence` s
 
 import math
 import time
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from clbench.data.encoder import Ids
+from clbench.data.encoder import Encoder, Ids
 from clbench.data.rows import DatasetSpec
 from clbench.examine.scores import Found, mean, scores
 from clbench.examine.student import Student
 from clbench.protocols import Probe, Stream
 from clbench.types import Score
 
+FEWEST = 64
+"""Tokens of a text that are worth reading, where the budget does not allow all of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Of each text its negative log-likelihood `nll` in nats; `log_probs_NV` of the vocabulary at the chosen tokens; how long it took."""
+
+    nll: list[float]
+    log_probs_NV: Tensor
+    seconds: float
+
 
 @dataclass(kw_only=True, eq=False)
-class TextProbe(Probe):
-    """A probe of `texts`. `task` names them in the ledger, `dataset` says where they come from (None: they are made here)."""
+class Text(Probe):
+    """Likelihood of `texts` in windows of `window` tokens, and KL(untouched || now) at `positions` of their tokens, evenly spaced.
+
+    At most `tokens` tokens are read (None: all), the same for every stage and method: see `beginnings`. `task` names the texts in the ledger,
+    `dataset` says where they come from (None: they are made here). Rows of likelihood have the probe's name, the others "text_loss"
+    (on request) and "divergence". The untouched model's log-probabilities are kept in float32 on the CPU (256 positions of 128,256 tokens: 131 MB).
+    """
 
     name: str
     task: str
     texts: Sequence[str]
+    window: int
+    tokens: int | None = None
+    positions: int = 256
+    text_loss: bool = False
     dataset: DatasetSpec | None = None
+    read: list[str] = field(default_factory=list, init=False)
+    untouched: Reading | None = field(default=None, init=False)
 
     def datasets(self) -> Sequence[DatasetSpec]:
         return () if self.dataset is None else (self.dataset,)
@@ -40,97 +62,96 @@ class TextProbe(Probe):
     def documents(self) -> Mapping[str, Sequence[str]]:
         return {self.task: self.texts}
 
-    def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:
-        started = time.perf_counter()
-        found = self.find(student)
-        seconds = time.perf_counter() - started
-        yield from scores(found, stream=stream, stage=stage, probe=self.name, task=self.task, seconds=seconds)
-
-    @abstractmethod
-    def find(self, student: Student) -> Mapping[str, Found]:
-        """The metrics of the texts by name."""
-
-
-@dataclass(kw_only=True, eq=False)
-class Perplexity(TextProbe):
-    """Likelihood of `texts` (documents) in windows of `window` tokens."""
-
-    window: int
-
-    def find(self, student: Student) -> Mapping[str, Found]:
-        encoded = [student.encoder.prompt(text)[1:] for text in self.texts]
-        nll = rolling_nll(student, encoded, window=self.window)
-        total, tokens = math.fsum(nll), sum(map(len, encoded))
-        words = sum(len(text.split()) for text in self.texts)
-        size = sum(len(text.encode()) for text in self.texts)
-        return {
-            "nll_token": Found(total / tokens, tokens, items=tuple(nll)),
-            "token_perplexity": Found(exponential(total / tokens), tokens),
-            "word_perplexity": Found(exponential(total / words), words),
-            "bits_per_byte": Found(total / size / math.log(2), size),
-        }
-
-
-@dataclass(kw_only=True, eq=False)
-class MeanTextLoss(TextProbe):
-    """Mean cross-entropy of each of the first `max_texts` texts, cut to its first `max_tokens` tokens; then the mean over texts.
-
-    After the forgetting column of PEFT's method comparison, which weighs tokens equally; here texts weigh equally, so a text is an item. Fewer texts
-    than `max_texts` are all read, and the score's n says how many there were. BOS is read before the first token and does not count.
-    """
-
-    max_texts: int = 100
-    max_tokens: int = 768
-
-    def __post_init__(self) -> None:
-        self.texts = self.texts[: self.max_texts]
-
-    def find(self, student: Student) -> Mapping[str, Found]:
-        beginnings = [student.encoder.prompt(text)[1 : self.max_tokens + 1] for text in self.texts]
-        nll = rolling_nll(student, beginnings, window=self.max_tokens)
-        return {"mean_text_nll": mean([total / len(ids) for total, ids in zip(nll, beginnings, strict=True)])}
-
-
-@dataclass(kw_only=True, eq=False)
-class Divergence(TextProbe):
-    """KL(untouched || now) at `positions` evenly spaced tokens of `texts`, read in windows of `window` tokens.
-
-    The untouched model's log-probabilities over the whole vocabulary are kept once, in float32 on the CPU (256 positions of 128,256 tokens:
-    131 MB). What is predicted at a position follows BOS and the tokens of its window so far.
-    """
-
-    window: int
-    positions: int = 256
-    untouched: list[Tensor] = field(default_factory=list, init=False)
-
     def begin(self, student: Student) -> None:
-        """Keeps the untouched model's log-probabilities. Adapters may just have been added in training mode, with dropout."""
+        """Reads with the untouched model. Adapters may just have been added in training mode, with dropout."""
         student.model.eval()
-        self.untouched = [log_probs_NV.cpu() for log_probs_NV in student.log_probs(self.chosen(student))]
+        self.read = beginnings(self.texts, student.encoder, most=self.tokens)
+        self.untouched = self._reading(student)
 
     @torch.inference_mode()
-    def find(self, student: Student) -> Mapping[str, Found]:
-        assert self.untouched, "begin(student) must see the untouched model before any stage"
-        moved: list[float] = []
-        for kept_NV, now_NV in zip(self.untouched, student.log_probs(self.chosen(student)), strict=True):
-            before_NV = kept_NV.to(now_NV.device)
-            moved += (before_NV.exp() * (before_NV - now_NV)).sum(-1).tolist()
-        return {"kl_token": mean(moved)}
+    def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:
+        before = self.untouched
+        assert before is not None, "begin(student) must see the untouched model before any stage"
+        now = self._reading(student) if stage else before
+        lengths = [len(ids) for ids in encode(self.read, student.encoder)]
+        moved_N = (before.log_probs_NV.exp() * (before.log_probs_NV - now.log_probs_NV)).sum(-1)
+        each = [total / length for total, length in zip(now.nll, lengths, strict=True)]
+        rows = {
+            self.name: likelihood(now.nll, self.read, tokens=sum(lengths)),
+            "text_loss": {"mean_text_nll": mean(each)} if self.text_loss else {},
+            "divergence": {"kl_token": mean(moved_N.tolist())},
+        }
+        seconds = now.seconds
+        for probe, found in rows.items():
+            yield from scores(found, stream=stream, stage=stage, probe=probe, task=self.task, seconds=seconds)
+            seconds = 0.0
 
-    def chosen(self, student: Student) -> list[tuple[Ids, list[int]]]:
-        """The windows with a chosen token: BOS and the tokens before the last chosen one, and the places that predict the chosen ones.
+    def _reading(self, student: Student) -> Reading:
+        student.about(self.name, self.task)
+        started = time.perf_counter()
+        texts, bos = encode(self.read, student.encoder), student.encoder.tokenizer.bos_token_id
+        pairs = [
+            (number, *pair) for number, ids in enumerate(texts) for pair in windows(ids, bos=bos, length=self.window)
+        ]
+        chosen, first, requests = self.chosen(sum(map(len, texts))), 0, []
+        for _, context, continuation in pairs:
+            last = first + len(continuation)
+            requests.append((context, continuation, [token - first for token in chosen if first <= token < last]))
+            first = last
+        nll, log_probs = [0.0] * len(texts), []
+        for (number, *_), (value, _, rows_NV) in zip(
+            pairs, student.read(requests, max_length=self.window), strict=True
+        ):
+            nll[number] -= value
+            log_probs.append(rows_NV)
+        return Reading(nll=nll, log_probs_NV=torch.cat(log_probs), seconds=time.perf_counter() - started)
 
-        All tokens of the texts in a row are cut into `positions` equal spans, and each span's middle token is chosen; all where there are fewer.
-        """
-        bos = student.encoder.tokenizer.bos_token_id
-        texts = [student.encoder.prompt(text)[1:] for text in self.texts]
-        tokens = [(number, index) for number, ids in enumerate(texts) for index in range(len(ids))]
-        count = min(self.positions, len(tokens))
-        places: dict[tuple[int, int], list[int]] = {}
-        for k in range(count):
-            number, index = tokens[(2 * k + 1) * len(tokens) // (2 * count)]
-            places.setdefault((number, index - index % self.window), []).append(index % self.window)
-        return [((bos, *texts[number][start : start + at[-1]]), at) for (number, start), at in places.items()]
+    def chosen(self, tokens: int) -> list[int]:
+        """Which of so many tokens in a row are compared: the middle ones of `positions` equal spans; all where there are fewer."""
+        count = min(self.positions, tokens)
+        return [(2 * k + 1) * tokens // (2 * count) for k in range(count)]
+
+
+def encode(texts: Sequence[str], encoder: Encoder) -> list[Ids]:
+    return [encoder.prompt(text)[1:] for text in texts]
+
+
+def beginnings(texts: Sequence[str], encoder: Encoder, *, most: int | None) -> list[str]:
+    """All texts, if they have at most `most` tokens together; else the beginnings of the first texts, to the end of a word.
+
+    No beginning is longer than the others but where a text ends before; with too many texts for `FEWEST` tokens each, the last are left out.
+    """
+    lengths = [len(ids) for ids in encode(texts, encoder)]
+    if most is None or sum(lengths) <= most:
+        return list(texts)
+    lengths = lengths[: max(1, most // FEWEST)]
+    left, cap = most, most
+    for number, length in enumerate(sorted(lengths)):
+        cap = left // (len(lengths) - number)
+        left -= min(length, cap)
+    return [
+        cut(text, encoder, most=cap) if length > cap else text for text, length in zip(texts, lengths, strict=False)
+    ]
+
+
+def cut(text: str, encoder: Encoder, *, most: int) -> str:
+    """The longest beginning with at most `most` tokens that a few guesses find, to the end of a word where it has several."""
+    while (count := len(encode([text], encoder)[0])) > most:
+        end = len(text) * most // count
+        text = text[: max(text.rfind(" ", 0, end), 0) or end]
+    return text
+
+
+def likelihood(nll: Sequence[float], texts: Sequence[str], *, tokens: int) -> dict[str, Found]:
+    """The metrics of texts whose negative log-likelihoods in nats are `nll`."""
+    total, words = math.fsum(nll), sum(len(text.split()) for text in texts)
+    size = sum(len(text.encode()) for text in texts)
+    return {
+        "nll_token": Found(total / tokens, tokens, items=tuple(nll)),
+        "token_perplexity": Found(exponential(total / tokens), tokens),
+        "word_perplexity": Found(exponential(total / words), words),
+        "bits_per_byte": Found(total / size / math.log(2), size),
+    }
 
 
 def windows(ids: Ids, *, bos: int, length: int) -> Iterator[tuple[Ids, Ids]]:

@@ -24,7 +24,7 @@ import pandas as pd
 
 from clbench.types import Cost, Score, UserMistake
 
-ARCHIVE = "runs.tar.xz"
+ARCHIVE, LOG = "runs.tar.xz", "run.log"
 FILES = ("manifest.json", "status", "scores.jsonl", "cost.jsonl", "items/*.npz")
 """What is read of a run's directory and what the archive holds of it: no checkpoint and no lock."""
 
@@ -139,6 +139,8 @@ def _files(results_dir: Path) -> dict[str, dict[str, bytes]]:
         raise UserMistake(f"{results_dir / ARCHIVE} is damaged ({error}); restore it, or remove it") from error
     for directory in (results_dir / "runs").glob("*/"):
         paths = [path for pattern in FILES for path in directory.glob(pattern)]
+        if not paths and (directory / LOG).is_file():
+            continue  # nothing is recorded yet: the untouched model is being measured
         try:
             found[directory.name] = {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
         except OSError:

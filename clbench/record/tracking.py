@@ -1,34 +1,38 @@
-"""What a person sees of a run: one live line in a terminal, plain log lines elsewhere, and Weights & Biases curves on request.
+"""What a person sees of a run: one live line in a terminal, plain log lines elsewhere and in its directory, and Weights & Biases curves on request.
 
 Nothing here is read back: machine numbers go through the ledger.
 """
 
 import logging
+import math
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from clbench.config import Config, run_name
-from clbench.progress import Line
+from clbench.progress import Line, spoken
 from clbench.protocols import Stage
+from clbench.record.forecast import Asked, Forecast
+from clbench.record.runs import LOG
 from clbench.types import Score
 
 log = logging.getLogger("clbench")
 
 
 class Tracker:
-    """Follows one run over its stages; use as a context. `first`: stages that an earlier start has finished; `silent`: shows nothing at all."""
+    """Follows one run; use as a context. `silent`: shows nothing at all."""
 
-    def __init__(self, config: Config, stages: Sequence[Stage], *, first: int, silent: bool = False) -> None:
+    def __init__(self, config: Config, stages: Sequence[Stage], *, silent: bool = False) -> None:
         self.run = run_name(config)
         self.stages = stages
-        self.quiet = silent or not config.tracking.progress
-        self._started = time.monotonic()
-        self._first = first
-        self._line = Line(self.run, total=len(stages), done=first, quiet=self.quiet)
+        self._forecast: Forecast | None = None
+        self._loss = math.nan
+        self._examined: dict[tuple[str, Asked], float] = {}
+        self._line = Line(self.run, total=1, quiet=silent or not config.tracking.progress)
         self._wandb = None if silent else _wandb_run(config, run=self.run)
 
     def __enter__(self) -> Self:
@@ -42,25 +46,53 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
+    def doing(self, text: str) -> None:
+        """What takes a while before the first stage."""
+        self._line.begin(1)
+        self._line.show(0, f"{self.run}  {text}")
+
+    def begin(self, forecast: Forecast, *, finished: int) -> None:
+        """The stages after the `finished` first come now, and are expected to take so long."""
+        self._forecast = forecast
+        self._line.begin(forecast.until(len(self.stages)), done=forecast.until(finished))
+        self._line.say(f"{self.run}  {forecast.spoken(done=finished)}")
+
     def step(self, stage: Stage, step: int, steps: int, loss: float) -> None:
         """One reading of the loss within a stage."""
-        text = f"{self.run}  stage {stage.index}/{len(self.stages)} {stage.name}  step {step}/{steps}  loss {loss:.3f}"
-        self._line.show(stage.index - 1 + step / max(steps, 1), text)
+        self._examined = {}
+        self._show(stage.index, f"{stage.name}  step {step}/{steps}  loss {loss:.3f}", trained=step / max(steps, 1))
         if self._wandb is not None:
             self._wandb.log({"train/loss": loss, "train/stage": stage.index, "train/step": step})
+
+    def examining(self, index: int, view: str, probe: str, task: str, done: int, of: int) -> None:
+        """`done` of the `of` requests of a probe's task are answered, after stage `index` or, at 0, by the untouched model."""
+        asked = view, (probe, task)
+        if self._forecast is None and asked not in self._examined:
+            self._line.begin(of, done=done)  # what other tasks take is not known yet
+        self._examined = dict.fromkeys(self._examined, 1.0) | {asked: done / of}
+        text = f"examining: {probe} {task}  {done}/{of}"
+        if self._forecast:
+            self._show(index, text, trained=1.0)
+        else:
+            self._line.show(done, f"{self.run}  untouched model, {text}")
+
+    def _show(self, index: int, text: str, *, trained: float) -> None:
+        forecast, done = self._forecast or Forecast(), 0.0
+        if self._forecast:
+            done = forecast.until(index - 1) + trained * forecast.training[index - 1]
+            done += sum(share * forecast.examining.get(asked, 0.0) for (_, asked), share in self._examined.items())
+        self._line.show(done, f"{self.run}  stage {index}/{len(self.stages)} {text}")
 
     def stage(self, index: int, name: str, scores: Sequence[Score], *, loss: float, seconds: float) -> None:
         """One line after a stage."""
         if self._wandb is not None:
             values = {f"{score.probe}/{score.task}/{score.metric}": score.value for score in scores}
             self._wandb.log(values | {"stage": index})
-        if self.quiet:
-            return
-        self._line.show(index, self.run)
-        done = index - self._first
-        left = (time.monotonic() - self._started) / done * (len(self.stages) - index) if done > 0 else 0.0
+        if self._forecast:
+            self._line.show(self._forecast.until(index), f"{self.run}  stage {index}/{len(self.stages)} {name}")
+        left = self._line.left
         summary = "  ".join(f"{key} {value:.3g}" for key, value in headline(scores, self.stages[:index]).items())
-        remaining = f", about {left:.0f} s left" if left else ""
+        remaining = f", about {spoken(left)} left" if left > 0 else ""
         where = f"{self.run}  stage {index}/{len(self.stages)} {name}  loss {loss:.3f}"
         self._line.say(f"{where}  {summary}  ({seconds:.1f} s{remaining})")
 
@@ -88,9 +120,30 @@ def _wandb_run(config: Config, *, run: str) -> Any:
     return wandb.init(mode=tracking.wandb, config=asdict(config), **where)
 
 
+@contextmanager
+def written_to(path: Path | None) -> Iterator[None]:
+    """All that is logged inside, and what a live line would say elsewhere, is added to a file of the folder `path` (None: to none)."""
+    if path is None:
+        yield
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path / LOG, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+        handler.close()
+
+
 def set_up_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setLevel(logging.INFO)
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False

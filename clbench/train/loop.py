@@ -11,7 +11,7 @@ from clbench.config import TrainConfig
 from clbench.data.encoder import Encoder
 from clbench.data.sampling import draw, seeded
 from clbench.protocols import Engine, Method, Stage
-from clbench.types import Example, Source
+from clbench.types import Batch, Example, Source
 
 CPU_TOKENS = 256
 """Tokens of a forward that keep the CPU busy and in its caches (measured)."""
@@ -117,14 +117,21 @@ def train_stage(
     return Trained(steps=plan.total, tokens_trained=trained, tokens_replayed=replayed, loss=mean)
 
 
+def micro_batches(
+    rows: list[tuple[Example, int, float]], *, encoder: Encoder, config: TrainConfig, rank: int = 0, world_size: int = 1
+) -> list[Batch]:
+    """This rank's part of a global batch, in the pieces that one forward reads."""
+    micro = config.micro_batch_size or len(rows)
+    budget = config.micro_batch_tokens or (CPU_TOKENS if encoder.device.type == "cpu" else None)
+    return encoder.micro_batches(rows, rows=micro, tokens=budget, rank=rank, world_size=world_size)
+
+
 def train_step(
     rows: list[tuple[Example, int, float]], *, method: Method, engine: Engine, encoder: Encoder, config: TrainConfig
 ) -> Tensor:
     """One optimizer step on `rows`; returns its loss in nats per answer token, the method's penalty included."""
-    micro = config.micro_batch_size or len(rows)
-    budget = config.micro_batch_tokens or (CPU_TOKENS if encoder.device.type == "cpu" else None)
     total = torch.zeros((), device=encoder.device)
-    for batch in encoder.micro_batches(rows, rows=micro, tokens=budget, rank=engine.rank, world_size=engine.world_size):
+    for batch in micro_batches(rows, encoder=encoder, config=config, rank=engine.rank, world_size=engine.world_size):
         loss = method.loss(engine.model, batch)
         engine.backward(loss)
         total += loss.detach()

@@ -84,14 +84,7 @@ def watched(config: Any) -> tuple[float, float]:
 
     from baselines.seq import Seq
 
-    parts = [
-        (Seq, "loss"),
-        (LocalEngine, "backward"),
-        (LocalEngine, "step"),
-        (Student, "log_likelihoods"),
-        (Student, "log_probs"),
-        (Student, "write"),
-    ]
+    parts = [(Seq, "loss"), (LocalEngine, "backward"), (LocalEngine, "step"), (Student, "read"), (Student, "write")]
     with ExitStack() as stack:
         for owner, name in parts:
             stack.enter_context(patch.object(owner, name, counted(getattr(owner, name))))

@@ -1,0 +1,36 @@
+"""The check of what conf/ names on the hub, against folders that stand for repositories."""
+
+import json
+
+import pytest
+
+from clbench import doctor
+from clbench.data.rows import DatasetSpec
+from clbench.hub import wanted, wrong
+
+
+def test_a_dataset_is_right_or_its_lack_is_one_line(tmp_path):
+    repository = tmp_path / "quiz"
+    repository.mkdir()
+    for split in ("train", "test"):
+        (repository / f"{split}.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
+    spec = DatasetSpec(name="quiz", hub=str(repository))
+    assert wrong(spec, {"train[:5]+train[-5:]", "test"}) == ""
+    assert wrong(spec, {"train", "dev"}) == "has no dev; it has test, train"
+    other = wrong(DatasetSpec(name="quiz", hub=str(repository), config="french"), {"test"})
+    assert "french" in other and "\n" not in other
+
+
+def test_every_dataset_of_a_task_and_of_a_probe_is_looked_at():
+    asked = {who: (spec.hub, spec.config, splits) for who, spec, splits in wanted()}
+    assert asked["boolq"][0] == "google/boolq" and asked["probe: text"][2] == {"test"}
+    assert asked["probe mini: hellaswag"] == ("Rowan/hellaswag", None, {"validation"})
+    assert asked["probe mini: mmlu_anatomy"] == ("cais/mmlu", "anatomy", {"test"})
+    assert asked["probe full: gsm8k"][2] == {"test"} and "probe world: world_facts" not in asked
+
+
+def test_without_a_network_it_is_one_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        doctor.main(["hub"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and "the hub cannot be reached" in said
