@@ -72,6 +72,8 @@ class TrainConfig:
 
 @dataclass
 class StreamConfig:
+    """Which tasks, how many of them and of their rows."""
+
     name: str = ""
     tasks: list[str] = field(default_factory=list)
     limit: int | None = key(None, least=1)
@@ -96,6 +98,8 @@ class ProbeConfig:
 
 @dataclass
 class TrackingConfig:
+    """What a person sees while it runs."""
+
     progress: bool = key(True, identity=False)
     wandb: str = key("disabled", identity=False)
     project: str = key("clbench", identity=False)
@@ -191,6 +195,7 @@ def run_name(config: Config) -> str:
 
 
 def run_directory(config: Config) -> Path:
+    """Where the run of this configuration is recorded."""
     return Path(config.results_dir) / "runs" / run_name(config)
 
 
@@ -249,6 +254,7 @@ def check_engine(engine: EngineConfig) -> None:
 
 
 def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
+    """Raises UserMistake where `value` is not among the allowed."""
     if value not in allowed:
         raise UserMistake(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
 

@@ -38,9 +38,10 @@ class Line:
 
     def say(self, text: str) -> None:
         """A line that stays, above the bar where there is one."""
-        self.console.print(text, soft_wrap=True, highlight=False, markup=False) if self.is_live else log.info(
-            "%s", text
-        )
+        if self.is_live:
+            self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+        else:
+            log.info("%s", text)
 
     def show(self, done: float, text: str) -> None:
         """`done` of the total is done; `text` describes where the work is."""

@@ -31,6 +31,7 @@ class MultipleChoice(ClosedTask):
         return (self.answer,)
 
     def example(self, row: Row, *, id: str) -> Example:
+        """The question with its lettered options."""
         one_column = isinstance(self.options, str)
         texts = lookup(row, self.options) if one_column else [lookup(row, column) for column in self.options]
         letters = ascii_uppercase[: len(texts)]

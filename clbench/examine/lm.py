@@ -11,7 +11,7 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from transformers import PreTrainedTokenizerBase
 
 from clbench.data.encoder import clip_left
@@ -40,6 +40,7 @@ class StudentLM(TemplateLM):
         return self.student.encoder.tokenizer.bos_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids with one BOS in front unless `add_special_tokens` is False."""
         ids = self.student.encoder.prompt(string)
         return list(ids[1:] if add_special_tokens is False else ids)
 
@@ -65,7 +66,7 @@ class StudentLM(TemplateLM):
             written = self.student.write(prompts, max_new_tokens=max_new_tokens, has_ended=has_ended)
             texts = encoder.tokenizer.batch_decode(written, skip_special_tokens=True)
             for index, text in zip(members, texts, strict=True):
-                answers[index] = cut(text, stops)
+                answers[index] = postprocess_generated_text(text, list(stops), None)
         return answers
 
     def _settings(self, given: dict[str, Any]) -> tuple[tuple[str, ...], int]:
@@ -91,17 +92,6 @@ def stopped(stops: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Callabl
 
     def has_ended(written: list[list[int]]) -> list[bool]:
         texts = tokenizer.batch_decode([ids[-tail:] for ids in written], skip_special_tokens=True)
-        return [cut(text, stops) != text for text in texts]
+        return [postprocess_generated_text(text, list(stops), None) != text for text in texts]
 
     return has_ended
-
-
-def cut(text: str, stops: Sequence[str]) -> str:
-    """`text` before each of the stop strings in turn, its white space as it is.
-
-    >>> cut(" 4 Question: 5", ["Question:", ""])
-    ' 4 '
-    """
-    for stop in stops:
-        text = text.split(stop)[0] if stop else text
-    return text

@@ -41,6 +41,7 @@ class TextProbe(Probe):
         return {self.task: self.texts}
 
     def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:
+        """What `find` finds."""
         started = time.perf_counter()
         found = self.find(student)
         seconds = time.perf_counter() - started
@@ -58,6 +59,7 @@ class Perplexity(TextProbe):
     window: int
 
     def find(self, student: Student) -> Mapping[str, Found]:
+        """Mean nats per token (its items: each document's total nats), token and word perplexity, bits per byte."""
         encoded = [student.encoder.prompt(text)[1:] for text in self.texts]
         nll = rolling_nll(student, encoded, window=self.window)
         total, tokens = math.fsum(nll), sum(map(len, encoded))
@@ -86,6 +88,7 @@ class MeanTextLoss(TextProbe):
         self.texts = self.texts[: self.max_texts]
 
     def find(self, student: Student) -> Mapping[str, Found]:
+        """`mean_text_nll` in nats per token, its items one a text."""
         beginnings = [student.encoder.prompt(text)[1 : self.max_tokens + 1] for text in self.texts]
         nll = rolling_nll(student, beginnings, window=self.max_tokens)
         return {"mean_text_nll": mean([total / len(ids) for total, ids in zip(nll, beginnings, strict=True)])}
@@ -110,6 +113,7 @@ class Divergence(TextProbe):
 
     @torch.inference_mode()
     def find(self, student: Student) -> Mapping[str, Found]:
+        """`kl_token`: the mean over positions, in nats; its items are the positions in the order of the text."""
         assert self.untouched, "begin(student) must see the untouched model before any stage"
         moved: list[float] = []
         for kept_NV, now_NV in zip(self.untouched, student.log_probs(self.chosen(student)), strict=True):

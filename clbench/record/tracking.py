@@ -89,6 +89,7 @@ def _wandb_run(config: Config, *, run: str) -> Any:
 
 
 def set_up_logging() -> None:
+    """Human lines of clbench on standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]

@@ -4,8 +4,6 @@ Per task, on its first test examples: what cannot know the answer does not find 
 readers that only copy out of the prompt; `swap`, another row's answer put into the row; `shuffled`, wrong answers), what is right counts
 as right (`reference`), and a score does not depend on how it was computed (`bos`, `prompt`, `invariance`). Each is described where it is
 defined: `canaries.answers` and `canaries.tokens`.
-
-Not here: duplicates and overlaps between texts (`record.overlaps`), and what becomes of a run whose canary failed (the leaderboard).
 """
 
 import copy
