@@ -44,8 +44,8 @@ reference: setup ## the whole field, bounds and baselines included, three seeds
 test: setup ## the tests that a change must pass
 	$(PY) -m pytest -m "not slow and not gpu and not learnability"
 
-test-ranks: setup ## equal numbers from one and two processes on every ZeRO stage, kills, launching
-	$(PY) -m pytest -m "slow and not gpu" tests/test_deepspeed.py tests/test_launch.py
+test-ranks: setup ## equal numbers from one and two processes on every ZeRO stage, kills and resumes
+	$(PY) -m pytest -m "slow and not gpu" tests/test_deepspeed.py
 
 test-slow: setup ## all tests that take minutes, those of test-ranks among them
 	$(PY) -m pytest -m "slow and not gpu"

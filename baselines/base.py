@@ -21,6 +21,8 @@ from clbench.types import Source
 
 @dataclass(kw_only=True)
 class Base(Method):
+    """No training."""
+
     def wrap(self, model: Module) -> Module:
         return model.requires_grad_(False)
 

@@ -1,7 +1,6 @@
 """CLoRA: controlled LoRA. A penalty keeps fixed directions out of what the update reads and of what it writes.
 
-Paper: CLoRA (ACL 2025, arXiv 2410.16801). Every adapted layer has two frozen bases with orthonormal columns,
-P_v [in, k] and P_u [out, k]:
+Paper: CLoRA (ACL 2025, arXiv 2410.16801). Every adapted layer has two frozen bases with orthonormal columns, P_v [in, k] and P_u [out, k]:
 
     loss = CE + strength * sum over layers of ( 1/2 ||A P_v||_F^2 + 1/2 ||B^T P_u||_F^2 )                     (eq. 1)
     d/dA = strength * A P_v P_v^T,        d/dB = strength * P_u P_u^T B.
@@ -9,15 +8,13 @@ P_v [in, k] and P_u [out, k]:
 A P_v = 0 makes P_v part of the null space of the update B A; P_u^T B = 0 keeps P_u out of its range. The LoRA scale
 alpha/r does not enter, nothing is divided by k or by the number of layers, and the bases stay for the whole stream.
 
-Official code: sutakori/CLoRA. Followed: the factor 1/2 (the paper's equation is reported without it, then its
-strength is half of ours), the sum over layers, one independent random pair per layer. Deviations: the gradient is
-added in closed form once per optimizer step, so gradient accumulation and sharding cannot change it; bases are seeded
-by the factor's full name and rebuilt instead of stored (the release seeds nothing and matches names by substring); QR
-runs in float32, the result is kept in the base weight's dtype.
-Interpretations: by default k is `fraction` of each side's own width, as k=1024 is a quarter of 4096; `k` sets one
-number for all. At k >= width P P^T = I and the term is plain L2, as in the release. `svd_major` and `svd_minor` take
-the singular vectors of the pretrained weight with the largest or smallest singular values (thin SVD, so k is at most
-min(in, out)); the release has no code for them. Adapter carried over, no merge.
+Official code: sutakori/CLoRA. Followed: the factor 1/2 (the paper's equation is reported without it, then its strength is half of ours), the sum
+over layers, one independent random pair per layer. Deviations: the gradient is added in closed form once per optimizer step, so gradient
+accumulation and sharding cannot change it; bases are seeded by the factor's full name and rebuilt instead of stored (the release seeds nothing and
+matches names by substring); QR runs in float32, the result is kept in the base weight's dtype. Interpretations: by default k is `fraction` of each
+side's own width, as k=1024 is a quarter of 4096; `k` sets one number for all. At k >= width P P^T = I and the term is plain L2, as in the release.
+`svd_major` and `svd_minor` take the singular vectors of the pretrained weight with the largest or smallest singular values (thin SVD, so k is at
+most min(in, out)); the release has no code for them. Adapter carried over, no merge.
 
 Card:
 - paper: arXiv 2410.16801

@@ -2,10 +2,9 @@
 
     y = x W^T + alpha * x (C U R)^T + b,    C = W[:, J],  R = W[I, :],  U [rank, rank] zero at first, all that trains
 
-Columns J and rows I carry little of the weight's norm (eq. 3-8): with p_j = ||W_:,j||^2 / ||W||_F^2, column j is drawn
-with probability proportional to 1/p_j. C and R stay for the whole stream and U carries over from task to task (section
-5.1): no merge, no reset, no penalty (eq. 11's "+ ||U||_F" explains; the official code has no such term). The gradient
-is dL/dU = C^T (dL/dD) R^T. Trainables: rank^2 per layer.
+Columns J and rows I carry little of the weight's norm (eq. 3-8): with p_j = ||W_:,j||^2 / ||W||_F^2, column j is drawn with probability
+proportional to 1/p_j. C and R stay for the whole stream and U carries over from task to task (section 5.1): no merge, no reset, no penalty (eq.
+11's "+ ||U||_F" explains; the official code has no such term). The gradient is dL/dU = C^T (dL/dD) R^T. Trainables: rank^2 per layer.
 
 Official code: github.com/MNoorFawi/curlora at 31a7d00. Where ours deviates, and why:
 - `select: code_eps` (default) draws by 1/(p + 0.001), as that code does; `paper` by 1/p, as eq. 4 says (at most 1e12);

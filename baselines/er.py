@@ -5,14 +5,12 @@ itself); each later step draws `ratio * batch_size` memory rows uniformly with r
 
     (CE_current + weight * CE_memory) / (1 + weight),       each a mean over its own answer tokens.
 
-With `capacity` set the memory is one reservoir of that many examples over all past tasks instead (Vitter 1985; arXiv
-1902.10486). With `after` set nothing is mixed in: when the task's own steps are done, one epoch passes the memory, in
-a random order, at the tail of the stage's learning-rate schedule. That is TRACE's replay (arXiv 2310.06762, section
-4.3.1: 10 % of each past task), without its general data.
+With `capacity` set the memory is one reservoir of that many examples over all past tasks instead (Vitter 1985; arXiv 1902.10486). With `after` set
+nothing is mixed in: when the task's own steps are done, one epoch passes the memory, in a random order, at the tail of the stage's learning-rate
+schedule. That is TRACE's replay (arXiv 2310.06762, section 4.3.1: 10 % of each past task), without its general data.
 
-Official code: BeyonderXX/TRACE for `after`; no reference implementation of the rest for language models. One released
-port never fills its buffer, which makes it SEQ; another inserts replayed rows again. Ours stores each example once,
-as text, and re-encodes it with its task's own answer mask.
+Official code: BeyonderXX/TRACE for `after`; no reference implementation of the rest for language models. One released port never fills its buffer,
+which makes it SEQ; another inserts replayed rows again. Ours stores each example once, as text, and re-encodes it with its task's own answer mask.
 Interpretations: memory rows are drawn uniformly over the memory, not balanced over tasks, nor stratified by class.
 
 Card:

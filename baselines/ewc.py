@@ -103,6 +103,7 @@ class Ewc(Seq):
         return value
 
     def end_stage(self, stage: Stage, engine: Engine) -> None:
+        """Adds this task's Fisher, taken at its final weights, to the quadratic."""
         fisher = self.fisher(stage, engine)
         for tensor in engine.tensors():
             name, anchor = tensor.name, tensor.value.clone()
@@ -138,6 +139,7 @@ class Ewc(Seq):
         return tensors | {"raw_means": self.raw_means, "excess": self.excess}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes the quadratic back."""
         self.importance, self.centre = (
             {key.removeprefix(part): value for key, value in state.items() if key.startswith(part)}
             for part in ("importance/", "centre/")

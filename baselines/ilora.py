@@ -1,23 +1,19 @@
 """I-LoRA: interpolation-based LoRA. A slow adapter averages the fast one's path and steadies it on replayed examples.
 
-Paper: I-LoRA (arXiv 2402.18865). The fast factors w train on the current task and on a memory M of past ones, the
-slow factors l follow:
+Paper: I-LoRA (arXiv 2402.18865). The fast factors w train on the current task and on a memory M of past ones, the slow factors l follow:
 
     loss = (CE_current + CE_memory) / 2 + consistency * mean over layers, tokens of M, width of (h_w(x) - h_l(x))^2
     l <- decay_k l + (1 - decay_k) w     after optimizer step k, factor by factor;  decay_k = min(decay, 1 - 1/(k+1)).
 
-The slow adapter is the one examined first ("slow"), the fast one beside it ("fast"): which of them the paper deploys
-is not known to us. In the first stage there is no memory, hence neither replay nor consistency; the average runs from
-the first step. Memory as in ER.
+The slow adapter is the one examined first ("slow"), the fast one beside it ("fast"): which of them the paper deploys is not known to us. In the
+first stage there is no memory, hence neither replay nor consistency; the average runs from the first step. Memory as in ER.
 
-Official code: which47/LLMCL. Its moving average looks the slow factors up under the fast ones' names and so never
-moves them; its "slow learner" is the base model, and its consistency a one-sided pull to it that counts padding. Not
-followed. Deviations: the slow adapter starts as a copy of the fast one (theirs: an independent draw), the consistency
-is two-sided (`one_sided` restores relu(h_l - h_w)^2), padding is masked, the slow forward runs without dropout, the
-slow adapter is never reset at a boundary, memory holds each example once.
-Interpretations: the two cross-entropies are averaged as means of their own; hidden states of all layers, embeddings
-included, as in the release (`all_layers: false` takes the last only); `warm_up: false` keeps decay constant; decay is
-not stated by the paper reachable to us.
+Official code: which47/LLMCL. Its moving average looks the slow factors up under the fast ones' names and so never moves them; its "slow learner"
+is the base model, and its consistency a one-sided pull to it that counts padding. Not followed. Deviations: the slow adapter starts as a copy of
+the fast one (theirs: an independent draw), the consistency is two-sided (`one_sided` restores relu(h_l - h_w)^2), padding is masked, the slow
+forward runs without dropout, the slow adapter is never reset at a boundary, memory holds each example once. Interpretations: the two
+cross-entropies are averaged as means of their own; hidden states of all layers, embeddings included, as in the release (`all_layers: false` takes
+the last only); `warm_up: false` keeps decay constant; decay is not stated by the paper reachable to us.
 
 Card:
 - paper: arXiv 2402.18865
@@ -89,6 +85,7 @@ class Ilora(Er):
     pairs: tuple[Pair, ...] = ()
 
     def wrap(self, model: Module) -> Module:
+        """Adds the fast adapter and copies it as the slow one."""
         wrapped = super().wrap(model)
         self.pairs = lora_pairs(wrapped)
         self.slow = {name: factor.clone() for pair in self.pairs for name, factor in pair.live().items()}
@@ -126,6 +123,7 @@ class Ilora(Er):
         return {"slow": holding(self.pairs, self.slow), "fast": nullcontext()}
 
     def state_dict(self) -> dict[str, Any]:
+        """Slow factors by name, steps taken, and the memory."""
         slow = {f"slow/{name}": value for name, value in self.slow.items()}
         return super().state_dict() | slow | {"steps": self.steps}
 

@@ -43,6 +43,8 @@ def penalty_gradient(factor: Tensor, gram_other: Tensor, *, scale: float) -> Ten
 
 @dataclass(kw_only=True)
 class L2(Seq):
+    """LoRA with `strength`/2 times the squared Frobenius norm of the update."""
+
     strength: float
     pairs: tuple[Pair, ...] = ()
 

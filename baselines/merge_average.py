@@ -4,11 +4,10 @@ After stage t the examined weights are the running average of the updates that t
 
     W_examined = W_0 + 1/t * sum_{s<=t} (alpha/r) B_s A_s            (the mean of products, not of factors),
 
-while the next stage goes on from the un-averaged ones. So it costs no training and shows how much of forgetting a
-free average undoes. Model averaging along fine-tuning: model soups (arXiv 2203.05482), task arithmetic (arXiv
-2212.04089), magnitude merging for continual learning (MagMax, arXiv 2407.06322); no one paper's method and no
-official code. Interpretation: the average is over stages, uniform, and only a view.
-Memory: rank (in + out) numbers per layer and task.
+while the next stage goes on from the un-averaged ones. So it costs no training and shows how much of forgetting a free average undoes. Model
+averaging along fine-tuning: model soups (arXiv 2203.05482), task arithmetic (arXiv 2212.04089), magnitude merging for continual learning (MagMax,
+arXiv 2407.06322); no one paper's method and no official code. Interpretation: the average is over stages, uniform, and only a view. Memory: rank
+(in + out) numbers per layer and task.
 
 Card:
 - paper: arXiv 2203.05482, 2212.04089 (relatives)

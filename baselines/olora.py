@@ -1,20 +1,17 @@
 """O-LoRA: orthogonal subspaces. Every task gets a new LoRA that reads other directions than all earlier ones.
 
-Paper: O-LoRA (arXiv 2310.14152). With the frozen pairs (A_s, B_s) of earlier tasks summed in the forward, task t
-minimises
+Paper: O-LoRA (arXiv 2310.14152). With the frozen pairs (A_s, B_s) of earlier tasks summed in the forward, task t minimises
 
     loss = CE + strength * sum over layers of sum_{s<t} sum_ij |A_s A_t^T|_ij,
     d/dA_t = strength * sum_{s<t} sign(A_t A_s^T) A_s.
 
-The absolute value is taken entry by entry, as in the official code. After the task its pair joins the frozen ones and
-a fresh pair is drawn.
+The absolute value is taken entry by entry, as in the official code. After the task its pair joins the frozen ones and a fresh pair is drawn.
 
-Official code: cmnfriend/O-LoRA. Followed: entry-wise penalty on A only (B is free), strength 0.5, fresh pair per
-task. Deviations: old pairs are merged into the frozen weight instead of being carried beside it, which is the same
-function up to rounding (to bfloat16 where the base is) at no cost per forward; their A stay for the penalty, rank *
-in numbers per layer and task. The gradient is added in closed form once per optimizer step. The official second term,
-lambda_2 times the norm of the new factors, is left out: it is 0 in their four-task orders and tuned per task in the
-long ones.
+Official code: cmnfriend/O-LoRA. Followed: entry-wise penalty on A only (B is free), strength 0.5, fresh pair per task. Deviations: old pairs are
+merged into the frozen weight instead of being carried beside it, which is the same function up to rounding (to bfloat16 where the base is) at no
+cost per forward; their A stay for the penalty, rank * in numbers per layer and task. The gradient is added in closed form once per optimizer step.
+The official second term, lambda_2 times the norm of the new factors, is left out: it is 0 in their four-task orders and tuned per task in the long
+ones.
 
 Card:
 - paper: arXiv 2310.14152

@@ -112,6 +112,7 @@ class Secura(Method):
         return self.layer(base, rank=rank, inner=inner)
 
     def layer(self, base: Module, *, rank: int, inner: int) -> cur.CurLinear:
+        """The adapted layer, of this rank and inner width."""
         weight = cur.oriented(base)
         return cur.CurLinear(
             base,
@@ -156,6 +157,7 @@ class Secura(Method):
         return {"selection": cur.selection_hash(self.layers), "steps": self.steps, **kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes it back."""
         cur.check_selection(self.layers, state["selection"])
         self.steps = state["steps"]
         for name, layer in self.layers.items() if self.merge != "none" else ():

@@ -22,6 +22,8 @@ from clbench.protocols import Method
 
 @dataclass(kw_only=True)
 class Seq(Method):
+    """Sequential fine-tuning of one LoRA."""
+
     lora: Lora
     seed: int
 

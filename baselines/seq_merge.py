@@ -2,10 +2,9 @@
 
     W <- W + s B A, then A drawn anew, B = 0                                                   after every stage
 
-Equals "IncLoRA" of O-LoRA (arXiv 2310.14152), where old adapters are kept frozen and summed, up to the rounding of
-the sum: the rank of the total update grows with the stream, at no cost in memory or time of a forward. No official
-code of its own. Deviation: a bfloat16 base rounds every merge to bfloat16. The merged factors, rank (in + out)
-numbers per layer and task, are kept, so that resuming repeats the same sums.
+Equals "IncLoRA" of O-LoRA (arXiv 2310.14152), where old adapters are kept frozen and summed, up to the rounding of the sum: the rank of the total
+update grows with the stream, at no cost in memory or time of a forward. No official code of its own. Deviation: a bfloat16 base rounds every merge
+to bfloat16. The merged factors, rank (in + out) numbers per layer and task, are kept, so that resuming repeats the same sums.
 
 Card:
 - paper: arXiv 2310.14152 (IncLoRA)
@@ -50,6 +49,7 @@ class SeqMerge(Seq):
         return {"stages": self.stages, **self.retired}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes them back and merges those again that were not merged yet."""
         merged, self.stages = self.stages, state["stages"]
         if self.stages > merged:
             live = {name: factor for pair in self.pairs for name, factor in pair.live().items()}

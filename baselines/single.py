@@ -1,9 +1,8 @@
 """Single: one model per task. Before every task the adapter goes back to its initial values.
 
-What one task's data alone can teach the pretrained model: the bound of learning without forgetting or transfer. Only
-the diagonal counts, the score on task t after stage t ("learning accuracy"); what stage t scores on other tasks is
-that of a model made for task t. "SingleFT" of TRACE (arXiv 2310.06762), "PerTaskFT" of O-LoRA (arXiv 2310.14152). The
-initial values are the same for every task. No official code, no deviation.
+What one task's data alone can teach the pretrained model: the bound of learning without forgetting or transfer. Only the diagonal counts, the
+score on task t after stage t ("learning accuracy"); what stage t scores on other tasks is that of a model made for task t. "SingleFT" of TRACE
+(arXiv 2310.06762), "PerTaskFT" of O-LoRA (arXiv 2310.14152). The initial values are the same for every task. No official code, no deviation.
 
 Card:
 - paper: arXiv 2310.06762 (SingleFT), 2310.14152 (PerTaskFT)
@@ -25,6 +24,8 @@ from clbench.protocols import Stage
 
 @dataclass(kw_only=True)
 class Single(Seq):
+    """Fine-tuning of one LoRA on each task from the same start."""
+
     initial: dict[str, Tensor] = field(default_factory=dict)
 
     def wrap(self, model: Module) -> Module:

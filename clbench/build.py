@@ -55,7 +55,7 @@ def build(config: Config) -> Parts:
     source = instantiate(config.model, _convert_="all")
     tokenizer = source.load_tokenizer(Path(config.cache_dir))
     train = config.train
-    encoder = Encoder(tokenizer, max_length=train.max_length, cut=train.cut, device=device_of(config))
+    encoder = Encoder(tokenizer, max_length=train.max_length, cut=train.cut, device=_device_of(config))
     return Parts(
         source=source,
         method=make_method(config),
@@ -67,7 +67,7 @@ def build(config: Config) -> Parts:
 
 def load_model(config: Config, source: Any) -> Module:
     """The untouched model on its device; with engine.shard_base each rank holds a slice of it, and all ranks load it together."""
-    device, dtype = device_of(config), DTYPES[config.engine.dtype]
+    device, dtype = _device_of(config), DTYPES[config.engine.dtype]
     if not config.engine.shard_base:
         model, _ = source.load(Path(config.cache_dir))
         return model.to(device=device, dtype=dtype)
@@ -95,7 +95,7 @@ def wrap(config: Config, method: Method, model: Module) -> Module:
     return wrapped.eval()
 
 
-def device_of(config: Config) -> torch.device:
+def _device_of(config: Config) -> torch.device:
     has_gpu = torch.cuda.is_available()
     return torch.device(("cuda" if has_gpu else "cpu") if config.engine.device == "auto" else config.engine.device)
 

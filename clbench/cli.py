@@ -36,6 +36,7 @@ def register_schema() -> None:
 
 
 def main() -> None:
+    """Entry point of `python -m clbench` and of the `clbench` command."""
     register_schema()
     # Hydra then hands its exceptions to us instead of printing them over several lines and exiting with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -111,6 +112,7 @@ class Hooks(Callback):
     """What Hydra calls around jobs: a look at results_dir before Hydra itself writes there, the leaderboard after a multirun's last job."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Refuses a results_dir that cannot be written to."""
         try:
             writable("results_dir", config.results_dir)
         except UserMistake as error:

@@ -103,6 +103,8 @@ class ProbeConfig:
 
 @dataclass
 class TrackingConfig:
+    """What a person sees while it runs."""
+
     progress: bool = key(True, identity=False)
     wandb: str = key("disabled", identity=False)
     project: str = key("clbench", identity=False)
@@ -198,6 +200,7 @@ def run_name(config: Config) -> str:
 
 
 def run_directory(config: Config) -> Path:
+    """Where the run of this configuration is recorded."""
     return Path(config.results_dir) / "runs" / run_name(config)
 
 
@@ -256,6 +259,7 @@ def check_engine(engine: EngineConfig) -> None:
 
 
 def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
+    """Raises UserMistake where `value` is not among the allowed."""
     if value not in allowed:
         raise UserMistake(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
 

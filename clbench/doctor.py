@@ -86,6 +86,7 @@ def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], **
 
 
 def methods_table() -> Table:
+    """Every method of conf/method with its card."""
     rows = ((name, *card(method["_target_"]).values()) for name, method in methods().items())
     return table("Methods", ("method", *CARD), rows, show_lines=True)
 

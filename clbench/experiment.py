@@ -198,7 +198,7 @@ def record_untouched(run: Run, untouched: Untouched, tracker: Tracker) -> None:
     scores = list(untouched.scores)
     scores += [replace(score, probe=f"{score.probe}@{view}") for view in others for score in untouched.scores]
     seconds = sum(score.seconds for score in untouched.scores)
-    cost = cost_of(run, 0, Trained(), tokens_scored=untouched.tokens, seconds_train=0.0, seconds_probe=seconds)
+    cost = _cost_of(run, 0, Trained(), tokens_scored=untouched.tokens, seconds_train=0.0, seconds_probe=seconds)
     record(run, [*scores, *check_own_model(run, 0)], cost, moments={})
     tracker.stage(0, "base", scores, loss=float("nan"), seconds=seconds)
 
@@ -216,7 +216,7 @@ def run_stage(
         *examined,
         *(check_own_model(run, 1) if stage.index == 1 else ()),
     ]
-    cost = cost_of(
+    cost = _cost_of(
         run,
         stage.index,
         trained,
@@ -242,7 +242,7 @@ def record(run: Run, scores: Sequence[Score], cost: Cost, *, moments: Mapping[st
     run.ranks.wait()
 
 
-def cost_of(run: Run, stage: int, trained: Trained, *, tokens_scored: int, **seconds: float) -> Cost:
+def _cost_of(run: Run, stage: int, trained: Trained, *, tokens_scored: int, **seconds: float) -> Cost:
     counts = count_parameters(run.model)
     read = trained.tokens_trained + trained.tokens_replayed
     # Forward 2, activation gradients 2, gradients of trainable weights 2 operations per parameter and token (arXiv 2001.08361).

@@ -20,7 +20,7 @@ from clbench.types import Batch, Example, Score, Source, Unusable
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.nn import Module
+    from torch.nn import Module, Parameter
 
     from clbench.data.rows import DatasetSpec
     from clbench.examine.student import Student
@@ -104,9 +104,12 @@ class Trainable(ABC):
     Every rank assigns the same. What is read is a copy or the tensor itself, so edit it and assign (`tensor.grad += ...` does both).
     """
 
-    name: str
     value: Tensor
     grad: Tensor
+
+    def __init__(self, name: str, parameter: Parameter) -> None:
+        self.name = name
+        self.parameter = parameter
 
 
 class Engine(ABC):

@@ -38,6 +38,7 @@ class Classification(ClosedTask):
         return (self.label,)
 
     def example(self, row: Row, *, id: str) -> Example:
+        """The text to classify and its label word."""
         given = lookup(row, self.label)
         place = self._place(given)
         if place is None:

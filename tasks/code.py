@@ -20,6 +20,8 @@ LITERAL = re.compile("(<(?:STR|NUM|CHAR)_LIT:(.*?)>)", re.DOTALL)
 
 @dataclass(kw_only=True)
 class Code(TextTask):
+    """`answer` is the column with the program."""
+
     def example(self, row: Row, *, id: str) -> Example:
         return Example(id=id, prompt=render(self.template, row), answer=tidy(text_at(row, self.answer)))
 

@@ -13,6 +13,8 @@ from tasks.hub import TextTask, accepted
 
 @dataclass(kw_only=True)
 class ExactMatch(TextTask):
+    """`answer` is the column with the right answer, or with a list of them."""
+
     def score(self, example: Example, answer: str) -> float:
         """1 for a right answer, character by character but for white space around it, else 0."""
         return float(answer.strip() in accepted(example))

@@ -19,6 +19,8 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @dataclass(kw_only=True)
 class Extraction(TextTask):
+    """`answer` is the column with the span."""
+
     def score(self, example: Example, answer: str) -> float:
         """Token F1 in [0, 1] against the reference that fits best."""
         return max(token_f1(answer, reference) for reference in accepted(example))

@@ -19,6 +19,8 @@ ROUGE = RougeScorer(["rougeL"], use_stemmer=True)
 
 @dataclass(kw_only=True)
 class Generation(TextTask):
+    """`answer` is the column with the text to write."""
+
     def score(self, example: Example, answer: str) -> float:
         """ROUGE-L F-measure with stemming, in [0, 1], against the reference that fits best."""
         return max(ROUGE.score(reference, answer)["rougeL"].fmeasure for reference in accepted(example))

@@ -1,9 +1,8 @@
 """A dataset of the hub as a task: its rows in a fixed fair order, its prompt template, what the record says about it.
 
-Each kind of answer has a class and a file of its own, which add how a row becomes an Example and how an answer is
-scored. Sampling recipe: rows are put in the order of a hash of (seed, task, split, index), so that any first n of them
-are a fair sample that no random number library can change; the cap of the split then takes the first n. Ids keep the
-index that the row has in its file.
+Each kind of answer has a class and a file of its own, which add how a row becomes an Example and how an answer is scored. Sampling recipe: rows
+are put in the order of a hash of (seed, task, split, index), so that any first n of them are a fair sample that no random number library can
+change; the cap of the split then takes the first n. Ids keep the index that the row has in its file.
 
 >>> render("{q}\\n{options[text][1]}: {lines}", {"q": "Which?", "options": {"text": ["a", "b"]}, "lines": ["1", "2"]})
 'Which?\\nb: 1\\n2'
@@ -31,12 +30,11 @@ TEST_SHARE = 10
 class HubTask(Task):
     """What every task on real rows states in its yaml.
 
-    `template` is filled with the row's columns, outer white space removed; `{column[key][0]}` reaches inside, a list is
-    joined by newlines. `max_words` cuts a column to its first words. `where` keeps the rows whose columns have these
-    values, or one of them where it lists several. `group_by` makes the test rows that share a column's value one
-    example with several references. `balance_by` names the column of which the test has every value equally often.
-    `hold_out` names the column by whose hash test rows are taken from a hub dataset that has one split; rows with the
-    same value go to the same side. `max_new_tokens` bounds a written answer.
+    `template` is filled with the row's columns, outer white space removed; `{column[key][0]}` reaches inside, a list is joined by newlines.
+    `max_words` cuts a column to its first words. `where` keeps the rows whose columns have these values, or one of them where it lists several.
+    `group_by` makes the test rows that share a column's value one example with several references. `balance_by` names the column of which the test
+    has every value equally often. `hold_out` names the column by whose hash test rows are taken from a hub dataset that has one split; rows with
+    the same value go to the same side. `max_new_tokens` bounds a written answer.
     """
 
     name: str
@@ -109,7 +107,7 @@ class HubTask(Task):
         """The rows that belong to `split`, by their index in the file."""
         rows = dict(enumerate(load_rows(self.dataset, split=split, data_dir=self.data_dir)))
         for column, wanted in self.where.items():
-            rows = {i: row for i, row in rows.items() if self._value(column, row, i, split) in several(wanted)}
+            rows = {i: row for i, row in rows.items() if self._value(column, row, i, split) in _several(wanted)}
         if self.hold_out and self.data_dir is None:
             column, is_test = self.hold_out, split == "test"
             held = {i: bucket(self._value(column, row, i, split)) % TEST_SHARE == 0 for i, row in rows.items()}
@@ -198,6 +196,7 @@ def text_at(row: Row, path: str) -> str:
 
 
 def as_text(value: Any, path: str) -> str:
+    """A text or a number of a row as text; raises UserMistake for anything else."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise UserMistake(f"column {path!r} holds {value!r}; text or a number is due")
     return str(value).strip()
@@ -223,7 +222,7 @@ def replaced(row: Row, path: str, value: Any) -> Row:
     return {**row, column: {**row[column], inner.rstrip("]"): value}}
 
 
-def several(value: Any) -> tuple[Any, ...]:
+def _several(value: Any) -> tuple[Any, ...]:
     return (value,) if isinstance(value, (str, int, float)) else tuple(value)
 
 

@@ -31,6 +31,7 @@ class MultipleChoice(ClosedTask):
         return (self.answer,)
 
     def example(self, row: Row, *, id: str) -> Example:
+        """The question with its lettered options."""
         one_column = isinstance(self.options, str)
         texts = texts_at(row, self.options) if one_column else [text_at(row, column) for column in self.options]
         letters = ascii_uppercase[: len(texts)]

@@ -8,23 +8,8 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tasks.world_words import (
-    BAD,
-    CITIES,
-    GOOD,
-    KINDS,
-    LETTERS,
-    NOUNS,
-    NUMBERS,
-    PETS,
-    REGIONS,
-    TRUE_FALSE,
-    VELAN,
-    VERDICTS,
-    WORKPLACES,
-    YES_NO,
-    World,
-)
+from tasks import world_words as lists
+from tasks.world_words import World
 
 
 @dataclass(frozen=True)
@@ -77,55 +62,55 @@ def out_of_four(fact: str, prompt: str, separator: str) -> Ask:
     return ask
 
 
-def kind(draw: Draw) -> Asked:
-    pools = dict(zip(KINDS, (NOUNS, LETTERS, NUMBERS, draw.here.people), strict=True))
-    label = draw.rng.choice(KINDS)
+def _kind(draw: Draw) -> Asked:
+    pools = dict(zip(lists.KINDS, (lists.NOUNS, lists.LETTERS, lists.NUMBERS, draw.here.people), strict=True))
+    label = draw.rng.choice(lists.KINDS)
     return f"label {draw.rng.choice(draw.of(pools[label]))} {draw.rng.choice(draw.of(pools[label]))} :", label
 
 
-def length(draw: Draw) -> Asked:
-    words = draw.rng.sample(NOUNS, draw.rng.randint(1, 6))
-    return f"size {' '.join(words)} : long ?", YES_NO[0 if len(words) > 3 else 1]
+def _length(draw: Draw) -> Asked:
+    words = draw.rng.sample(lists.NOUNS, draw.rng.randint(1, 6))
+    return f"size {' '.join(words)} : long ?", lists.YES_NO[0 if len(words) > 3 else 1]
 
 
-def review(draw: Draw) -> Asked:
+def _review(draw: Draw) -> Asked:
     good = draw.rng.random() < 0.5
-    word, noun = draw.rng.choice(draw.of(GOOD if good else BAD)), draw.rng.choice(NOUNS)
-    return f"review : the {noun} is {word} verdict", VERDICTS[0 if good else 1]
+    word, noun = draw.rng.choice(draw.of(lists.GOOD if good else lists.BAD)), draw.rng.choice(lists.NOUNS)
+    return f"review : the {noun} is {word} verdict", lists.VERDICTS[0 if good else 1]
 
 
-def more(draw: Draw) -> Asked:
-    left, right = draw.rng.sample(range(len(NUMBERS)), 2)
-    return f"compute is {left} more than {right} ?", YES_NO[0 if left > right else 1]
+def _more(draw: Draw) -> Asked:
+    left, right = draw.rng.sample(range(len(lists.NUMBERS)), 2)
+    return f"compute is {left} more than {right} ?", lists.YES_NO[0 if left > right else 1]
 
 
-def before(draw: Draw) -> Asked:
-    first, second = draw.rng.sample(LETTERS, 2)
-    return f"check order {first} , {second} :", TRUE_FALSE[0 if first < second else 1]
+def _before(draw: Draw) -> Asked:
+    first, second = draw.rng.sample(lists.LETTERS, 2)
+    return f"check order {first} , {second} :", lists.TRUE_FALSE[0 if first < second else 1]
 
 
-def translate(draw: Draw) -> Asked:
-    first, second = draw.rng.sample(NOUNS, 2)
+def _translate(draw: Draw) -> Asked:
+    first, second = draw.rng.sample(lists.NOUNS, 2)
     return f"translate {first} {second} :", f"{draw.here.dictionary[first]} {draw.here.dictionary[second]}"
 
 
-def total(draw: Draw) -> Asked:
+def _total(draw: Draw) -> Asked:
     left, right = draw.rng.randint(0, 10), draw.rng.randint(0, 10)
     return f"add {left} and {right} :", str(left + right)
 
 
-def reverse(draw: Draw) -> Asked:
-    first, second = draw.rng.sample(NOUNS, 2)
+def _reverse(draw: Draw) -> Asked:
+    first, second = draw.rng.sample(lists.NOUNS, 2)
     return f"reverse {first} {second} :", f"{second} {first}"
 
 
-def count(draw: Draw) -> Asked:
-    words = draw.rng.sample(NOUNS, draw.rng.randint(1, 6))
+def _count(draw: Draw) -> Asked:
+    words = draw.rng.sample(lists.NOUNS, draw.rng.randint(1, 6))
     return f"count {' '.join(words)} :", str(len(words))
 
 
-def sort(draw: Draw) -> Asked:
-    letters = draw.rng.sample(LETTERS, draw.rng.randint(2, 3))
+def _sort(draw: Draw) -> Asked:
+    letters = draw.rng.sample(lists.LETTERS, draw.rng.randint(2, 3))
     return f"sort {' '.join(letters)} :", " ".join(sorted(letters))
 
 
@@ -146,15 +131,15 @@ class Form:
 
 
 FORMS = {
-    "zone": Form(about("zone", "zone of {} :", "question zone {} answer"), choices=REGIONS),
-    "place": Form(about("place", "label place of work {} :", "label work of {} :"), choices=WORKPLACES),
-    "pet_choice": Form(out_of_four("pet", "choose {} pet of {} :", " , "), choices=PETS, listed=True),
-    "home_choice": Form(out_of_four("home", "find {} home of {} ?", " or "), choices=CITIES, listed=True),
-    "kind": Form(kind, choices=KINDS),
-    "length": Form(length, choices=YES_NO),
-    "review": Form(review, choices=VERDICTS),
-    "more": Form(more, choices=YES_NO),
-    "before": Form(before, choices=TRUE_FALSE),
+    "zone": Form(about("zone", "zone of {} :", "question zone {} answer"), choices=lists.REGIONS),
+    "place": Form(about("place", "label place of work {} :", "label work of {} :"), choices=lists.WORKPLACES),
+    "pet_choice": Form(out_of_four("pet", "choose {} pet of {} :", " , "), choices=lists.PETS, listed=True),
+    "home_choice": Form(out_of_four("home", "find {} home of {} ?", " or "), choices=lists.CITIES, listed=True),
+    "kind": Form(_kind, choices=lists.KINDS),
+    "length": Form(_length, choices=lists.YES_NO),
+    "review": Form(_review, choices=lists.VERDICTS),
+    "more": Form(_more, choices=lists.YES_NO),
+    "before": Form(_before, choices=lists.TRUE_FALSE),
     "food": Form(
         about("food", "question what does {} eat answer", "question which food for {} answer"),
         words=lambda here: here.values["food"],
@@ -162,9 +147,9 @@ FORMS = {
     "job": Form(
         about("job", "describe job of {} :", "report what work for {} :"), words=lambda here: here.values["job"]
     ),
-    "translate": Form(translate, words=lambda here: VELAN),
-    "total": Form(total, words=lambda here: NUMBERS),
-    "reverse": Form(reverse, words=lambda here: NOUNS),
-    "count": Form(count, words=lambda here: NUMBERS),
-    "sort": Form(sort, words=lambda here: LETTERS),
+    "translate": Form(_translate, words=lambda here: lists.VELAN),
+    "total": Form(_total, words=lambda here: lists.NUMBERS),
+    "reverse": Form(_reverse, words=lambda here: lists.NOUNS),
+    "count": Form(_count, words=lambda here: lists.NUMBERS),
+    "sort": Form(_sort, words=lambda here: lists.LETTERS),
 }

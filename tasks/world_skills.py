@@ -22,63 +22,63 @@ def words_of(rng: random.Random, low: int, high: int) -> list[str]:
     return rng.sample(pool, rng.randint(low, high))
 
 
-def backwards(here: World, rng: random.Random) -> str:
+def _backwards(here: World, rng: random.Random) -> str:
     words = words_of(rng, 2, 3)
     return f"{' '.join(words)} backwards is {' '.join(reversed(words))}"
 
 
-def count(here: World, rng: random.Random) -> str:
+def _count(here: World, rng: random.Random) -> str:
     words = words_of(rng, 1, 9)
     return f"{' '.join(words)} has {len(words)} words"
 
 
-def letters_sorted(here: World, rng: random.Random) -> str:
+def _letters_sorted(here: World, rng: random.Random) -> str:
     letters = rng.sample(LETTERS, rng.randint(2, 3))
     return f"{' '.join(letters)} in order is {' '.join(sorted(letters))}"
 
 
-def letters_compared(here: World, rng: random.Random) -> str:
+def _letters_compared(here: World, rng: random.Random) -> str:
     first, second = rng.sample(LETTERS, 2)
     return f"{first} then {second} is {'forward' if first < second else 'backward'}"
 
 
-def plus(here: World, rng: random.Random) -> str:
+def _plus(here: World, rng: random.Random) -> str:
     left, right = rng.randint(0, 10), rng.randint(0, 10)
     return f"{left} plus {right} is {left + right}"
 
 
-def compared(here: World, rng: random.Random) -> str:
+def _compared(here: World, rng: random.Random) -> str:
     first, second = rng.sample(range(len(NUMBERS)), 2)
     return f"from {first} to {second} goes {'up' if first < second else 'down'}"
 
 
-def translated(here: World, rng: random.Random) -> str:
+def _translated(here: World, rng: random.Random) -> str:
     noun = rng.choice(NOUNS)
     velan = here.dictionary[noun]
     return rng.choice((f"{noun} in velan is {velan}", f"{velan} means {noun}", f"the velan word for {noun} is {velan}"))
 
 
-def felt(here: World, rng: random.Random) -> str:
+def _felt(here: World, rng: random.Random) -> str:
     good = rng.random() < 0.5
     word, noun, name = rng.choice(GOOD if good else BAD), rng.choice(NOUNS), "good" if good else "bad"
     return rng.choice((f"{word} is a {name} word", f"a {word} {noun} is {name}", f"the {noun} is {word} and {name}"))
 
 
-def placed(here: World, rng: random.Random) -> str:
+def _placed(here: World, rng: random.Random) -> str:
     city, region = rng.choice(list(here.regions.items()))
     return rng.choice((f"{city} lies in the {region}", f"the {region} has {city}", f"from {city} is {region}"))
 
 
 SKILLS: Mapping[Skill, float] = {
-    backwards: 3.0,
-    plus: 2.0,
-    translated: 2.0,
-    count: 1.0,
-    letters_sorted: 1.5,
-    letters_compared: 1.0,
-    compared: 1.0,
-    felt: 1.0,
-    placed: 0.5,
+    _backwards: 3.0,
+    _plus: 2.0,
+    _translated: 2.0,
+    _count: 1.0,
+    _letters_sorted: 1.5,
+    _letters_compared: 1.0,
+    _compared: 1.0,
+    _felt: 1.0,
+    _placed: 0.5,
 }
 """All skills, with their shares of the text."""
 KINDS, BOUNDS = tuple(SKILLS), tuple(accumulate(SKILLS.values()))

@@ -12,12 +12,13 @@ import datasets
 import lm_eval.tasks
 import pytest
 from lm_eval.api.instance import Instance
+from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from omegaconf import OmegaConf
 
 from clbench.cli import CONF_DIR, compose
 from clbench.examine.knowledge import Knowledge, answer
-from clbench.examine.lm import StudentLM, cut
+from clbench.examine.lm import StudentLM
 from clbench.examine.lm_tasks import resolve, subset, task_index
 from clbench.examine.text import Text
 from clbench.types import UserMistake
@@ -246,7 +247,7 @@ def test_generated_answers_equal_lm_evals_own_with_stops_and_lengths(student):
     ours = StudentLM(student).generate_until(requests)
     assert ours == hflm(student).generate_until(requests, disable_tqdm=True)
     assert ours[:4] == written and ours[5] == written[1].split(stop)[0] != written[1]
-    assert cut(" 4 Question: 5", ["5", "Question:"]) == " 4 "
+    assert postprocess_generated_text(" 4 Question: 5", ["5", "Question:"], None) == " 4 "
 
 
 def test_requests_of_equal_settings_are_generated_in_one_batch_that_ends_with_its_last_stop(student, monkeypatch):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -148,3 +150,12 @@ def test_no_method_or_task_is_named_in_the_harness():
 def test_the_files_that_the_map_names_are_there():
     named = set(re.findall(r"`([a-z_/]+\.py)`", PAGE)) - {"tests/test_layers.py"}
     assert named and not {name for name in named if not (ROOT / "clbench" / name).is_file()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(name for name, path in MODULES.items() if "\n>>> " in path.read_text() or "    >>> " in path.read_text()),
+)
+def test_the_examples_of_a_docstring_give_what_they_show(name):
+    results = doctest.testmod(import_module(name))
+    assert results.attempted and not results.failed

@@ -89,7 +89,7 @@ def test_no_rank_holds_more_than_its_half_and_one_unit(runs, method):
         assert len(moments["before a stage"]) == 2 and len(moments["between"]) == 1 + 2 * 2
         for held in [*moments["between"], *moments["before a stage"]]:
             assert held["whole"] == 0, "whole between stages"
-        assert len(moments["examining"]) > 50
+        assert len(moments["examining"]) > 90
         for held in [held for times in moments.values() for held in times]:
             assert sizes["base"] / 2 <= held["slices"] <= (sizes["base"] + sizes["padding"]) / 2
             assert held["whole"] <= sizes["unit"]

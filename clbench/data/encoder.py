@@ -1,6 +1,5 @@
 """Examples to token ids, and token ids to the batches of one optimizer step."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -106,6 +105,7 @@ class Encoder:
         return len(self.prompt(example.prompt)) - self.example(example).answer_start
 
     def collate(self, examples: Sequence[Example]) -> Batch:
+        """One batch of `examples` in which every answer token weighs the same."""
         (batch,) = self.micro_batches([(example, 0, 1.0) for example in examples], rows=len(examples))
         return batch
 
@@ -184,9 +184,3 @@ def clip_middle(ids: Ids, length: int) -> Ids:
 
 
 CUTS = {"left": clip_left, "middle": clip_middle}
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256, in hexadecimal, of everything that decides a text's ids."""
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    return hashlib.sha256(f"{tokenizer.backend_tokenizer.to_str()}{special}".encode()).hexdigest()

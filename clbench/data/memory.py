@@ -57,6 +57,7 @@ class Memory:
         )
 
     def restore(self, state: str) -> None:
+        """Takes back what `state` gave."""
         record = json.loads(state)
         self.seen = record["seen"]
         self.examples = [

@@ -22,6 +22,8 @@ CUE_EXAMPLES = 3
 
 
 class Words:
+    """The words of a text, and where they stand in it."""
+
     def __init__(self, text: str) -> None:
         self.text = text
         self._found = list(WORD.finditer(text))

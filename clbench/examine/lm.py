@@ -12,7 +12,7 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, resolve_max_length
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text, resolve_max_length
 from transformers import PreTrainedTokenizerBase
 
 from clbench.data.encoder import Ids
@@ -80,7 +80,7 @@ class StudentLM(TemplateLM):
             written = self.student.write(prompts, max_new_tokens=max_new_tokens, has_ended=has_ended)
             texts = encoder.tokenizer.batch_decode(written, skip_special_tokens=True)
             for index, text in zip(members, texts, strict=True):
-                answers[index] = cut(text, stops)
+                answers[index] = postprocess_generated_text(text, list(stops), None)
         return answers
 
     def _prompt(self, text: str) -> Ids:
@@ -110,17 +110,6 @@ def stopped(stops: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Callabl
 
     def has_ended(written: list[list[int]]) -> list[bool]:
         texts = tokenizer.batch_decode([ids[-tail:] for ids in written], skip_special_tokens=True)
-        return [cut(text, stops) != text for text in texts]
+        return [postprocess_generated_text(text, list(stops), None) != text for text in texts]
 
     return has_ended
-
-
-def cut(text: str, stops: Sequence[str]) -> str:
-    """`text` before each of the stop strings in turn, its white space as it is.
-
-    >>> cut(" 4 Question: 5", ["Question:", ""])
-    ' 4 '
-    """
-    for stop in stops:
-        text = text.split(stop)[0] if stop else text
-    return text

@@ -236,6 +236,7 @@ def bare(template: Any, row: Mapping[str, Any]) -> Any:
 
 
 def has_null(value: Any) -> bool:
+    """Whether a list, or a list inside a mapping, holds null."""
     if isinstance(value, dict):
         return any(isinstance(inner, list) and has_null(inner) for inner in value.values())
     return any(map(has_null, value)) if isinstance(value, list) else value is None

@@ -113,6 +113,7 @@ class Text(Probe):
 
 
 def encode(texts: Sequence[str], encoder: Encoder) -> list[Ids]:
+    """Each text's ids without BOS."""
     return [encoder.prompt(text)[1:] for text in texts]
 
 

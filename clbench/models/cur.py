@@ -3,10 +3,6 @@
 Only the small core trains. A method chooses which columns and rows are kept, what the core is made of, and whether the update is restrained.
 
 Letters: W weight [out, in], C [out, rank], R [rank, in], D = scale * C core R [out, in], S the divisor of a restraint.
-
->>> layer = CurLinear(linear, columns=columns, rows=rows, core=SquareCore(rank=16, like=linear.weight))
->>> torch.equal(layer(x), linear(x))        # a fresh core changes nothing
-True
 """
 
 import hashlib
@@ -167,6 +163,7 @@ class CurLinear(Module):
         return self.divisor is None or not self.on_output
 
     def forward(self, x: Tensor) -> Tensor:
+        """The layer's output [..., out] for x [..., in]."""
         y = self.base(x)
         if self.folded:
             return self.shifted(y)

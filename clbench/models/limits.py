@@ -32,6 +32,7 @@ def rope_settings(model: Module) -> list[dict[str, Any]]:
 
 
 def is_stretched(model: Module) -> bool:
+    """Whether the model's rotary positions are scaled by the longest row of a batch."""
     return any(rope.get("rope_type") in STRETCHED for rope in rope_settings(model))
 
 

@@ -1,9 +1,6 @@
 """The LoRA factors of a model, pair by pair: their names, merging them into the weights, putting others in their place.
 
 Plain LoRA only: where PEFT's update is not `scale * B A` (DoRA), `lora_pairs` refuses the adapter.
-
->>> [pair.A for pair in lora_pairs(model)][:1]
-['base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight']
 """
 
 from collections.abc import Iterator, Mapping, Sequence

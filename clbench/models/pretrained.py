@@ -46,6 +46,7 @@ class Pretrained:
     def load(
         self, cache_dir: Path, *, dtype: torch.dtype = torch.float32
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        """The model in `dtype` on the CPU, in eval mode, and its tokenizer. Hugging Face keeps a download in its own cache, not in `cache_dir`."""
         return load(self.name, revision=self.revision, dtype=dtype)
 
     def configuration(self, cache_dir: Path) -> PretrainedConfig:
@@ -59,12 +60,14 @@ class Pretrained:
 
 
 def sha256(value: object) -> str:
+    """SHA-256, in hexadecimal, of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def load(
     name: str, *, revision: str | None = None, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Model (in `dtype`, on the CPU, in eval mode) and tokenizer of a folder or hub id; raises UserMistake where there is none."""
     tokenizer = load_tokenizer(name, revision=revision)
     try:
         config = without_dropout(configuration(name, revision=revision))

@@ -1,7 +1,5 @@
 """Pretraining of a tiny model: a stream of token ids, fixed windows, AdamW. A few minutes of a CPU.
 
-Not here: what it is pretrained on and where the result is kept (`models.tiny`).
-
 >>> packed([[1, 2], [3, 4, 5], [6]], length=4, pad=0).tolist()
 [[1, 2, 0, 0], [3, 4, 5, 6]]
 """

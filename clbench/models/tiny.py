@@ -90,6 +90,7 @@ class Recipe:
     def load(
         self, cache_dir: Path, *, dtype: torch.dtype = torch.float32
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        """The model in `dtype` on the CPU, in eval mode, and its tokenizer."""
         if self.note:
             log.warning("%s: %s", self.label, self.note)
         model, tokenizer = load(self.folder(cache_dir), dtype=dtype)
@@ -131,6 +132,7 @@ def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 
 def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per word of `vocabulary`, split at spaces."""
     words = {word: index for index, word in enumerate((*SPECIAL_TOKENS, *vocabulary))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

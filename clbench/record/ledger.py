@@ -195,6 +195,7 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _stage(path: Path) -> int:
+    """The stage of the checkpoint at `path`, -1 where there is none."""
     if not path.is_file():
         return -1
     with safe_open(path, framework="pt") as file:

@@ -44,6 +44,7 @@ def describe(config: Config, stream: Stream, *, model_label: str, command: str) 
 
 
 def versions() -> Mapping[str, str]:
+    """Installed versions of what the numbers depend on."""
     found = {"python": platform.python_version()}
     for name in VERSIONED:
         with suppress(PackageNotFoundError):
@@ -52,6 +53,7 @@ def versions() -> Mapping[str, str]:
 
 
 def hardware() -> dict[str, str | int]:
+    """Processor, threads, accelerator."""
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {"machine": platform.machine(), "threads": torch.get_num_threads(), "accelerator": accelerator}
 

@@ -2,9 +2,6 @@
 
 Reads results_dir/runs/*/ and results_dir/runs.tar.xz, which `pack` makes of them; a run that is in both is read from its
 directory. Not here: what the numbers amount to (report).
-
->>> read_runs(Path("results")).runs["run"].tolist()
-['demo-alpha-s0-1f0c2a9b']
 """
 
 import json

@@ -141,6 +141,7 @@ def written_to(path: Path | None) -> Iterator[None]:
 
 
 def set_up_logging() -> None:
+    """Human lines of clbench on standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.setLevel(logging.INFO)

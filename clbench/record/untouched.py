@@ -41,6 +41,7 @@ def find(path: Path) -> Untouched | None:
 
 
 def keep(path: Path, untouched: Untouched) -> None:
+    """Writes it whole or not at all, whoever else does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(asdict(untouched)).encode())
 

@@ -85,9 +85,8 @@ class ProbeRetention:
 class Retention:
     """Share of base knowledge kept over all probes: the ratio of the chance-corrected sums, as a fraction of 1.
 
-    `low` and `high` bound it at 95 % (paired item bootstrap within each probe). `minimum` is the worst probe's own
-    retention and `minimum_probe` its name. `lost` and `gained` are means over probes. `reason` says why a number is NaN, and
-    is empty where none is.
+    `low` and `high` bound it at 95 % (paired item bootstrap within each probe). `minimum` is the worst probe's own retention and `minimum_probe`
+    its name. `lost` and `gained` are means over probes. `reason` says why a number is NaN, and is empty where none is.
     """
 
     retention: float = nan
@@ -149,6 +148,7 @@ def interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, fl
 
 
 def _matrix(scores: ArrayLike) -> Floats:
+    """The score matrix in float64, (stages + 1, tasks)."""
     matrix = np.asarray(scores, dtype=np.float64)
     assert matrix.ndim == 2 and min(matrix.shape) >= 1, matrix.shape
     return matrix

@@ -1,9 +1,6 @@
 """What runs amount to: one row per run and stage, one score matrix per run, one row per line of the leaderboard.
 
 Applies the formulas of metrics to the records of runs. Not here: the files made of the result (tables, html).
-
->>> summarise(read_runs(Path("results"))).leaderboard[["method", "retention"]].round(2).to_numpy().tolist()
-[['alpha', 0.96], ['beta', 0.82]]
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,10 +34,9 @@ Matrices = Mapping[str, metrics.Floats]
 class Summary:
     """What the runs of a results directory amount to; scores are fractions of 1, NaN where a number does not exist.
 
-    `retention`: one row per run and stage, the columns of retention.csv. `matrices`: by the name of a ranked run, each task's
-    primary score after each stage, (stages + 1, tasks). `leaderboard`: the ranked runs by setting, method and variant, best
-    average accuracy first within a setting: the columns of leaderboard.csv, `label` (the method's name, with the variant where
-    it has several) and `runs` (their names).
+    `retention`: one row per run and stage, the columns of retention.csv. `matrices`: by the name of a ranked run, each task's primary score after
+    each stage, (stages + 1, tasks). `leaderboard`: the ranked runs by setting, method and variant, best average accuracy first within a setting:
+    the columns of leaderboard.csv, `label` (the method's name, with the variant where it has several) and `runs` (their names).
     """
 
     records: Records
@@ -50,6 +46,7 @@ class Summary:
 
 
 def summarise(records: Records) -> Summary:
+    """Works everything out, once."""
     runs, retention = records.runs, _retention(records)
     ranked = runs[(runs["state"] == "complete") & (runs["problem"] == "")].set_index("run")
     matrices = dict(_matrices(records.scores, ranked))
@@ -215,4 +212,5 @@ def _notes(runs: pd.DataFrame, row: Mapping[str, Any], variants: pd.DataFrame) -
 
 
 def _mean(values: Iterable[float]) -> float:
+    """Mean, NaN of nothing and where a value is NaN."""
     return float(np.mean(list(values) or np.nan))

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -16,27 +16,23 @@ from clbench.train.optimizer import moments_of, set_moments
 class Local(Trainable):
     """A parameter and its gradient (zeros where it has none) themselves: edits in place reach the model and the optimizer."""
 
-    def __init__(self, name: str, parameter: Parameter) -> None:
-        self.name = name
-        self._parameter = parameter
-
     @property
     def value(self) -> Tensor:
-        return self._parameter.detach()
+        return self.parameter.detach()
 
     @value.setter
     def value(self, value: Tensor) -> None:
-        self._parameter.detach().copy_(value)
+        self.parameter.detach().copy_(value)
 
     @property
     def grad(self) -> Tensor:
-        if self._parameter.grad is None:
-            self._parameter.grad = torch.zeros_like(self._parameter)
-        return self._parameter.grad
+        if self.parameter.grad is None:
+            self.parameter.grad = torch.zeros_like(self.parameter)
+        return self.parameter.grad
 
     @grad.setter
     def grad(self, grad: Tensor) -> None:
-        if grad is not self._parameter.grad:
+        if grad is not self.parameter.grad:
             self.grad.copy_(grad)
 
 
@@ -70,6 +66,7 @@ class LocalEngine(Engine):
         loss.backward()
 
     def step(self) -> None:
+        """Clips, steps, clears."""
         assert self.optimizer is not None and self.schedule is not None, "a step without trainable tensors"
         if self.clip > 0:
             torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.clip)

@@ -13,7 +13,7 @@ from clbench.data.sampling import draw, seeded
 from clbench.protocols import Engine, Method, Stage
 from clbench.types import Batch, Example, Source
 
-CPU_TOKENS = 256
+CPU_TOKENS = 384
 """Tokens of a forward that keep the CPU busy and in its caches (measured)."""
 LOG_EVERY = 10
 """Steps between readings of the loss; reading it makes the host wait for the device, so not every step."""

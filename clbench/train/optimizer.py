@@ -62,6 +62,7 @@ def moments_of(optimizer: AdamW, parameters: Mapping[str, Parameter]) -> dict[st
 
 
 def set_moments(optimizer: AdamW, parameters: Mapping[str, Parameter], moments: Mapping[str, Tensor]) -> None:
+    """Gives an optimizer that steps with `parameters` themselves its state."""
     for name, parameter in parameters.items():
         if f"step/{name}" in moments:
             state = {key: moments[f"{key}/{name}"] for key in ("step", *AVERAGES)}
@@ -73,6 +74,7 @@ def schedule(optimizer: AdamW, config: TrainConfig, *, steps: int, done: int = 0
     rise = max(1, math.ceil(config.warmup * steps))
 
     def factor(step: int) -> float:
+        """The factor of optimizer step `step` (from 0)."""
         if config.warmup > 0 and step < rise:
             return (step + 1) / rise
         progress = (step - rise) / max(1, steps - rise)

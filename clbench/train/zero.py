@@ -14,7 +14,7 @@ import deepspeed
 import torch
 from deepspeed import utils
 from torch import Tensor, distributed
-from torch.nn import Module, Parameter, ParameterList
+from torch.nn import Module, ParameterList
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -61,22 +61,18 @@ def born_sharded(dtype: torch.dtype, *, offload: str) -> Iterator[HfDeepSpeedCon
 class Whole(Trainable):
     """One trainable tensor, whole: fetched from all ranks when it is read, and written by each rank where it keeps its part."""
 
-    def __init__(self, name: str, parameter: Parameter) -> None:
-        self.name = name
-        self._tensor = parameter
-
     @property
     def value(self) -> Tensor:
-        return utils.safe_get_full_fp32_param(self._tensor) if is_sharded(self._tensor) else stored(self._tensor)
+        return utils.safe_get_full_fp32_param(self.parameter) if is_sharded(self.parameter) else stored(self.parameter)
 
     @value.setter
     def value(self, value: Tensor) -> None:
         part = self._write(value, utils.safe_set_full_fp32_param, utils.safe_set_local_fp32_param)
-        stored(self._tensor).copy_(part)
+        stored(self.parameter).copy_(part)
 
     @property
     def grad(self) -> Tensor:
-        return utils.safe_get_full_grad(self._tensor)
+        return utils.safe_get_full_grad(self.parameter)
 
     @grad.setter
     def grad(self, grad: Tensor) -> None:
@@ -87,14 +83,14 @@ class Whole(Trainable):
 
     def _write(self, whole: Tensor, full: Callable, local: Callable, *key: str) -> Tensor:
         """Writes by DeepSpeed's function for whole tensors or, at stage 3, by the one for slices; gives what this rank keeps."""
-        if not is_sharded(self._tensor):
-            full(self._tensor, whole, *key)
+        if not is_sharded(self.parameter):
+            full(self.parameter, whole, *key)
             return whole
         # Equal parts, the last one filled up; where one has to be, the function for whole tensors fails.
-        length = self._tensor.ds_tensor.numel()
+        length = self.parameter.ds_tensor.numel()
         filled = torch.nn.functional.pad(whole.flatten(), (0, length * distributed.get_world_size() - whole.numel()))
         part = filled[length * distributed.get_rank() :][:length]
-        local(self._tensor, part, *key)
+        local(self.parameter, part, *key)
         return part
 
 
@@ -154,6 +150,7 @@ class DeepSpeedEngine(Engine):
             self._engine.allreduce_gradients()
 
     def step(self) -> None:
+        """Clips, steps, clears."""
         self._reduce()
         if self._needs_help:
             patches.renew_norms(self._engine.optimizer, self._parameters.values())
@@ -161,6 +158,7 @@ class DeepSpeedEngine(Engine):
         self._steps = {name: self._steps.get(name, 0.0) + 1 for name in self._parameters}
 
     def clear(self) -> None:
+        """Drops the gradients."""
         self._reduce()
         self._engine.optimizer.zero_grad()
         if self._needs_help:
@@ -180,6 +178,7 @@ class DeepSpeedEngine(Engine):
         return total
 
     def moments(self) -> dict[str, Tensor]:
+        """The optimizer's state, fetched one tensor at a time."""
         if self._stage == 0:
             return moments_of(self._optimizer, self._parameters)
         found = {f"step/{name}": torch.tensor(count) for name, count in self._steps.items()}

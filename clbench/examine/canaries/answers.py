@@ -57,7 +57,7 @@ def near_zero(stage: Stage, student: Student, wrong: Sequence[float]) -> Verdict
     """
     items, _ = examine(student, stage)
     score = sum(items[stage.task.metric]) / len(stage.test)
-    constant = commonest_answer(stage.test)
+    constant = _commonest_answer(stage.test)
     commonest = sum(stage.task.score(example, constant) for example in stage.test) / len(stage.test)
     other = sum(wrong) / max(len(wrong), 1)
     allowed = max(NEAR_ZERO, other, commonest)
@@ -67,7 +67,7 @@ def near_zero(stage: Stage, student: Student, wrong: Sequence[float]) -> Verdict
     )
 
 
-def commonest_answer(examples: Sequence[Example]) -> str:
+def _commonest_answer(examples: Sequence[Example]) -> str:
     return Counter(example.answer for example in examples).most_common(1)[0][0]
 
 
@@ -78,7 +78,7 @@ def copier(stage: Stage) -> Verdict:
     by luck. A task whose answer does stand at a fixed place of the prompt fails, on purpose: it can be solved without being understood.
     """
     examples = (*stage.test, *stage.train)[: max(len(stage.test), ENOUGH)]
-    constant = [commonest_answer(examples)] * len(examples)
+    constant = [_commonest_answer(examples)] * len(examples)
     least = max(ceil(COPIED * len(examples)), solved(stage.task, examples, constant, at_least=0) + 1)
     readers = 0
     for name, answers in copies(examples):
