@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,9 +31,16 @@ CONF_DIR = next(path for path in (_HERE.parent / "conf", _HERE / "conf") if (pat
 USERS_MISTAKES = (UserMistake, HydraException, OmegaConfBaseException)
 
 
+@dataclass
+class Composed(Config):
+    """What Hydra composes: a run's configuration and values chosen per method, of which `resolve` takes those of the run's method."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
 def register_schema() -> None:
     """Tells Hydra the configuration's shape, which `conf/config.yaml` names first."""
-    ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name="schema", node=Composed)
 
 
 def main() -> None:
@@ -148,9 +156,11 @@ def compose(overrides: Sequence[str]) -> Config:
 
 
 def resolve(composed: DictConfig) -> Config:
-    """The typed configuration: the stream's tasks filled in from `conf/task/`, interpolations resolved."""
+    """The typed configuration: the method's settings and the stream's tasks filled in, interpolations resolved."""
     choices = HydraConfig.get().runtime.choices
     with open_dict(composed):
+        if settings := composed.pop("settings"):
+            _put_in(composed, settings, name=choices["settings"])
         composed.tasks = _tasks(composed.stream.tasks)
         if not composed.experiment:
             composed.experiment = (choices.get("experiment") or composed.stream.name).replace("/", "-")
@@ -159,6 +169,20 @@ def resolve(composed: DictConfig) -> Config:
     plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict), type(plain)
     return from_plain({str(key): value for key, value in plain.items()})
+
+
+def _put_in(composed: DictConfig, settings: DictConfig, *, name: str) -> None:
+    """Merges what conf/settings/`name`.yaml says of the method; what the command line gives stays as given."""
+    method = composed.method.name
+    if method not in settings and "default" not in settings:
+        raise UserMistake(
+            f"conf/settings/{name}.yaml has no settings for method={method}; it has {', '.join(settings)}: "
+            "add some, or give settings=null and the values themselves (train.lr=...)"
+        )
+    given = {key: OmegaConf.select(composed, key) for key in _overridden() if "." in key}
+    composed.merge_with(settings.get(method, settings.get("default")))
+    for key, value in given.items():
+        OmegaConf.update(composed, key, value)
 
 
 def _tasks(names: Sequence[str]) -> DictConfig:

@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from clbench.cli import CONF_DIR, compose, register_schema
+from clbench.types import UserMistake
 
 CONF = Path(CONF_DIR)
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
@@ -21,7 +22,7 @@ def options(group: str) -> list[str]:
 
 
 def test_the_groups_are_the_documented_ones():
-    assert GROUPS == sorted("experiment method stream task model probe engine train tracking".split())
+    assert GROUPS == sorted("experiment method stream task model probe engine train tracking settings".split())
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,21 @@ def test_an_option_composes(group, option, tmp_path):
 def test_an_experiment_composes(option, tmp_path):
     config = compose([f"+experiment={option}", f"results_dir={tmp_path}", f"data_dir={tmp_path}"])
     assert config.experiment and "/" not in config.experiment
+
+
+def test_a_method_takes_its_settings_for_the_model_and_the_command_line_has_the_last_word(tmp_path):
+    common = ["+experiment=seq16_llama3", f"results_dir={tmp_path}"]
+    assert compose([*common, "method=curlora"]).train.lr == 2.5e-4
+    assert compose([*common, "method=dora"]).train.lr == 1e-4  # the table's default
+    assert compose([*common, "method=curlora", "train.lr=3e-3"]).train.lr == 3e-3
+    assert compose([*common, "method=curlora", "settings=null"]).train.lr == 3e-3  # of conf/method/curlora.yaml
+
+
+def test_a_method_without_settings_for_the_model_is_refused(tmp_path):
+    with pytest.raises(
+        UserMistake, match=r"conf/settings/gemma3_270m.yaml has no settings for method=dora; it has base"
+    ):
+        compose(["method=dora", "settings=gemma3_270m", f"results_dir={tmp_path}"])
 
 
 @pytest.mark.parametrize(
