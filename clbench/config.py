@@ -25,8 +25,8 @@ MESSAGE = 50_000_000
 ORDER = r"default|reversed|latin:\d+|random:\d+"
 CADENCE = r"all|quarters|ends|every:[1-9]\d*"
 PLACES = ("results_dir", "cache_dir", "data_dir")
-SEEDS = ("seed", "method.seed")
-"""What a method's replicates differ in."""
+BLOCK_KEYS = ("order", "seed", "method.seed")
+"""What a method's replicates, called blocks, differ in."""
 
 
 def key(default: Any, *, least: float | None = None, among: Iterable[str] = (), identity: bool = True) -> Any:
@@ -178,8 +178,8 @@ def run_hash(config: Mapping[str, Any]) -> str:
 
 
 def variant(config: Mapping[str, Any]) -> str:
-    """Eight digits of the SHA-256 of what a method's seeds have in common: its runs are one row of the leaderboard."""
-    return _sha256({name: value for name, value in identity(config).items() if name not in SEEDS})[:8]
+    """Eight digits of the SHA-256 of what a method's blocks have in common: its runs are one row of the leaderboard."""
+    return _sha256({name: value for name, value in identity(config).items() if name not in BLOCK_KEYS})[:8]
 
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,9 +14,12 @@ import pytest
 from pytest import approx
 
 from clbench.config import variant
-from clbench.record.runs import pack
+from clbench.record.runs import pack, read_runs
+from clbench.report import columns, measures
 from clbench.report import html as report
 from clbench.report import tables as leaderboard
+from clbench.report.columns import FILES
+from clbench.report.summary import summarise
 from clbench.types import Cost, Score, UserMistake
 
 TASKS = ("sums", "food", "rhyme")
@@ -42,7 +45,8 @@ def stage_scores(stage, row):
     """Everything that a run measures after one stage; base knowledge changes in the last stage only."""
     at = {"stage": stage, "stage_name": ("base", *TASKS)[stage], "seconds": 0.25}
     for task, value in zip(TASKS, row, strict=True):
-        yield Score(**at, probe="stream", task=task, metric="accuracy", value=value, n=40, stderr=0.05)
+        spread = tuple(value + 0.1 * (-1) ** item for item in range(40))  # their mean is the value
+        yield Score(**at, probe="stream", task=task, metric="accuracy", value=value, n=40, stderr=0.05, items=spread)
         yield Score(**at, probe="stream@fast", task=task, metric="accuracy", value=0.0, n=40, stderr=float("nan"))
         yield Score(**at, probe="stream", task=task, metric="format_validity", value=0.9, n=40, stderr=0.0)
     if stage == 0:
@@ -58,21 +62,38 @@ def stage_scores(stage, row):
         if stage == 0:
             yield Score(**facts, metric="chance", value=CHANCE[task])
     drift = {"probe": "perplexity", "task": "heldout", "n": 900, "stderr": float("nan")}
-    yield Score(**at, **drift, metric="nll_token", value=1.0 + (np.log(2) if stage == 3 else 0.0))
+    nll = 1.0 + (np.log(2) if stage == 3 else 0.0)
+    yield Score(**at, **drift, metric="nll_token", value=nll, items=(200 * nll, 700 * nll))  # two texts
+    kl = {"probe": "divergence", "task": "heldout", "metric": "kl_token", "n": 2, "stderr": 0.0}
+    yield Score(**at, **kl, value=0.1 * stage, items=(0.0, 0.2 * stage))
     yield Score(**at, **drift, metric="bits_per_byte", value=0.75 if stage == 3 else 0.5)
 
 
-def write_run(results, method, *, seed, matrix, status="complete", stages=3, steps=60, name="", dirty=False, failed=()):
+def write_run(
+    results,
+    method,
+    *,
+    seed,
+    matrix,
+    order="default",
+    status="complete",
+    stages=3,
+    steps=60,
+    name="",
+    dirty=False,
+    failed=(),
+):
     """One run directory as the ledger writes it."""
-    run = name or f"demo-{method}-s{seed}-{steps:08x}"
+    run = name or f"demo-{method}-s{seed}-{order.replace(':', '')}{steps:08x}"
     folder = results / "runs" / run
     (folder / "items").mkdir(parents=True)
     manifest = {
         "run": run,
         "experiment": "demo",
-        **{"stream": "three", "order": "default", "model": "tiny", "method": method, "seed": seed},
+        **{"stream": "three", "order": order, "model": "tiny", "method": method, "seed": seed},
         "config": {
             "seed": seed,
+            "order": order,
             "results_dir": str(results),
             "method": {"name": method, "seed": seed, "data": f"{results}"},
             "train": {"steps": steps, "lr": 1e-3},
@@ -150,8 +171,9 @@ def refreshed(results, name="leaderboard.csv"):
 def test_leaderboard_has_one_row_per_method_best_first(results):
     alpha, beta = refreshed(results)
     assert (alpha["method"], beta["method"]) == ("alpha", "beta")
-    assert alpha["n_seeds"] == beta["n_seeds"] == "3"
-    assert (alpha["stream"], alpha["order"], alpha["model"], alpha["notes"]) == ("three", "default", "tiny", "")
+    assert [alpha[f"n_{what}"] for what in ("orders", "seeds", "blocks")] == ["1", "3", "3"]
+    assert (alpha["stream"], alpha["model"]) == ("three", "tiny")
+    assert alpha["notes"] == "n_blocks<6: no claim of difference"
 
 
 def test_leaderboard_holds_the_hand_computed_numbers(results):
@@ -175,6 +197,7 @@ KNOWN = {
     "retention_low": 0.5 / 0.75,
     "retention_min": 0.35 / 0.55,
     "perplexity_ratio": 2.0,
+    "kl_to_base": 0.3,
     "bits_per_byte_drift": 0.25,
     "format_validity": 0.9,
     "base_accuracy": 0.2,
@@ -191,13 +214,22 @@ KNOWN = {
 }
 
 
-def test_leaderboard_columns_come_in_threes_with_the_names_of_the_readme(results):
-    columns = list(refreshed(results)[0])
-    assert columns[:6] == ["stream", "order", "model", "method", "variant", "n_seeds"]
-    assert columns[-2:] == ["stream_hash", "notes"]
-    measures = columns[6:-2:3]
-    assert columns[6:-2] == [f"{name}{bound}" for name in measures for bound in ("", "_low", "_high")]
-    assert measures[:6] == ["average_accuracy", "learning_accuracy", "bwt", "forgetting", "fwt", "retention"]
+@pytest.mark.parametrize("name", FILES)
+def test_every_column_is_documented_and_no_other(blocks, name):
+    header = (blocks / name).read_text().split("\n")[0].split(",")
+    documented = [column for one in FILES[name][1] for column in one.names]
+    assert header == documented and len(set(documented)) == len(documented)
+    assert all(one.unit and one.definition for one in FILES[name][1])
+
+
+def test_the_page_of_columns_is_that_of_the_code():
+    page = Path(__file__).resolve().parent.parent / "results" / "COLUMNS.md"
+    assert page.read_text(encoding="utf-8") == columns.page()
+
+
+def test_the_json_twin_has_the_rows_of_the_leaderboard(blocks):
+    rows, twin = read(blocks, "leaderboard.csv"), json.loads((blocks / "leaderboard.json").read_text())
+    assert [{name: "" if value is None else str(value) for name, value in row.items()} for row in twin] == rows
 
 
 def test_stages_csv_is_long_and_sorted_and_keeps_secondary_views(results):
@@ -208,7 +240,7 @@ def test_stages_csv_is_long_and_sorted_and_keeps_secondary_views(results):
     assert keys == sorted(keys) and len(set(keys)) == len(keys)
     one = next(r for r in rows if (r["method"], r["seed"], r["stage"], r["task"]) == ("alpha", "1", "2", "food"))
     assert (one["value"], one["stage_name"], one["n"]) == ("0.71", "food", "40")
-    assert {r["probe"] for r in rows} == {"stream", "stream@fast", "knowledge", "perplexity"}
+    assert {r["probe"] for r in rows} == {"stream", "stream@fast", "knowledge", "perplexity", "divergence"}
     assert all(r["stderr"] == "" for r in rows if r["probe"] == "perplexity")
 
 
@@ -235,7 +267,7 @@ def test_equal_ledgers_give_equal_bytes_whatever_the_order_of_writing(results, t
         write_run(other, "alpha", seed=seed, matrix=ALPHA)
     for folder in (results, other, other):
         leaderboard.refresh(folder)
-    for name in ("stages.csv", "retention.csv", "leaderboard.csv", "leaderboard.md"):
+    for name in GENERATED:
         assert (results / name).read_bytes() == (other / name).read_bytes(), name
     assert not list(results.glob("*.tmp")) and not list(results.glob(".*.tmp"))
 
@@ -360,7 +392,7 @@ def test_seed_places_and_processes_make_no_variant(results):
 def test_a_seed_that_was_run_twice_is_one_replicate(results):
     write_run(results, "alpha", seed=2, matrix=ALPHA, name="demo-alpha-again")
     alpha = refreshed(results)[0]
-    assert alpha["n_seeds"] == "3" and "4 runs of 3 seeds" in alpha["notes"]
+    assert alpha["n_seeds"] == "3" and "4 runs of 3 blocks" in alpha["notes"]
     assert float(alpha["average_accuracy"]) == approx(2 / 3 + 0.01)
 
 
@@ -368,18 +400,119 @@ def test_notes_warn_of_single_seeds_dirty_commits_and_rows_below_the_untouched_m
     worse = [ALPHA[0], *[[0.0, 0.0, 0.0]] * 3]
     write_run(tmp_path, "gamma", seed=0, matrix=worse, dirty=True)
     (row,) = refreshed(tmp_path)
-    assert row["notes"] == "n_seeds<3: no interval; dirty commit; below base"
+    assert row["notes"] == "n_blocks<6: no claim of difference; dirty commit; below base"
     assert row["average_accuracy_low"] == row["average_accuracy_high"] == ""
 
 
-def test_methods_that_overlap_the_best_are_marked(results):
-    for seed in range(3):  # .005 below alpha, whose interval is .025 wide on either side
-        close = [ALPHA[0], *[[value - 0.005 for value in row] for row in ALPHA[1:]]]
-        write_run(results, "close", seed=seed, matrix=close)
-    leaderboard.refresh(results)
-    lines = [line for line in (results / "leaderboard.md").read_text().splitlines() if line.startswith("| ")]
-    accuracy = {cells[1].strip(): cells[3].strip() for cells in (line.split("|") for line in lines[2:])}
-    assert accuracy == {"alpha": "**0.677 ± 0.025**", "close": "0.672 ± 0.025 ≈", "beta": "0.410 ± 0.025"}
+def noisy(matrix, *, seed, shift=0.0):
+    """The matrix with every score after training moved by `shift`, and by noise that depends on `seed`."""
+    noise = np.random.default_rng(seed).normal(0, 0.01, size=(3, 3)) + shift
+    return [matrix[0], *(np.array(matrix[1:]) + noise).tolist()]
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory):
+    """The tables of six blocks each of alpha, of gamma, which cannot be told from it, and of beta, which is worse, and of three of delta."""
+    folder = tmp_path_factory.mktemp("blocks")
+    for number, (order, seed) in enumerate(
+        (order, seed) for order in ("default", "reversed", "latin:1") for seed in (0, 1)
+    ):
+        shift = {"default": 0.0, "reversed": 0.03, "latin:1": -0.02}[order]
+        for base, (method, matrix) in enumerate({"alpha": ALPHA, "beta": BETA, "gamma": ALPHA}.items()):
+            moved = noisy(matrix, seed=10 * base + number, shift=shift)
+            write_run(folder, method, seed=seed, order=order, matrix=moved)
+        if seed == 0:
+            write_run(folder, "delta", seed=seed, order=order, matrix=BETA)
+    write_run(folder, "still", seed=0, matrix=[ALPHA[0]] * 4)
+    change_cost(next((folder / "runs").glob("demo-still*")), tokens_trained=0)
+    leaderboard.refresh(folder)
+    return folder
+
+
+def change_cost(run, **changes):
+    """Rewrites fields of every line of a run's costs."""
+    lines = (run / "cost.jsonl").read_text().splitlines()
+    (run / "cost.jsonl").write_text("".join(json.dumps(json.loads(line) | changes) + "\n" for line in lines))
+
+
+def test_orders_and_seeds_are_blocks_of_one_row(blocks):
+    rows = {row["method"]: row for row in read(blocks, "leaderboard.csv")}
+    assert len(rows) == 5
+    assert [rows["alpha"][f"n_{what}"] for what in ("orders", "seeds", "blocks")] == ["3", "2", "6"]
+    assert [rows["delta"][f"n_{what}"] for what in ("orders", "seeds", "blocks")] == ["3", "1", "3"]
+    assert "no claim of difference" in rows["delta"]["notes"] and rows["alpha"]["notes"] == ""
+    assert "| 6 (3 × 2) |" in (blocks / "leaderboard.md").read_text()
+
+
+def test_order_sensitivity_is_between_the_best_and_the_worst_order(tmp_path):
+    for order, shift in {"default": 0.0, "reversed": 0.03, "latin:1": -0.02}.items():
+        for seed in (0, 1):  # seed 1 adds .01 to all orders alike
+            moved = [ALPHA[0], *(np.array(ALPHA[1:]) + shift).tolist()]
+            write_run(tmp_path, "alpha", seed=seed, order=order, matrix=moved)
+    write_run(tmp_path, "beta", seed=0, matrix=BETA)
+    alpha, beta = refreshed(tmp_path)
+    assert float(alpha["order_sensitivity"]) == approx(0.05) and beta["order_sensitivity"] == ""
+    assert float(alpha["average_accuracy"]) == approx(2 / 3 + 0.01 / 3 + 0.005)
+
+
+def test_differences_csv_has_every_pair_and_measure(blocks):
+    rows = read(blocks, "differences.csv")
+    # Of alpha, beta, gamma and delta, six pairs; what trains nothing is a reference.
+    names = ["average_accuracy", "learning_accuracy", "bwt", "retention", "log_perplexity_ratio", "kl_to_base"]
+    assert [row["measure"] for row in rows] == [name for name in names for _ in range(6)]
+    assert {row["method"] for row in rows} | {row["other"] for row in rows} == {"alpha", "beta", "gamma", "delta"}
+    accuracy = {(row["method"], row["other"]): row for row in rows if row["measure"] == "average_accuracy"}
+    first, second = sorted(("alpha", "gamma"), key=[pair[0] for pair in accuracy].index)
+    assert accuracy[first, second]["verdict"] == "not separated" and accuracy[first, second]["n_items"] == "120"
+    better = accuracy["alpha", "beta"]
+    assert better["verdict"] == "better" and float(better["p_permutation"]) == 2 / 64
+    assert 0 < float(better["low"]) < float(better["difference"]) < float(better["high"]) < 1
+    assert {row["verdict"] for pair, row in accuracy.items() if "delta" in pair} == {"too few blocks"}
+    assert all(row["q"] == "" for pair, row in accuracy.items() if "delta" in pair)
+
+
+def test_ranks_are_those_that_the_differences_allow(blocks):
+    rows = {row["method"]: row for row in read(blocks, "leaderboard.csv")}
+    ranks = {
+        method: (row["average_accuracy_rank_best"], row["average_accuracy_rank_worst"]) for method, row in rows.items()
+    }
+    assert ranks == {
+        "alpha": ("1", "3"),
+        "gamma": ("1", "3"),
+        "beta": ("3", "4"),
+        "delta": ("1", "4"),
+        "still": ("", ""),
+    }
+    assert {row["retention_rank_worst"] for method, row in rows.items() if method != "still"} == {"4"}
+
+
+def test_methods_that_may_be_the_best_are_marked(blocks):
+    lines = [line for line in (blocks / "leaderboard.md").read_text().splitlines() if line.startswith("| ")]
+    accuracy = [(cells[1].strip(), cells[3].strip()) for cells in (line.split("|") for line in lines[2:])]
+    best, *others = [(method, "**" in cell, "≈" in cell) for method, cell in accuracy]
+    assert best[1:] == (True, False) and {best[0], others[0][0]} == {"alpha", "gamma"}
+    assert {method: tied for method, _, tied in others[1:]} == {"beta": False, "delta": True, "still": False}
+
+
+def test_items_add_up_to_the_measure_that_they_are_made_of(results):
+    records = read_runs(results)
+    summary = summarise(records)
+    ranked = records.runs.set_index("run").assign(stages=3)
+    items = dict(measures._items(records, ranked, measures.MEASURES))
+    compared = [one for one in measures.MEASURES if one.column in summary.measures]
+    assert len(compared) == 6
+    for one in compared:
+        for run, value in summary.measures[one.column].items():
+            assert sum(own.mean() for own in items[run, one.name].values()) == approx(one.scale(value), abs=1e-6), (
+                one.name
+            )
+
+
+def test_a_task_that_ends_the_stream_has_no_part_in_the_items_of_bwt(results):
+    records = read_runs(results)
+    items = dict(measures._items(records, records.runs.set_index("run").assign(stages=3), measures.MEASURES))
+    of_tasks = next(own for (_, name), own in items.items() if name == "bwt")
+    assert [bool(own.any()) for own in of_tasks.values()] == [True, True, False]
 
 
 def test_retention_is_undefined_with_a_reason_without_items(results):
@@ -394,7 +527,7 @@ def test_retention_is_undefined_with_a_reason_without_items(results):
 def test_an_empty_results_dir_gives_headers_and_one_line(tmp_path):
     done = command("leaderboard", tmp_path)
     assert (done.returncode, done.stdout.count("\n"), done.stderr) == (0, 1, "")
-    for name in ("stages.csv", "retention.csv", "leaderboard.csv"):
+    for name in FILES:
         assert (tmp_path / name).read_text().count("\n") == 1
     assert "There are no runs yet." in (tmp_path / "leaderboard.md").read_text()
 
@@ -422,13 +555,20 @@ def command(module, *arguments):
     return subprocess.run(run, capture_output=True, text=True)
 
 
-GENERATED = ("stages.csv", "retention.csv", "leaderboard.csv", "leaderboard.md")
+GENERATED = (*FILES, "leaderboard.json", "leaderboard.md")
 
 
 def generated(results):
     """The content of the files that a refresh writes."""
     leaderboard.refresh(results)
     return {name: (results / name).read_bytes() for name in GENERATED}
+
+
+def test_deleted_tables_come_back_byte_for_byte(blocks):
+    before = {name: (blocks / name).read_bytes() for name in GENERATED}
+    for name in GENERATED:
+        (blocks / name).unlink()
+    assert generated(blocks) == before
 
 
 def test_packed_runs_give_the_same_tables_and_the_same_archive(results):

@@ -48,14 +48,14 @@ class Records:
     costs: pd.DataFrame
     files: Mapping[str, Mapping[str, bytes]]
 
-    def outcomes(self, run: str, *, stage: int) -> dict[str, np.ndarray]:
-        """Per-item outcomes that `run` measured after `stage`, by "probe|task|metric"; empty where none were kept."""
+    def outcomes(self, run: str, *, stage: int, of: str) -> dict[str, np.ndarray]:
+        """Per-item outcomes that `run` measured after `stage`, by those "probe|task|metric" that begin with `of`; empty where none were kept."""
         name = f"items/stage-{stage:02d}.npz"
         if name not in self.files[run]:
             return {}
         try:
             with np.load(BytesIO(self.files[run][name])) as archive:
-                return {key: archive[key].astype(np.float64) for key in archive.files}
+                return {key: archive[key].astype(np.float64) for key in archive.files if key.startswith(of)}
         except (ValueError, OSError, EOFError, BadZipFile) as error:
             raise UserMistake(f"{run}/{name} is damaged; remove the run {run}, or run it again") from error
 

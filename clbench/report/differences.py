@@ -178,15 +178,19 @@ def bootstrap_means(values: Floats, items: Floats, starts: Ints) -> Floats:
     the same in all blocks, as the blocks ask the same items: Owen and Eckles 2012 (Annals of Applied Statistics 6, "Bootstrapping data arrays").
     """
     generator, n_blocks = np.random.default_rng(SEED), values.shape[1]
-    shares = generator.multinomial(n_blocks, np.full(n_blocks, 1 / n_blocks), size=DRAWS) / n_blocks
+    shares = _drawn_shares(generator, n_blocks)
     means = shares @ values.T
     for start, end in zip(starts, [*starts, items.shape[2]][1:], strict=True):
-        size = end - start
-        # How much more often than once an item is drawn, over the number of items.
-        more = generator.multinomial(size, np.full(size, 1 / size), size=DRAWS) / size - 1 / size
+        more = _drawn_shares(generator, end - start) - 1 / (end - start)
         for block in range(n_blocks):
             means += shares[:, [block]] * (more @ items[:, block, start:end].T)
     return means
+
+
+def _drawn_shares(generator: np.random.Generator, count: int) -> Floats:
+    """How often each of `count` is among as many that are drawn with replacement, as a share: (DRAWS, count)."""
+    drawn = generator.integers(count, size=(DRAWS, count)) + count * np.arange(DRAWS)[:, None]
+    return np.bincount(drawn.ravel(), minlength=DRAWS * count).reshape(DRAWS, count) / count
 
 
 def interval(mean: float, drawn: Floats, error: Spread) -> tuple[float, float]:

@@ -18,6 +18,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from clbench.record.runs import read_runs, replace_file
+from clbench.report.measures import BLOCK
 from clbench.report.metrics import accuracy_so_far
 from clbench.report.published import NOTE, as_text, beside
 from clbench.report.summary import Summary, summarise
@@ -53,11 +54,11 @@ def _setting(summary: Summary, rows: pd.DataFrame) -> Iterator[str]:
     yield _card("Leaderboard", f"<p>{references(rows)}</p>{_table(readable(rows, spread=False))}", note=LEGEND)
     if len(published := beside(summary, rows)):
         yield _card("Published numbers", _table(as_text(published)), note=NOTE, kind="text")
-    note = "Mean over seeds; the band reaches from the lowest seed to the highest. Dotted: the untouched model, and chance."
+    note = "Mean over blocks; the band reaches from the lowest block to the highest. Dotted: the untouched model, and chance."
     yield _figure("Over the stream", lambda figure: _draw_curves(figure, summary, rows), height=3.6, note=note)
-    note = "A method that learns little forgets little: compare methods at equal learning. Bars: 95 % over seeds."
+    note = "A method that learns little forgets little: compare methods at equal learning. Bars: 95 % over blocks."
     yield _figure("Learning against keeping", lambda figure: _draw_trade_off(figure, rows), height=3.8, note=note)
-    note = "Down: stages, the untouched model on top. Across: tasks in stream order. One seed a method, the lowest."
+    note = "Down: stages, the untouched model on top. Across: tasks in the order of the run. One block a method, the first."
     height, draw = 2.9 * -(-len(rows) // 4) + 0.3, lambda figure: _draw_matrices(figure, summary, rows)
     yield _figure("Score of every task after every stage", draw, height=height, note=note)
     yield _figure("Cost", lambda figure: _draw_cost(figure, rows), height=0.9 + 0.34 * len(rows))
@@ -132,14 +133,14 @@ def _draw_trade_off(figure: Figure, rows: pd.DataFrame) -> None:
 
 
 def _draw_matrices(figure: Figure, summary: Summary, rows: pd.DataFrame) -> None:
-    """The score matrix of each method, one seed."""
+    """The score matrix of each method, one block."""
     panels = figure.subplots(-(-len(rows) // 4), 4, squeeze=False).ravel()
-    seeds = summary.records.runs.set_index("run")["seed"]
+    blocks = summary.records.runs.set_index("run")[BLOCK]
     for panel, label, runs in zip(panels, rows["label"], rows["runs"], strict=False):
-        run = seeds[runs].astype(int).idxmin()
+        run = blocks.loc[runs].sort_values(BLOCK, kind="stable").index[0]
         matrix = summary.matrices[run]
         image = panel.imshow(matrix, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        panel.set(title=f"{label}, seed {seeds[run]}", xticks=[], yticks=[])
+        panel.set(title="{}, order {}, seed {}".format(label, *blocks.loc[run]), xticks=[], yticks=[])
         if panel in panels[::4]:
             stages = summary.retention[summary.retention["run"] == run]
             panel.set_yticks(stages["stage"], stages["stage_name"], fontsize=6)
@@ -151,7 +152,7 @@ def _draw_matrices(figure: Figure, summary: Summary, rows: pd.DataFrame) -> None
 
 
 def _draw_cost(figure: Figure, rows: pd.DataFrame) -> None:
-    """Seconds by use, peak memory and trainable parameters of each method, mean over seeds."""
+    """Seconds by use, peak memory and trainable parameters of each method, mean over blocks."""
     panels, left = figure.subplots(1, 3, sharey=True), 0.0
     for part, colour in (("train", COLOURS[0]), ("probe", COLOURS[5]), ("other", FAINT)):
         panels[0].barh(rows["label"], rows[f"seconds_{part}"], left=left, color=colour, label=part)

@@ -1,17 +1,20 @@
 """The papers' numbers with ours beside them: a juxtaposition, never a reproduction."""
 
+from collections.abc import Sequence
 from math import isnan, nan
 from pathlib import Path
 
 import pandas as pd
 
-from clbench.report.summary import KNOWLEDGE_PROBE, MATRIX_PROBE, PERPLEXITY_PROBE, Summary, over_seeds
+from clbench.report.measures import BLOCK, KNOWLEDGE_PROBE, MATRIX_PROBE, PERPLEXITY_PROBE
+from clbench.report.summary import Summary, over_blocks
 
 PLACES = (Path(__file__).parents[1] / "published.csv", Path(__file__).parents[2] / "results" / "published.csv")
 """The file of published numbers: in an installed package, in the project."""
 
 NOTE = """\
-Ours: mean over seeds with its 95 % interval. Models, budgets, prompts and scoring differ: a juxtaposition, not a reproduction.
+Ours: mean over seeds, in the published order, with its 95 % interval.
+Models, budgets, prompts and scoring differ: a juxtaposition, not a reproduction.
 Rates are fractions of 1. primary: read in the paper or in its authors' logs; transcribed: through somebody else's copy;
 unverified: could not be checked. base: before training; end: after the last stage."""
 PROBES = [MATRIX_PROBE, KNOWLEDGE_PROBE, PERPLEXITY_PROBE]
@@ -22,23 +25,27 @@ def beside(summary: Summary, rows: pd.DataFrame) -> pd.DataFrame:
     """The published numbers of the streams of `rows`, leaderboard rows, with `label`, `n_seeds`, `mean`, `low` and `high` of ours.
 
     Ours is of the same stream, method, task, stage and metric, whatever the model: one row for each variant that measured
-    it, NaN where none did. A stream of which only some tasks were trained, or in another order, is not the published one.
+    it, NaN where none did. Runs of only some tasks of a stream, or in another order, are not of the published one.
     """
     runs, found = summary.records.runs.set_index("run"), []
-    trained = [runs.loc[names, ["tasks", "config"]].to_numpy() for names in rows["runs"]]
-    rows = rows[[all(tasks == config.get("stream", {}).get("tasks") for tasks, config in own) for own in trained]]
+    whole = [
+        own["tasks"] == own["config"].get("stream", {}).get("tasks")
+        for _, own in runs.loc[summary.measures.index].iterrows()
+    ]
+    measures = summary.measures[whole]
+    rows = rows.assign(runs=[measures.index.intersection(names) for names in rows["runs"]])
+    rows = rows[rows["runs"].map(len) > 0]
     published = pd.read_csv(next(path for path in PLACES if path.is_file()), keep_default_na=False)
     published = published[published["stream"].isin(rows["stream"])]
     for _, row in rows.iterrows():
-        values, seeds = _values(summary.records.scores, row["runs"]), runs.loc[row["runs"], "seed"]
+        own, values = runs.loc[row["runs"]], _values(summary.records.scores, row["runs"])
         stated = (published["stream"] == row["stream"]) & (published["method"] == row["method"])
         for paper in published[stated].itertuples():
-            if not paper.task and paper.after == "end" and f"{paper.metric}_low" in row:
-                bounds = row[[paper.metric, f"{paper.metric}_low", f"{paper.metric}_high"]]
+            if not paper.task and paper.after == "end" and paper.metric in measures:
+                ours = measures.loc[row["runs"], paper.metric]
             else:
-                key = paper.after, paper.task, paper.metric
-                bounds = over_seeds([values.get((run, *key), nan) for run in row["runs"]], seeds)
-            found.append((paper.Index, row["label"], row["n_seeds"], *bounds))
+                ours = [values.get((run, paper.after, paper.task, paper.metric), nan) for run in row["runs"]]
+            found.append((paper.Index, row["label"], own["seed"].nunique(), *over_blocks(ours, own[BLOCK])))
     ours = pd.DataFrame(found, columns=["number", "label", "n_seeds", "mean", "low", "high"]).set_index("number")
     return published.join(ours[ours["mean"].notna()])
 
@@ -55,7 +62,7 @@ def as_text(published: pd.DataFrame) -> pd.DataFrame:
     return shown
 
 
-def _values(scores: pd.DataFrame, runs: list[str]) -> dict[tuple[str, str, str, str], float]:
+def _values(scores: pd.DataFrame, runs: Sequence[str]) -> dict[tuple[str, str, str, str], float]:
     """Every score of some runs by run, stage (its name, and `base` or `end`), task and metric."""
     own = scores[scores["run"].isin(runs) & scores["probe"].isin(PROBES)]
     named = own.assign(after=own["stage_name"].where(own["stage"] > 0, "base"))

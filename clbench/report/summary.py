@@ -5,24 +5,30 @@ Applies the formulas of metrics to the records of runs. Not here: the files made
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import isnan
+from math import isnan, nan
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from clbench.config import SEEDS, identity
+from clbench.config import BLOCK_KEYS, identity
 from clbench.record.runs import Records
-from clbench.report import metrics
+from clbench.report import differences, metrics
+from clbench.report.measures import (
+    BLOCK,
+    DIVERGENCE_PROBE,
+    KNOWLEDGE_PROBE,
+    MATRIX_PROBE,
+    PERPLEXITY_PROBE,
+    RANKS,
+    SETTING,
+    compare,
+    knowledge_tasks,
+)
 
-MATRIX_PROBE, KNOWLEDGE_PROBE, PERPLEXITY_PROBE, DIVERGENCE_PROBE = "stream", "knowledge", "perplexity", "divergence"
-ITEM_METRICS = ["acc_norm", "acc", "exact_match,flexible-extract", "exact_match"]
-"""What an item of a base-knowledge task is scored by: the first of these that the task has."""
-
-SETTING = ["stream", "order", "model", "stream_hash"]
-"""What a method is compared on: the stream, its order, the model and the hash of the stream's data."""
 NAMED = ["stream", "order", "model", "method"]
+"""What a run is called by in tables that have a row per run or stage, beside its seed."""
 SUMS = ["seconds_train", "seconds_probe", "seconds_other", "tokens_trained", "tokens_replayed"]
 COSTS = {**dict.fromkeys(SUMS, "sum"), "trainable_parameters": "max", "peak_memory_bytes": "max", "flops": "sum"}
 """How the costs of a run's stages make that of the run."""
@@ -35,14 +41,17 @@ class Summary:
     """What the runs of a results directory amount to; scores are fractions of 1, NaN where a number does not exist.
 
     `retention`: one row per run and stage, the columns of retention.csv. `matrices`: by the name of a ranked run, each task's primary score after
-    each stage, (stages + 1, tasks). `leaderboard`: the ranked runs by setting, method and variant, best average accuracy first within a setting:
-    the columns of leaderboard.csv, `label` (the method's name, with the variant where it has several) and `runs` (their names).
+    each stage, (stages + 1, tasks). `measures`: one row per ranked run, by name, the measures of the leaderboard. `leaderboard`: the ranked runs by
+    setting, method and variant, best average accuracy first within a setting: the columns of leaderboard.csv, `label` (the method's name, with the
+    variant where it has several) and `runs` (their names). `differences`: one row per measure and pair of its rows, the columns of differences.csv.
     """
 
     records: Records
     retention: pd.DataFrame
     matrices: Matrices
+    measures: pd.DataFrame
     leaderboard: pd.DataFrame
+    differences: pd.DataFrame
 
 
 def summarise(records: Records) -> Summary:
@@ -51,26 +60,34 @@ def summarise(records: Records) -> Summary:
     ranked = runs[(runs["state"] == "complete") & (runs["problem"] == "")].set_index("run")
     matrices = dict(_matrices(records.scores, ranked))
     ranked = ranked.assign(stages=[len(matrix) - 1 for matrix in matrices.values()])
-    leaderboard = _leaderboard(ranked, _measures(records, ranked, retention, matrices))
-    return Summary(records=records, retention=retention, matrices=matrices, leaderboard=leaderboard)
+    measures = _measures(records, ranked, retention, matrices)
+    rows = _leaderboard(ranked, measures)
+    pairs, ranks = compare(records, ranked, measured=measures, rows=rows)
+    rows[RANKS] = ranks
+    own = {"records": records, "retention": retention, "matrices": matrices, "measures": measures}
+    return Summary(**own, leaderboard=rows, differences=pairs)
 
 
 def marks(rows: pd.DataFrame, measure: str) -> dict[str, str]:
-    """By label, "best" for the row of one setting with the highest `measure`, "tied" for those that cannot be told from it.
+    """By label, "best" for the row of one setting with the highest `measure`, "tied" for those that may be the best, too.
 
-    A row cannot be told from the best where the two 95 % intervals overlap or one has no interval (a single seed).
-    Rows that trained nothing are references and do not compete.
+    A row may be the best where no other is separated from it as better. Rows that trained nothing are references and do not compete.
     """
-    rivals = rows[(rows["tokens_trained"] != 0) & rows[measure].notna()]
+    rivals = rows[rows[f"{measure}_rank_best"].notna()]
     best = rivals.sort_values(measure, ascending=False, kind="stable")[:1]
-    apart = rivals[f"{measure}_high"] < best[f"{measure}_low"].max()  # False with NaN
-    return dict.fromkeys(rivals["label"][~apart], "tied") | dict.fromkeys(best["label"], "best")
+    tied = rivals[f"{measure}_rank_best"] == 1
+    return dict.fromkeys(rivals["label"][tied], "tied") | dict.fromkeys(best["label"], "best")
 
 
-def over_seeds(values: ArrayLike, seeds: ArrayLike) -> tuple[float, float, float]:
-    """Mean over seeds of one value a run, and the bounds of its 95 % interval; a seed that was run twice is one replicate."""
-    values, seeds = np.asarray(values), np.asarray(seeds)
-    return metrics.interval([values[seeds == seed].mean() for seed in dict.fromkeys(seeds)])
+def over_blocks(values: ArrayLike, blocks: pd.DataFrame) -> tuple[float, float, float]:
+    """Mean over blocks (order and seed) of one value a run, and the bounds of its 95 % interval; a block that was run twice is one replicate."""
+    return metrics.interval(_block_means(values, blocks))
+
+
+def _block_means(values: ArrayLike, blocks: pd.DataFrame) -> list[float]:
+    """The mean of a value over the runs of each block, the rows of `blocks`; NaN where one of them has none."""
+    values, names = np.asarray(values), [tuple(block) for block in blocks.itertuples(index=False)]
+    return [values[[name == block for name in names]].mean() for block in dict.fromkeys(names)]
 
 
 def _retention(records: Records) -> pd.DataFrame:
@@ -78,7 +95,7 @@ def _retention(records: Records) -> pd.DataFrame:
 
     Perplexity is per token. `lost` and `gained` are means over probes of the share of items that turned wrong and right.
     """
-    scores, runs = records.scores, records.runs[["run", "seed", "method", *SETTING]]
+    scores, runs = records.scores, records.runs[["run", "seed", *NAMED, "stream_hash"]]
     stages = scores.drop_duplicates(["run", "stage"], keep="last")[["run", "stage", "stage_name"]].merge(runs, on="run")
     table = stages.sort_values([*NAMED, "seed", "run", "stage"], ignore_index=True)
     for metric in ("nll_token", "bits_per_byte"):
@@ -105,18 +122,17 @@ def _retention(records: Records) -> pd.DataFrame:
 
 def _knowledge(records: Records, stages: pd.DataFrame) -> Iterator[metrics.Retention]:
     """Retention over the base-knowledge tasks after each stage of each run, in the order of `stages`."""
-    scores = records.scores
-    measured = scores[(scores["stage"] == 0) & (scores["probe"] == KNOWLEDGE_PROBE)]
-    cells = measured.pivot(index=["run", "task"], columns="metric", values="value")
-    cells["items"] = cells.reindex(columns=ITEM_METRICS).notna().idxmax(axis=1)
-    cells = cells.reindex(columns=["items", "chance"]).reset_index()
+    cells = knowledge_tasks(records.scores).reset_index()
     for run, own in stages.groupby("run", sort=False):
-        tasks, first = cells[cells["run"] == run].set_index("task"), records.outcomes(run, stage=0)
+        tasks, first = (
+            cells[cells["run"] == run].set_index("task"),
+            records.outcomes(run, stage=0, of=f"{KNOWLEDGE_PROBE}|"),
+        )
         keys = {task: f"{KNOWLEDGE_PROBE}|{task}|{metric}" for task, metric in tasks["items"].items()}
         # Else a group's total, or text that is scored otherwise: no item is right or wrong.
         before = {task: first[key] for task, key in keys.items() if key in first}
         for stage in own["stage"]:
-            later = records.outcomes(run, stage=stage)
+            later = records.outcomes(run, stage=stage, of=f"{KNOWLEDGE_PROBE}|")
             after = {task: later.get(keys[task], ()) for task in before}
             changed = [task for task in before if len(after[task]) != len(before[task])]
             unrated = [task for task in before if isnan(tasks["chance"][task])]
@@ -173,33 +189,45 @@ def _leaderboard(runs: pd.DataFrame, measures: pd.DataFrame) -> pd.DataFrame:
     for _, same_method in runs.groupby([*SETTING, "method"]):
         variants = same_method.drop_duplicates("variant")
         for variant, own in same_method.groupby("variant"):
-            row = own.iloc[0][[*SETTING, "method", "variant"]].to_dict() | {"n_seeds": own["seed"].nunique()}
+            row = own.iloc[0][[*SETTING, "method", "variant"]].to_dict()
+            row |= {f"n_{name}s": own[name].nunique() for name in BLOCK}
+            row["n_blocks"] = len(own.drop_duplicates(BLOCK))
+            row["order_sensitivity"] = _order_sensitivity(measures.loc[own.index, "average_accuracy"], own[BLOCK])
             for name, values in measures.loc[own.index].items():
-                row[name], row[f"{name}_low"], row[f"{name}_high"] = over_seeds(values, own["seed"])
+                row[name], row[f"{name}_low"], row[f"{name}_high"] = over_blocks(values, own[BLOCK])
             label = row["method"] if len(variants) == 1 else f"{row['method']} [{variant}]"
             rows.append(row | {"notes": _notes(own, row, variants), "label": label, "runs": list(own.index)})
+    named = ["stream", "model", "method", "variant", "n_orders", "n_seeds", "n_blocks"]
     bounds = [f"{name}{bound}" for name in measures for bound in ("", "_low", "_high")]
-    board = pd.DataFrame(rows, columns=[*NAMED, "variant", "n_seeds", *bounds, "stream_hash", "notes", "label", "runs"])
+    columns = [*named, *bounds, "order_sensitivity", *RANKS, "stream_hash", "notes", "label", "runs"]
     order = dict.fromkeys([*SETTING, "average_accuracy", "method", "variant"], True) | {"average_accuracy": False}
-    return board.sort_values(list(order), ascending=list(order.values()), ignore_index=True)
+    return pd.DataFrame(rows, columns=columns).sort_values(
+        list(order), ascending=list(order.values()), ignore_index=True
+    )
+
+
+def _order_sensitivity(values: pd.Series, blocks: pd.DataFrame) -> float:
+    """Highest less lowest mean of an order, in the unit of `values`, one a run; NaN of one order (after OPD, Yoon et al. 2020, arXiv 1902.09432)."""
+    of_order = [_block_means(values[own.index], own) for _, own in blocks.groupby("order")]
+    return float(np.ptp([np.mean(means) for means in of_order])) if len(of_order) > 1 else nan
 
 
 def _notes(runs: pd.DataFrame, row: Mapping[str, Any], variants: pd.DataFrame) -> str:
     """What a reader must know before trusting a row. `variants`: one run of each variant of its method."""
-    first, n_seeds, n_commits = runs.iloc[0], row["n_seeds"], runs["commit"].nunique()
+    first, n_blocks, n_commits = runs.iloc[0], row["n_blocks"], runs["commit"].nunique()
     trained = sorted({probe for probes in runs["trained_probes"] for probe in probes})
+    fewest = differences.FEWEST_BLOCKS
     own, *others = map(identity, [first["config"], *variants["config"]])
-    keys = sorted({key for other in others for key in other}.difference(SEEDS))
+    keys = sorted({key for other in others for key in other}.difference(BLOCK_KEYS))
     keys = [key for key in keys if any(other.get(key) != own.get(key) for other in others)]
     dropped = sum(one["count"] for one in first["unusable"] if one["dropped"])
     said = {
-        "n_seeds<3: no interval": n_seeds == 1,
-        "n_seeds<3: wide interval": n_seeds == 2,
-        f"{len(runs)} runs of {n_seeds} seeds": len(runs) > n_seeds,
+        f"n_blocks<{fewest}: no claim of difference": n_blocks < fewest,
+        f"{len(runs)} runs of {n_blocks} blocks": len(runs) > n_blocks,
         "dirty commit": runs["dirty"].any(),
         f"{n_commits} commits": n_commits > 1,
-        "data differs between seeds": any(data != first["data"] for data in runs["data"]),
-        "model_fingerprint differs between seeds": runs["model_fingerprint"].nunique() > 1,
+        "data differs between blocks": any(data != first["data"] for data in runs["data"]),
+        "model_fingerprint differs between blocks": runs["model_fingerprint"].nunique() > 1,
         f"rows dropped: {dropped}": dropped,
         f"probe trained on: {', '.join(trained)}": trained,
         "below base": row["average_accuracy"] < row["base_accuracy"],

@@ -1,5 +1,6 @@
 """The leaderboard: CSV files and tables that need no help to read. Equal ledgers give equal bytes."""
 
+import json
 from math import isnan
 from pathlib import Path
 
@@ -8,7 +9,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from clbench.record.runs import read_runs, replace_file
-from clbench.report.summary import NAMED, SETTING, marks, summarise
+from clbench.report.columns import legend
+from clbench.report.measures import SETTING
+from clbench.report.summary import NAMED, marks, summarise
 
 STAGE_KEYS = [*NAMED, "seed", "stage", "stage_name", "probe", "task", "metric"]
 # What a person reads first: heading, measure, format.
@@ -25,27 +28,41 @@ KEY_COLUMNS = (
     ("parameters", "trainable_parameters", ",.0f"),
 )
 MARKED = ("average_accuracy", "retention")
-ON_TERMINAL = ["method", "seeds", "accuracy", "BWT", "retention", "perplexity", "train s"]
+ON_TERMINAL = ["method", "blocks", "accuracy", "BWT", "retention", "perplexity", "train s"]
 REFERENCES = (
     "Average accuracy of the untouched model {base_accuracy:.3f}, chance {chance_accuracy:.3f}, "
     "the majority class {majority_accuracy:.3f}, answers that have only the form {format_only_accuracy:.3f}."
 )
-LEGEND = Path(__file__).with_name("legend.md").read_text(encoding="utf-8")
+LEGEND = f"""\
+Mean ± half of the 95 % Student-t interval over blocks (orders × seeds). **Bold** is the best of those that train; ≈ marks those that may be the
+best, too: none is separated from them as better (differences.csv).
+
+{legend({heading: column for heading, column, _ in KEY_COLUMNS})}
+
+All columns: leaderboard.csv. What they mean: results/COLUMNS.md.
+"""
 
 
 def refresh(results_dir: Path) -> Table:
-    """Writes stages.csv, retention.csv, leaderboard.csv and leaderboard.md from the runs of `results_dir`; gives the table to print."""
+    """Writes every table from the runs of `results_dir`: the FILES of columns, leaderboard.json and leaderboard.md; gives the table to print."""
     summary = summarise(read_runs(results_dir))
     runs, rows = summary.records.runs, summary.leaderboard
+    board = rows.drop(columns=["label", "runs"])
     stages = summary.records.scores.merge(runs, on="run").sort_values([*STAGE_KEYS, "run"])
     tables = {
         # Times are left out, so that a repeated run gives the same bytes.
         "stages.csv": stages[[*STAGE_KEYS, "value", "n", "stderr", "run"]],
         "retention.csv": summary.retention,
-        "leaderboard.csv": rows.drop(columns=["label", "runs"]),
+        "differences.csv": summary.differences,
+        "leaderboard.csv": board,
     }
     for name, table in tables.items():
         replace_file(results_dir / name, table.to_csv(index=False, lineterminator="\n").encode())
+    # By rows, so that counts stay whole numbers; what does not exist is null.
+    plain = [
+        {name: None if pd.isna(value) else value for name, value in row.items()} for row in board.to_dict("records")
+    ]
+    replace_file(results_dir / "leaderboard.json", (json.dumps(plain, indent=1) + "\n").encode())
     replace_file(results_dir / "leaderboard.md", _markdown(rows, unranked(runs)).encode())
     return _terminal(rows, unranked(runs))
 
@@ -64,7 +81,7 @@ def unranked(runs: pd.DataFrame) -> str:
 
 def settings(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """The rows of the leaderboard by what they are compared on, and how that reads."""
-    return [("stream {}, order {}, model {}, data {}".format(*setting), own) for setting, own in rows.groupby(SETTING)]
+    return [("stream {}, model {}, data {}".format(*setting), own) for setting, own in rows.groupby(SETTING)]
 
 
 def references(rows: pd.DataFrame) -> str:
@@ -74,7 +91,8 @@ def references(rows: pd.DataFrame) -> str:
 
 def readable(rows: pd.DataFrame, *, spread: bool) -> pd.DataFrame:
     """The rows of one setting as text: means, ± half their interval (of the MARKED measures only unless `spread`), marks, notes."""
-    shown = pd.DataFrame({"method": rows["label"], "seeds": rows["n_seeds"].astype(str)})
+    counts = [f"{row.n_blocks} ({row.n_orders} × {row.n_seeds})" for row in rows.itertuples()]
+    shown = pd.DataFrame({"method": rows["label"], "blocks": counts})
     for heading, measure, form in KEY_COLUMNS:
         mark, cells = marks(rows, measure) if measure in MARKED else {}, []
         for label, mean, high in rows[["label", measure, f"{measure}_high"]].itertuples(index=False):

@@ -1,0 +1,236 @@
+"""What methods are compared by: each measure of a run and the items behind it, put together for every pair of methods.
+
+A further measure is one more entry of MEASURES. Not here: how a difference is judged (differences), what else the leaderboard shows (summary).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import accumulate
+from math import log, nan
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from clbench.record.runs import Records
+from clbench.report import differences
+from clbench.report.metrics import Floats
+
+MATRIX_PROBE, KNOWLEDGE_PROBE, PERPLEXITY_PROBE, DIVERGENCE_PROBE = "stream", "knowledge", "perplexity", "divergence"
+ITEM_METRICS = ["acc_norm", "acc", "exact_match,flexible-extract", "exact_match"]
+"""What an item of a base-knowledge task is scored by: the first of these that the task has."""
+PROBABILITY = "probability"
+"""What it is scored by for retention_probability: the probability of the right choice among the choices."""
+
+SETTING = ["stream", "model", "stream_hash"]
+"""What a method is compared on: the stream, the model and the hash of the stream's data, whatever the order of its tasks."""
+BLOCK = ["order", "seed"]
+"""What two methods have in common that are compared run by run."""
+RANKED = ("average_accuracy", "retention")
+"""The measures whose rank intervals stand in the leaderboard."""
+DIFFERENCES = [
+    *(*SETTING, "measure", "method", "variant", "other", "other_variant", "n_blocks", "n_items"),
+    *("difference", "low", "high", "p", "p_permutation", "q", "verdict", "blocks_needed"),
+]
+"""The columns of differences.csv."""
+RANKS = [f"{name}_{end}" for name in RANKED for end in ("rank_best", "rank_worst")]
+
+Items = Mapping[str, Floats]
+"""Per-item parts of a measure by group, (items,): the means of the groups add up to the measure. Empty where items were not kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run's records, as far as items are made of them.
+
+    `tasks` stand in the order in which they were trained, `primary` has each one's metric, `last` is the last stage, `scores` are the run's rows of
+    Records.scores, `knowledge` has the metric of the items and the chance rate of each base-knowledge task, `outcomes` gives the items of a stage
+    whose "probe|task|metric" begins with a text.
+    """
+
+    tasks: Sequence[str]
+    primary: Mapping[str, str]
+    last: int
+    scores: pd.DataFrame
+    knowledge: Mapping[str, tuple[str, float]]
+    outcomes: Callable[[int, str], Items]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """One number that methods are compared by: `scale` of the leaderboard's measure `column`, and the `items` that it is made of."""
+
+    name: str
+    column: str
+    items: Callable[[Run], Items]
+    scale: Callable[[float], float] = float
+    lower_is_better: bool = False
+
+
+def compare(
+    records: Records, ranked: pd.DataFrame, *, measured: pd.DataFrame, rows: pd.DataFrame
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The table differences.csv, and for each of `rows` the columns RANKS, NaN where it has none.
+
+    `ranked` and `measured` have one row per run, by name: what Records.runs says, and the measures of the leaderboard, which is `rows`. Rows that
+    trained nothing are references and do not compete.
+    """
+    measures = [one for one in MEASURES if one.column in measured and measured[one.column].notna().any()]
+    items = dict(_items(records, ranked, measures))
+    found, ranks = [], pd.DataFrame(nan, index=rows.index, columns=RANKS)
+    for setting, own in rows[rows["tokens_trained"] != 0].groupby(SETTING):
+        for measure in measures:
+            values = measured[measure.column].dropna().map(measure.scale)
+            rivals = own[[not values.index.intersection(runs).empty for runs in own["runs"]]]
+            parts = {run: items[run, measure.name] for run in values.index}
+            arrays = blockwise([values[values.index.isin(runs)] for runs in rivals["runs"]], ranked[BLOCK], parts)
+            pairs = differences.compare(**arrays, lower_is_better=measure.lower_is_better)
+            names = rivals[["method", "variant"]].to_numpy().tolist()
+            for one in pairs:
+                numbers = [value for name, value in vars(one).items() if name not in ("first", "second")]
+                found.append([*setting, measure.name, *names[one.first], *names[one.second], *numbers])
+            if measure.name in RANKED:
+                own_ranks = [f"{measure.name}_rank_best", f"{measure.name}_rank_worst"]
+                ranks.loc[rivals.index, own_ranks] = differences.rank_intervals(pairs, count=len(rivals))
+    table = pd.DataFrame(found, columns=DIFFERENCES)
+    return table.astype({"blocks_needed": "Int64"}), ranks.astype("Int64")
+
+
+def blockwise(rows: Sequence[pd.Series], blocks: pd.DataFrame, parts: Mapping[str, Items]) -> dict[str, Any]:
+    """`values`, `items` and `starts` as differences.compare takes them, of `rows`: each one's values by run.
+
+    `blocks` has each run's BLOCK, `parts` its items. A block that was run twice is one replicate, the mean of the two.
+    """
+    block = {run: tuple(own) for run, *own in blocks.itertuples()}
+    places = {name: place for place, name in enumerate(sorted({block[run] for row in rows for run in row.index}))}
+    groups = sorted({(group, len(own)) for row in rows for run in row.index for group, own in parts[run].items()})
+    ends = list(accumulate((size for _, size in groups), initial=0))
+    values = np.full((len(rows), len(places)), nan)
+    items = np.full((*values.shape, ends[-1]), nan)
+    for number, row in enumerate(rows):
+        for name, own in row.groupby(row.index.map(block.get)):
+            values[number, places[name]] = own.mean()
+            items[number, places[name]] = np.mean([_in_line(parts[run], groups) for run in own.index], axis=0)
+    return {"values": values, "items": items, "starts": ends[:-1]}
+
+
+def _in_line(parts: Items, groups: Sequence[tuple[str, int]]) -> Floats:
+    """The items of one run in the order of `groups`, names and sizes, (items,): NaN where it has no such group."""
+    found = [(parts.get(group, ()), size) for group, size in groups]
+    return np.concatenate([[], *(own if len(own) == size else np.full(size, nan) for own, size in found)])
+
+
+def knowledge_tasks(scores: pd.DataFrame) -> pd.DataFrame:
+    """By run and base-knowledge task, the metric of its `items` and its `chance` rate, from Records.scores."""
+    measured = scores[(scores["stage"] == 0) & (scores["probe"] == KNOWLEDGE_PROBE)]
+    cells = measured.pivot(index=["run", "task"], columns="metric", values="value")
+    cells["items"] = cells.reindex(columns=ITEM_METRICS).notna().idxmax(axis=1)
+    return cells.reindex(columns=["items", "chance"])
+
+
+def _items(
+    records: Records, ranked: pd.DataFrame, measures: Sequence[Measure]
+) -> Iterator[tuple[tuple[str, str], Items]]:
+    """The items of every run by its name and that of the measure."""
+    scores, known = dict(iter(records.scores.groupby("run"))), dict.fromkeys(ranked.index, {})
+    for run, task, metric, chance in knowledge_tasks(records.scores).reset_index().itertuples(index=False):
+        known[run] = known.get(run, {}) | {task: (metric, chance)}
+    for run, own in ranked.iterrows():
+        outcomes = cache(partial(_outcomes, records, run))  # of this run alone, as those of all would fill the memory
+        facts = {"tasks": own["tasks"], "primary": own["metrics"], "last": own["stages"], "knowledge": known[run]}
+        one = Run(**facts, scores=scores.get(run, records.scores[:0]), outcomes=outcomes)
+        yield from (((run, measure.name), measure.items(one)) for measure in measures)
+
+
+def _outcomes(records: Records, run: str, stage: int, of: str) -> Items:
+    return records.outcomes(run, stage=stage, of=of)
+
+
+def _answers(run: Run, stages: Sequence[int]) -> Items:
+    """The outcome of every test question of each task after its one of `stages`; empty unless all were kept."""
+    keys = [f"{MATRIX_PROBE}|{task}|{run.primary[task]}" for task in run.tasks]
+    found = {key: run.outcomes(stage, key).get(key, ()) for key, stage in zip(keys, stages, strict=True)}
+    return found if all(map(len, found.values())) else {}
+
+
+def _average_accuracy(run: Run) -> Items:
+    return {task: own / len(run.tasks) for task, own in _answers(run, [run.last] * len(run.tasks)).items()}
+
+
+def _learning_accuracy(run: Run) -> Items:
+    if run.last != len(run.tasks):
+        return {}
+    return {task: own / len(run.tasks) for task, own in _answers(run, range(1, run.last + 1)).items()}
+
+
+def _bwt(run: Run) -> Items:
+    """Of the last task, which has no part in it, zeros: all orders have the same groups."""
+    learned, ended = _learning_accuracy(run), _average_accuracy(run)
+    return {
+        task: (ended[task] - own) * len(run.tasks) / max(len(run.tasks) - 1, 1)
+        for task, own in learned.items()
+        if ended
+    }
+
+
+def _retention(run: Run, *, metric: str = "") -> Items:
+    """By probe; `metric` is what items are scored by, where it is not the task's own.
+
+    Retention R is a ratio of sums over probes of means, (after - chance) / D with D the sum of (before - chance); an item's part is its influence
+    on that ratio, (after - chance - R (before - chance)) / D, and R / probes, so that the means add up to R (the
+    infinitesimal jackknife, Efron 1982).
+    """
+    pairs, chance = {}, {}
+    for task, (own, guessed) in run.knowledge.items():
+        key = f"{KNOWLEDGE_PROBE}|{task}|{metric or own}"
+        if key in (first := run.outcomes(0, key)):
+            pairs[key], chance[key] = (first[key], run.outcomes(run.last, key).get(key, ())), guessed
+    if not pairs or any(len(before) != len(after) for before, after in pairs.values()):
+        return {}
+    base = sum(before.mean() - chance[key] for key, (before, _) in pairs.items())
+    kept = sum(after.mean() - chance[key] for key, (_, after) in pairs.items()) / base
+    return {
+        key: (after - chance[key] - kept * (before - chance[key])) / base + kept / len(pairs)
+        for key, (before, after) in pairs.items()
+    }
+
+
+def _retention_probability(run: Run) -> Items:
+    return _retention(run, metric=PROBABILITY)
+
+
+def _log_perplexity_ratio(run: Run) -> Items:
+    """By collection of texts: how much each text's negative log-likelihood rose, over the tokens of a text of mean length."""
+    scores = run.scores[(run.scores["probe"] == PERPLEXITY_PROBE) & (run.scores["metric"] == "nll_token")]
+    found = {}
+    for task, tokens in scores[scores["stage"] == run.last][["task", "n"]].itertuples(index=False):
+        key = f"{PERPLEXITY_PROBE}|{task}|nll_token"
+        before, after = (run.outcomes(stage, key).get(key, np.empty(0)) for stage in (0, run.last))
+        if not len(before) or len(before) != len(after):
+            return {}
+        found[key] = (after - before) * len(after) / tokens
+    return {key: own / len(found) for key, own in found.items()}
+
+
+def _kl_to_base(run: Run) -> Items:
+    found = run.outcomes(run.last, f"{DIVERGENCE_PROBE}|")
+    return {key: own / len(found) for key, own in found.items()}
+
+
+MEASURES = (
+    Measure(name="average_accuracy", column="average_accuracy", items=_average_accuracy),
+    Measure(name="learning_accuracy", column="learning_accuracy", items=_learning_accuracy),
+    Measure(name="bwt", column="bwt", items=_bwt),
+    Measure(name="retention", column="retention", items=_retention),
+    Measure(name="retention_probability", column="retention_probability", items=_retention_probability),
+    Measure(
+        name="log_perplexity_ratio",
+        column="perplexity_ratio",
+        scale=log,
+        items=_log_perplexity_ratio,
+        lower_is_better=True,
+    ),
+    Measure(name="kl_to_base", column="kl_to_base", items=_kl_to_base, lower_is_better=True),
+)
+"""What differences.csv compares; a measure that no run has is left out."""
