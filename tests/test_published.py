@@ -233,6 +233,13 @@ def test_part_of_a_stream_another_order_and_unranked_runs_stand_beside_nothing(o
     assert ours(folder) == []
 
 
+def test_of_a_row_with_several_orders_only_the_published_one_counts(ours, results):
+    for seed in range(3):
+        add_run(results, "alpha", seed=seed, matrix=BETA, order="reversed", tasks=TASKS[::-1])
+    mean = 2 / 3 + 0.01
+    assert ours() == [[approx(mean), approx(mean - T_HALF), approx(mean + T_HALF), 3, "alpha"]]
+
+
 def test_variants_and_one_seed_are_told_apart(ours, results):
     add_run(results, "alpha", seed=0, matrix=BETA, steps=120)
     first, second = ours()
