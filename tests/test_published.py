@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 from pytest import approx
-from test_leaderboard import ALPHA, BETA, T_HALF, TASKS, change_manifest, write_run
+from test_leaderboard import ALPHA, BETA, T_HALF, TASKS, change_manifest, reseal, write_run
 
 from clbench.record.runs import read_runs
 from clbench.report import html as report
@@ -216,6 +216,7 @@ def test_seeds_that_did_not_all_measure_a_score_state_none(ours, results):
     (run / "scores.jsonl").write_text(
         "".join(line for line in lines if '"food", "metric": "format_validity"' not in line)
     )
+    reseal(run)
     assert ours(task="food", metric="format_validity") == []
 
 

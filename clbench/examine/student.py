@@ -162,6 +162,7 @@ class Student:
         written: dict[int, list[int]] = {}
         order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
         while order:
+            self._report(*self._about, len(written), len(prompts))  # a batch may take longer than a reader waits
             width = len(prompts[order[0]])
             count = max(1, WRITTEN * self.tokens // (width + max_new_tokens)) if self.encoder.together else 1
             batch, order = order[:count], order[count:]
