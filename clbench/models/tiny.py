@@ -156,9 +156,10 @@ def bpe_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
 def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """`tokenizer` as transformers keeps it."""
     unknown = UNKNOWN if tokenizer.token_to_id(UNKNOWN) is not None else None
-    return PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=unknown, padding_side="right"
     )
+    return with_bos(fast)
 
 
 def fresh_llama(
