@@ -154,10 +154,12 @@ class Engine(ABC):
 class Method(ABC):
     """A continual-learning method. Its keyword-only dataclass fields are its configuration; every default does nothing.
 
-    `merges` declares that it writes into weights that do not train.
+    `merges` declares that it writes into weights that do not train, `keeps` that the first view after stage 1 gives what was trained, as it does
+    unless it averages along the way, or merges another function than the one that was trained.
     """
 
     merges: bool = False
+    keeps: bool = True
 
     @abstractmethod
     def wrap(self, model: Module) -> Module:

@@ -23,6 +23,7 @@ from clbench.config import Config, from_plain
 from clbench.data.encoder import Encoder
 from clbench.data.memory import Memory
 from clbench.data.sampling import draw
+from clbench.examine.canaries.own_model import said
 from clbench.models.folding import folded
 from clbench.models.loss import answer_loss
 from clbench.models.pairs import lora_pairs
@@ -504,6 +505,19 @@ def test_examining_folded_gives_the_same_outputs_and_restores_every_bit(name):
 
 
 # --- 6 resume and invariance --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_view_after_stage_1_says_what_was_trained_unless_the_method_averages_or_merges_otherwise(name):
+    toy = lab(name)
+    tracker = Tracker(toy.run.config, toy.run.stream.stages, silent=True)
+    _, trained, _ = experiment.train(toy.run, toy.stage(1), tracker, moments={}, within=None)
+    assert toy.method.keeps == (method_class(name) is not ilora.Ilora and name != "secura_release")
+    assert len(trained.said) == (3 if toy.method.keeps else 0)  # an example a task
+    view, *_ = toy.method.views(toy.model).values()
+    with view:
+        again = said(toy.model, toy.run.encoder, toy.run.stream)
+    assert not trained.said or again == pytest.approx(trained.said, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
