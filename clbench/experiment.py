@@ -27,7 +27,6 @@ from clbench.examine.canaries.own_model import check_model, said
 from clbench.examine.student import Report, Student
 from clbench.examine.together import reads_together
 from clbench.models.folding import folded
-from clbench.models.limits import check_length
 from clbench.models.loss import causal_lm
 from clbench.models.sharding import gathering
 from clbench.models.weights import count_parameters, load_trainable_state, trainable, trainable_state
@@ -85,7 +84,6 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
         log.info("%s is complete already", path)
         return path
     model = load_model(config, parts.source)
-    check_length(model, config.train.max_length)
     check_method(config, model)
     shown = Tracker(config, parts.stream.stages, silent=not ranks.is_first)
     with written_to(path if ranks.is_first else None), shown as tracker:

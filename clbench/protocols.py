@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module, Parameter
 
+    from clbench.data.encoder import Encoder
     from clbench.data.rows import DatasetSpec
     from clbench.examine.student import Student
 
@@ -216,6 +217,10 @@ class Probe(ABC):
     def documents(self) -> Mapping[str, Sequence[str]]:
         """The text of its items by task, for the search for overlaps with training data."""
         return {}
+
+    def longest(self, encoder: Encoder) -> int:
+        """The most tokens that it reads at once, whatever the model; 0 where it keeps to what the model can read."""
+        return 0
 
     @abstractmethod
     def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:

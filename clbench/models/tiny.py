@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from clbench.data.sampling import generator
+from clbench.models.limits import positions
 from clbench.models.pretrained import load, load_tokenizer, log, sha256
 from clbench.models.pretraining import pretrain
 from clbench.types import UserMistake
@@ -98,6 +99,10 @@ class Recipe:
 
     def configuration(self, cache_dir: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(self.folder(cache_dir))
+
+    def positions(self, cache_dir: Path) -> int:
+        """The longest input in tokens."""
+        return positions(self.configuration(cache_dir))
 
     def load_tokenizer(self, cache_dir: Path) -> PreTrainedTokenizerFast:
         return with_bos(load_tokenizer(self.folder(cache_dir)))
