@@ -50,6 +50,7 @@ def stage_scores(stage, row):
         for task, chance, majority in (("sums", 0.0, 0.1), ("food", 0.25, 0.4)):
             yield Score(**at, probe="stream", task=task, metric="chance", value=chance, n=40, stderr=0.0)
             yield Score(**at, probe="stream", task=task, metric="majority", value=majority, n=40, stderr=0.0)
+            yield Score(**at, probe="stream", task=task, metric="copy", value=majority / 2, n=40, stderr=0.0)
     for task, items in (AFTER if stage == 3 else BEFORE).items():
         facts = {**at, "probe": "knowledge", "task": task, "n": 100, "stderr": 0.04}
         primary = {"facts": "acc", "logic": "acc_norm"}[task]
@@ -190,6 +191,7 @@ KNOWN = {
     "base_accuracy": 0.2,
     "chance_accuracy": 0.25 / 3,  # 0, .25 and, for the task of free answers, none
     "majority_accuracy": 0.5 / 3,
+    "copy_accuracy": 0.25 / 3,
     "seconds_train": 6.0,
     "seconds_probe": 2.0,
     "seconds_other": 0.5,

@@ -19,10 +19,9 @@ from transformers import DynamicCache, GenerationConfig
 
 from clbench.data.encoder import Encoder, Ids, clip_left
 from clbench.examine.packing import Read, Row, groups, row_of
-from clbench.models.limits import is_stretched, positions, settings
+from clbench.models.limits import check_read, is_stretched, positions, settings
 from clbench.models.loss import causal_lm
 from clbench.train.ranks import Ranks
-from clbench.types import UserMistake
 
 TOKENS = {"cpu": 384, "cuda": 4096}
 """Tokens of a forward that keep a device busy and, on the CPU, in its caches (measured)."""
@@ -69,7 +68,7 @@ class Student:
     @property
     def positions(self) -> int:
         """The longest input that the model can read, in tokens."""
-        return positions(self.model)
+        return positions(causal_lm(self.model).config)
 
     def log_likelihoods(
         self, requests: Sequence[tuple[Ids, Ids]], *, max_length: int | None = None
@@ -132,12 +131,9 @@ class Student:
 
     def generate(self, prompts: Sequence[Ids], *, max_new_tokens: int) -> list[str]:
         """Greedy continuation of each prompt until EOS or `max_new_tokens`, as text without special tokens."""
+        # Training answers fit train.max_length, which fits the positions, and what is written is no longer than they.
         room = min(self.encoder.max_length, self.positions - max_new_tokens)
-        if room < 1:
-            raise UserMistake(
-                f"a task asks for answers of {max_new_tokens} tokens, the model has {self.positions} positions; "
-                "set the task's max_new_tokens, or take it out of the stream"
-            )
+        assert room >= 1, (max_new_tokens, self.positions)
         written = self.write([self.encoder.clipped(prompt, room) for prompt in prompts], max_new_tokens=max_new_tokens)
         return [self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
 
@@ -195,11 +191,7 @@ class Student:
     def _forwards(self, reads: Sequence[Read]) -> Iterator[tuple[list[int], Tensor]]:
         """Per forward the reads in it and logits [N, V] in float32: of each read those at its places, then those of its branches."""
         longest = max((read.longest for read in reads), default=0)
-        if longest > self.positions:
-            raise UserMistake(
-                f"a probe reads {longest} tokens at once, the model has {self.positions} positions; "
-                "shorten the probe's window (conf/probe) or train.max_length"
-            )
+        check_read(longest, positions=self.positions)
         if not self._shares(longest):
             for number, read in enumerate(reads):
                 yield [number], self._alone(read)

@@ -28,7 +28,8 @@ MARKED = ("average_accuracy", "retention")
 ON_TERMINAL = ["method", "seeds", "accuracy", "BWT", "retention", "perplexity", "train s"]
 REFERENCES = (
     "Average accuracy of the untouched model {base_accuracy:.3f}, chance {chance_accuracy:.3f}, "
-    "the majority class {majority_accuracy:.3f}, answers that have only the form {format_only_accuracy:.3f}."
+    "the majority class {majority_accuracy:.3f}, answers that have only the form {format_only_accuracy:.3f}, "
+    "words copied from the prompt {copy_accuracy:.3f}."
 )
 LEGEND = Path(__file__).with_name("legend.md").read_text(encoding="utf-8")
 
@@ -68,7 +69,7 @@ def settings(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def references(rows: pd.DataFrame) -> str:
-    """What average accuracy is worth: that of the untouched model, of chance and of the most frequent answer."""
+    """What average accuracy is worth: that of the untouched model and of answers that know nothing."""
     return REFERENCES.format(**rows.iloc[0]).replace("nan", "unknown")
 
 

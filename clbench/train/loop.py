@@ -21,12 +21,16 @@ LOG_EVERY = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a stage's training did: optimizer steps, tokens read (padding not counted), mean loss of the last steps in nats per answer token."""
+    """What a stage's training did: optimizer steps, tokens read (padding not counted), mean loss of the last steps in nats per answer token.
+
+    `said`: mean log-likelihoods in nats of a few answers, after stage 1 and before the method merged.
+    """
 
     steps: int = 0
     tokens_trained: int = 0
     tokens_replayed: int = 0
     loss: float = math.nan
+    said: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
