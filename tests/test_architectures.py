@@ -253,6 +253,11 @@ def test_scores_answers_and_losses_are_those_of_plain_forwards(name):
     assert run_loss(model, encoder) == pytest.approx(plain_loss(model, encoder), abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
+def test_sequences_longer_than_an_attention_window_share_rows_and_beginnings(name):
+    check_scores(tiny(name), Encoder(Words(), max_length=64, together=True))
+
+
 @pytest.mark.parametrize("method", ["seq", "clora", "curlora", "secura"])
 @pytest.mark.parametrize("name", named(*QUICKLY_ADAPTED))
 def test_adapters_act_alike_folded_or_not(name, method):

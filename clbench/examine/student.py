@@ -26,7 +26,9 @@ from clbench.train.ranks import Ranks
 TOKENS = {"cpu": 384, "cuda": 4096}
 """Tokens of a forward that keep a device busy and, on the CPU, in its caches (measured)."""
 LOGITS = {"cpu": 2**22, "cuda": 2**27}
-"""Most logits of a forward, unless one context has more: 16 and 512 MiB in float32."""
+"""Most logits of a forward: 16 and 512 MiB in float32. One context, or ROWS, may be more."""
+ROWS = 128
+"""Places at which any forward may be scored: fewer are no work beside fetching the output embedding of a large vocabulary (measured)."""
 WRITTEN = 32
 """How many times more tokens a batch holds when answers are written, as a step writes one token a row."""
 HasEnded = Callable[[list[list[int]]], list[bool]]
@@ -176,11 +178,6 @@ class Student:
             self._report(*self._about, len(written), len(prompts))
         return [written[number] for number in range(len(prompts))]
 
-    def _shares(self, longest: int) -> bool:
-        """Whether sequences of up to `longest` tokens may share a row: an attention window counts places of the row."""
-        window = settings(self.model).get("sliding_window")
-        return self.encoder.together and (not window or longest <= window)
-
     def _reported(self, reads: Sequence[Read]) -> Iterator[tuple[list[int], Tensor]]:
         done = 0
         for numbers, logits_NV in self._forwards(reads):
@@ -192,7 +189,7 @@ class Student:
         """Per forward the reads in it and logits [N, V] in float32: of each read those at its places, then those of its branches."""
         longest = max((read.longest for read in reads), default=0)
         check_read(longest, positions=self.positions)
-        if not self._shares(longest):
+        if not self.encoder.together:
             for number, read in enumerate(reads):
                 yield [number], self._alone(read)
             return
@@ -208,7 +205,7 @@ class Student:
 
     def _rows(self, reads: Sequence[Read], members: Sequence[int], *, shared: int) -> Iterator[list[int]]:
         """Members of a group that one forward holds."""
-        most = LOGITS[self.encoder.device.type] // settings(self.model)["vocab_size"]
+        most = max(ROWS, LOGITS[self.encoder.device.type] // settings(self.model)["vocab_size"])
         row: list[int] = []
         tokens = wanted = 0
         for number in members:
@@ -236,8 +233,9 @@ class Student:
         self.tokens_scored += len(row.ids)
         apart = {}
         if row.sees_TS is not None:
-            mask = mask_of(model, row.sees_TS.to(device))
-            apart = {"attention_mask": mask, "position_ids": row.positions[None].to(device)}
+            positions_T = row.positions.to(device)
+            mask = mask_of(model, row.sees_TS.to(device), positions_T)
+            apart = {"attention_mask": mask, "position_ids": positions_T[None]}
         output = model(
             input_ids=row.ids[None].to(device),
             past_key_values=cache,
@@ -259,12 +257,27 @@ def stopping(has_ended: HasEnded, width: int) -> Callable[..., Tensor]:
     return lambda ids_BT, _, **__: torch.tensor(has_ended(ids_BT[:, width:].tolist()), device=ids_BT.device)
 
 
-def mask_of(model: Module, sees_TS: Tensor) -> Tensor | dict[str, Tensor]:
-    """What is added to attention's logits, [1, 1, T, S]: one for all layers, or one for each kind of layer that the model has."""
-    mask_11TS = torch.zeros(sees_TS.shape, dtype=model.dtype, device=sees_TS.device)
-    mask_11TS = mask_11TS.masked_fill_(~sees_TS, torch.finfo(model.dtype).min)[None, None]
-    kinds = settings(model).get("layer_types")
-    return dict.fromkeys(kinds, mask_11TS) if kinds else mask_11TS
+def mask_of(model: Module, sees_TS: Tensor, positions_T: Tensor) -> Tensor | dict[str, Tensor]:
+    """What is added to attention's logits, [1, 1, T, S]: one for all layers, or one for each kind of layer that the model has.
+
+    A sliding window counts positions in the sequence; what precedes the row's own tokens is the common beginning.
+    """
+    config = settings(model)
+    window, kinds = config.get("sliding_window"), config.get("layer_types")
+    near_TS = sees_TS
+    if window:
+        beginning = torch.arange(sees_TS.shape[1] - len(positions_T), device=positions_T.device)
+        near_TS = sees_TS & (positions_T[:, None] - torch.cat([beginning, positions_T]) < window)
+    masks = {"full_attention": sees_TS, "sliding_attention": near_TS}
+    if kinds:
+        return {kind: added(masks[kind], model.dtype) for kind in set(kinds)}
+    return added(near_TS, model.dtype)
+
+
+def added(sees_TS: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a token sees another, the least number elsewhere, [1, 1, T, S]."""
+    mask_TS = torch.zeros(sees_TS.shape, dtype=dtype, device=sees_TS.device)
+    return mask_TS.masked_fill_(~sees_TS, torch.finfo(dtype).min)[None, None]
 
 
 def scored(logits_NV: Tensor, places: Sequence[int], targets: Sequence[int]) -> tuple[Tensor, Tensor]:
