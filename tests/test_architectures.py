@@ -282,6 +282,15 @@ def test_layers_that_cannot_be_adapted_are_refused_in_one_line(name):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "lacks"), [("phi3", "q_proj"), ("opt", "o_proj"), ("gpt2", "q_proj"), ("mixtral", "gate_proj")]
+)
+def test_a_method_as_it_stands_is_refused_in_one_line_on_a_model_that_lacks_its_layers(name, lacks):
+    with pytest.raises(UserMistake, match=f"'{lacks}' is in no layer's name; choose .* or all-linear") as refused:
+        adapted(tiny(name), "seq", method_settings("seq")["lora"]["targets"])
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("method", ["seq", "dora", "curlora", "secura", "secura_m2"])
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_a_weight_that_two_layers_read_is_adapted_in_one_of_them_only(method, target):
