@@ -75,6 +75,8 @@ def total_loss(cross_entropy: Tensor, disagreement: Tensor, strength: float) -> 
 class Ilora(Er):
     """Fast and slow LoRA beside the memory of ER."""
 
+    keeps = False
+
     decay: float
     warm_up: bool
     consistency: float

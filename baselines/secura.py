@@ -99,6 +99,7 @@ class Secura(Method):
         if self.inner <= self.rank:
             raise UserMistake(f"method.inner={self.inner} must be larger than method.rank={self.rank}")
         self.merges = self.merge == "m1"
+        self.keeps = not (self.merges and self.magnorm == "output_release")
 
     def wrap(self, model: Module) -> Module:
         self.layers = cur.inject(model, targets=self.targets, make=lambda _, base: self.fitted(base))

@@ -14,6 +14,7 @@ from torch.nn import Module
 
 from clbench.config import Config
 from clbench.data.encoder import Encoder
+from clbench.models.limits import check_length, check_read
 from clbench.models.sharding import is_sharded
 from clbench.protocols import Method, Probe, Stream, Task
 from clbench.stream import build_stream
@@ -54,15 +55,13 @@ def build(config: Config) -> Parts:
             task.examples(split)
     source = instantiate(config.model, _convert_="all")
     tokenizer = source.load_tokenizer(Path(config.cache_dir))
-    train = config.train
+    train, positions = config.train, source.positions(Path(config.cache_dir))
+    check_length(train.max_length, positions=positions)
     encoder = Encoder(tokenizer, max_length=train.max_length, cut=train.cut, device=_device_of(config))
-    return Parts(
-        source=source,
-        method=make_method(config),
-        encoder=encoder,
-        stream=build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder),
-        probes=probes,
-    )
+    stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
+    for probe in probes:
+        check_read(probe.longest(encoder), positions=positions)
+    return Parts(source=source, method=make_method(config), encoder=encoder, stream=stream, probes=probes)
 
 
 def load_model(config: Config, source: Any) -> Module:

@@ -23,11 +23,10 @@ from clbench.build import Parts, build, check_method, load_model, set_up_torch, 
 from clbench.config import Config, identity, is_due, run_directory, run_name
 from clbench.data.encoder import Encoder
 from clbench.examine.canaries import check_stream
-from clbench.examine.canaries.own_model import check_model
+from clbench.examine.canaries.own_model import check_model, said
 from clbench.examine.student import Report, Student
 from clbench.examine.together import reads_together
 from clbench.models.folding import folded
-from clbench.models.limits import check_length
 from clbench.models.loss import causal_lm
 from clbench.models.sharding import gathering
 from clbench.models.weights import count_parameters, load_trainable_state, trainable, trainable_state
@@ -85,7 +84,6 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
         log.info("%s is complete already", path)
         return path
     model = load_model(config, parts.source)
-    check_length(model, config.train.max_length)
     check_method(config, model)
     shown = Tracker(config, parts.stream.stages, silent=not ranks.is_first)
     with written_to(path if ranks.is_first else None), shown as tracker:
@@ -214,7 +212,7 @@ def run_stage(
     scores = [
         *replay_scores(run, stage, sources[1:]),
         *examined,
-        *(check_own_model(run, 1) if stage.index == 1 else ()),
+        *(check_own_model(run, 1, before=trained.said) if stage.index == 1 else ()),
     ]
     cost = _cost_of(
         run,
@@ -291,6 +289,9 @@ def train(
     method.end_stage(stage, engine)
     carried = engine.moments() if config.train.carry_optimizer else {}
     engine.close()
+    if stage.index == 1 and method.keeps:
+        with gathering(run.model.eval()):
+            trained = replace(trained, said=tuple(said(run.model, run.encoder, run.stream)))
     method.consolidate(run.model)
     return sources, trained, carried
 
@@ -361,13 +362,16 @@ def examine(run: Run, index: int, tracker: Tracker) -> tuple[list[Score], int]:
     return scores, tokens
 
 
-def check_own_model(run: Run, index: int) -> list[Score]:
-    """How far the run's fast forwards are from plain ones, of the model as it is now; a run with a gap is not ranked."""
+def check_own_model(run: Run, index: int, *, before: Sequence[float] = ()) -> list[Score]:
+    """How far the run's fast forwards are from plain ones, of the model as it is now; a run with a gap is not ranked.
+
+    `before`: what it said before the method merged.
+    """
     started = time.perf_counter()
     view, *_ = run.method.views(run.model).values()
     with view, gathering(run.model):
         student = Student(run.model, run.encoder)
-        gaps = check_model(student, run.stream, folded=folded(run.model))
+        gaps = check_model(student, run.stream, folded=folded(run.model), before=before)
     for gap in gaps:
         if gap.failed:
             log.warning("the run will not be ranked: %s is %.1e nats a token off plain forwards", gap.name, gap.nats)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module, Parameter
 
+    from clbench.data.encoder import Encoder
     from clbench.data.rows import DatasetSpec
     from clbench.examine.student import Student
 
@@ -154,10 +155,12 @@ class Engine(ABC):
 class Method(ABC):
     """A continual-learning method. Its keyword-only dataclass fields are its configuration; every default does nothing.
 
-    `merges` declares that it writes into weights that do not train.
+    `merges` declares that it writes into weights that do not train, `keeps` that the first view after stage 1 gives what was trained, as it does
+    unless it averages along the way, or merges another function than the one that was trained.
     """
 
     merges: bool = False
+    keeps: bool = True
 
     @abstractmethod
     def wrap(self, model: Module) -> Module:
@@ -214,6 +217,10 @@ class Probe(ABC):
     def documents(self) -> Mapping[str, Sequence[str]]:
         """The text of its items by task, for the search for overlaps with training data."""
         return {}
+
+    def longest(self, encoder: Encoder) -> int:
+        """The most tokens that it reads at once, whatever the model; 0 where it keeps to what the model can read."""
+        return 0
 
     @abstractmethod
     def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:

@@ -36,7 +36,7 @@ class CodeLine(TextTask):
     """`answer` is the column with the line that comes next, in the tokens of CodeXGLUE."""
 
     def score(self, example: Example, answer: str) -> float:
-        """Edit similarity in [0, 1], literals written out: 1 - insertions and deletions over the characters of both."""
+        """Similarity in [0, 1], literals written out: 1 - insertions and deletions over the characters of both."""
         given = with_literals(answer)
         return max(fuzz.ratio(given, with_literals(right)) for right in accepted(example)) / 100
 

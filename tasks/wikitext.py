@@ -8,7 +8,7 @@ published model is measured on the whole split (`split="all"`); a model that was
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clbench.data.rows import DatasetSpec, load_rows
+from clbench.data.rows import DatasetSpec, load_rows, place
 from clbench.types import UserMistake
 
 DATASET = DatasetSpec(
@@ -22,7 +22,11 @@ PRETRAINING_ARTICLES = 50
 
 def articles(*, data_dir: str | None, split: str) -> list[str]:
     """The articles of `split`: "train" (the first 50), "heldout" (the rest) or "all"."""
-    pages = [row["page"] for row in load_rows(DATASET, split="test", data_dir=data_dir)]
+    pages = [row.get("page") for row in load_rows(DATASET, split="test", data_dir=data_dir)]
+    for number, page in enumerate(pages):
+        if not isinstance(page, str) or not page.strip():
+            where = place(DATASET, split="test", data_dir=data_dir, row=number)
+            raise UserMistake(f"{where}: column 'page' is missing or empty; the text of an article is due")
     parts = {"train": pages[:PRETRAINING_ARTICLES], "heldout": pages[PRETRAINING_ARTICLES:], "all": pages}
     if split not in parts:
         raise UserMistake(

@@ -65,6 +65,11 @@ CASES = {
     "olora": ("method=olora",),
     "l2": ("method=l2",),
 }
+KEPT_IN_OUT = {
+    f"{method}_gpt2": (f"method={method}", "method.lora.targets=all-linear")
+    for method in ("olora", "seq_merge", "merge_average", "clora_svd_major")
+} | {"secura_gpt2": ("method=secura", "method.targets=[attn.c_proj,c_fc]")}
+"""On GPT-2, whose weights are kept [in, out]. SECURA's shift of c_attn has the keys' bias, of which the gradient is 0 but for rounding."""
 
 
 # --- two stages of a method on the toy stream ------------------------------------------------------------------------------
@@ -102,10 +107,11 @@ def watched(method: Method) -> Notes:
 
 
 def lab(case: str, *overrides: str) -> methods.Lab:
-    method, *rest = CASES[case]
+    method, *rest = (CASES | KEPT_IN_OUT)[case]
+    made = methods.gpt2 if case in KEPT_IN_OUT else methods.llama
     dtype = torch.bfloat16 if "engine.dtype=bfloat16" in rest else torch.float32
     with patch.dict(methods.TINY, num_hidden_layers=1):
-        return methods.lab(method.removeprefix("method="), *ARITHMETIC, *rest, *overrides, dtype=dtype)
+        return methods.lab(method.removeprefix("method="), *ARITHMETIC, *rest, *overrides, dtype=dtype, made=made)
 
 
 def outcome(case: str, *overrides: str) -> dict[str, object]:

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from clbench import cli
+from clbench.build import build
 from clbench.data.encoder import Encoder
 from clbench.examine.student import Student
 from clbench.examine.together import reads_together
@@ -26,6 +27,7 @@ from clbench.models.pretrained import Pretrained, load, prepared
 from clbench.models.tiny import word_tokenizer
 from clbench.models.weights import trainable
 from clbench.types import Example, UserMistake
+from tasks import world, world_words
 from tests.test_data import Words
 
 torch.set_num_threads(1)
@@ -251,6 +253,11 @@ def test_scores_answers_and_losses_are_those_of_plain_forwards(name):
     assert run_loss(model, encoder) == pytest.approx(plain_loss(model, encoder), abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
+def test_sequences_longer_than_an_attention_window_share_rows_and_beginnings(name):
+    check_scores(tiny(name), Encoder(Words(), max_length=64, together=True))
+
+
 @pytest.mark.parametrize("method", ["seq", "clora", "curlora", "secura"])
 @pytest.mark.parametrize("name", named(*QUICKLY_ADAPTED))
 def test_adapters_act_alike_folded_or_not(name, method):
@@ -272,6 +279,15 @@ def test_layers_that_cannot_be_adapted_are_refused_in_one_line(name):
     why, _ = UNLIKE[name]
     with pytest.raises(UserMistake, match=why) as refused:
         adapted(tiny(name), "seq")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "lacks"), [("phi3", "q_proj"), ("opt", "o_proj"), ("gpt2", "q_proj"), ("mixtral", "gate_proj")]
+)
+def test_a_method_as_it_stands_is_refused_in_one_line_on_a_model_that_lacks_its_layers(name, lacks):
+    with pytest.raises(UserMistake, match=f"'{lacks}' is in no layer's name; choose .* or all-linear") as refused:
+        adapted(tiny(name), "seq", method_settings("seq")["lora"]["targets"])
     assert "\n" not in str(refused.value)
 
 
@@ -402,23 +418,42 @@ def test_the_models_own_dropout_is_off_and_said_once(name, tmp_path, caplog):
 def test_what_is_longer_than_the_models_positions_is_refused_in_one_line():
     for name in ("gpt2", "opt"):
         model = tiny(name)
-        assert positions(model) == 128
+        assert positions(model.config) == 128
         with pytest.raises(UserMistake, match="train.max_length=129"):
-            check_length(model, 129)
-        check_length(model, 128)
+            check_length(129, positions=128)
+        check_length(128, positions=128)
         student = Student(model, Encoder(Words(), max_length=64))
         long = [((1, *range(3, 60), *range(3, 60), *range(3, 30)), (7,))]
         with pytest.raises(UserMistake, match="128 positions"):
             student.log_likelihoods(long, max_length=1000)
-        with pytest.raises(UserMistake, match="answers of 128 tokens"):
-            student.generate([(1, 5)], max_new_tokens=128)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.max_length=129"], "train.max_length=129, but the model has 128 positions"),
+        (["train.max_length=64", "probe.probes.perplexity.window=300"], r"a probe reads \d+ tokens at once"),
+    ],
+)
+def test_what_is_longer_than_the_models_positions_is_refused_before_its_weights_are_read(
+    overrides, said, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(world, "heldout_texts", lambda **_: [" ".join(["of"] * 200)])
+    tokenizer = word_tokenizer(world_words.VOCABULARY)
+    model = tiny("gpt2", vocab_size=len(tokenizer))
+    name = folder(tmp_path / "model", model, tokenizer)
+    paths = [f"results_dir={tmp_path}", f"cache_dir={tmp_path}", "stream.too_long=drop"]
+    config = cli.compose(["model=gemma3_270m", f"model.name={name}", *paths, *overrides])
+    with pytest.raises(UserMistake, match=said):
+        build(config)
 
 
 def test_the_longest_input_is_found_under_any_name_and_in_nested_configurations():
-    assert positions(tiny("mpt")) == positions(tiny("rwkv")) == 128
-    assert positions(tiny("mamba2", max_position_embeddings=None)) == NO_LIMIT
-    assert positions(tiny("bloom", max_position_embeddings=None)) == NO_LIMIT
-    assert positions(tiny("llama-dynamic")) == 16 * 8 and positions(tiny("llama-yarn")) == 128
+    assert positions(tiny("mpt").config) == positions(tiny("rwkv").config) == 128
+    assert positions(tiny("mamba2", max_position_embeddings=None).config) == NO_LIMIT
+    assert positions(tiny("bloom", max_position_embeddings=None).config) == NO_LIMIT
+    assert positions(tiny("llama-dynamic").config) == 16 * 8 and positions(tiny("llama-yarn").config) == 128
     text = {**SMALL, "sliding_window": 12, "query_pre_attn_scalar": 8}
     sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = AutoConfig.for_model(
@@ -427,7 +462,7 @@ def test_the_longest_input_is_found_under_any_name_and_in_nested_configurations(
     torch.manual_seed(0)
     nested = prepared(AutoModelForCausalLM.from_config(config).float())
     encoder = run_encoder(nested)
-    assert positions(nested) == 128
+    assert positions(nested.config) == 128
     check_scores(nested, encoder)
     check_writing(nested, encoder, tokens=2)
     assert run_loss(nested, encoder) == pytest.approx(plain_loss(nested, encoder), abs=1e-4)

@@ -3,8 +3,12 @@
 import math
 
 import pandas as pd
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from tests.benchmarks import real
 from tests.benchmarks.__main__ import BEGIN, CSV, END, NAMES, PAGE, table
+from tests.benchmarks.models import Subject
 from tests.benchmarks.race import fastest, figure, race
 
 
@@ -43,3 +47,28 @@ def test_a_peer_that_gives_other_results_stops_the_race():
     except AssertionError:
         return
     raise RuntimeError
+
+
+def test_a_tiny_model_of_the_real_ones_kind_passes_every_race():
+    def tiny() -> PreTrainedModel:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(
+            "gemma3_text",
+            vocab_size=512,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            sliding_window=64,
+            layer_types=["sliding_attention", "full_attention"],
+            initializer_range=0.2,
+        )
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    found = list(real.run(Subject(name="tiny", make=tiny, vocabulary=512)))
+    assert {figure.benchmark for figure in found} == {"real"}
+    work = {figure.case.partition(",")[0] for figure in found}
+    assert work == {"scoring", "training", "writing", "stream", "precision"}
+    assert all(figure.ratio > 0 for figure in found)

@@ -1,5 +1,6 @@
 """Canaries: sound streams pass, and every canary is shown to bite by planting its fault in a tiny task of ours."""
 
+import copy
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch.nn.utils.rnn import pad_sequence
 
+import baselines.secura
 import clbench
 import clbench.examine.canaries
 from clbench.config import StreamConfig
@@ -20,11 +22,14 @@ from clbench.data.encoder import Encoded, Encoder
 from clbench.data.rows import DatasetSpec
 from clbench.examine.canaries import ARCHITECTURE, check_stream, own_model
 from clbench.examine.canaries.answers import chance, near_zero
-from clbench.examine.canaries.own_model import bounds, check_model
+from clbench.examine.canaries.own_model import bounds, check_model, said
 from clbench.examine.copying import copies, named_last
 from clbench.examine.student import Student
+from clbench.models import cur, folding, loss, pairs
 from clbench.models.loss import answer_loss
+from clbench.models.pretrained import without_dropout
 from clbench.models.tiny import bpe_tokenizer, fresh_llama, word_tokenizer
+from clbench.models.weights import trainable
 from clbench.protocols import Stage, Stream, Task
 from clbench.stream import build_stream
 from clbench.types import Example
@@ -32,6 +37,9 @@ from tasks.classification import Classification
 from tasks.world_asks import FORMS
 from tasks.world_task import WorldTask
 from tasks.world_words import VOCABULARY
+from tests import test_architectures
+from tests.test_architectures import adapted, method_settings, tiny
+from tests.test_tokens import tokenizer_like
 
 CONF = Path(__file__).parent.parent / "conf"
 LINES = ["question : how much are 3 and 4 ? answer : red green blue yes no 0 1 2 5 6 7 8 9 word thing of colour"] * 20
@@ -388,11 +396,17 @@ def pad_on_the_right(rows, padding, side):
     return pad_sequence(rows, True, padding, "right")
 
 
-def gaps(model, encoder, *, folded=None):
+def gaps(model, encoder, *, folded=None, before=(), student=Student):
+    """The names of what differs on four examples, each of a stage of its own."""
     model.eval()
-    student = Student(model, encoder)
-    found = check_model(student, stream_of(numbers(), encoder=encoder), folded=folded or nullcontext())
+    found = check_model(student(model, encoder), four(encoder), folded=folded or nullcontext(), before=before)
+    assert all(gap.n for gap in found)
     return {gap.name for gap in found if gap.failed}
+
+
+def four(encoder):
+    (stage,) = stream_of(numbers(), encoder=encoder).stages
+    return Stream(name="", order="", stages=tuple(replace(stage, train=(row,)) for row in stage.train[:4]))
 
 
 @pytest.fixture(scope="module")
@@ -413,10 +427,7 @@ def test_padding_that_changes_what_is_written_is_noticed(fault, own, encoder, mo
     monkeypatch.setattr(
         clbench.examine.student, "pad_sequence", lambda rows, first, padding, side: fault(rows, padding, side)
     )
-    stages = stream_of(numbers(), encoder=encoder).stages
-    stream = Stream(name="", order="", stages=tuple(replace(stages[0], test=(row,)) for row in stages[0].test[:4]))
-    found = check_model(Student(own, encoder), stream, folded=nullcontext())
-    assert {gap.name for gap in found if gap.failed} == {"writing"}
+    assert gaps(own, encoder) == {"writing"}
 
 
 def test_a_score_that_depends_on_the_row_is_noticed(own, encoder, monkeypatch):
@@ -445,6 +456,149 @@ def test_adapters_that_are_folded_into_other_weights_are_noticed(own, encoder):
         head.data.copy_(before)
 
     assert {"scoring"} <= gaps(own, encoder, folded=folded_wrongly())
+
+
+# What was once silently wrong on some kind of model, each with its mend taken out: the run's own model shows it.
+
+
+def kind(name, encoder, **changed):
+    """A tiny model of a kind, for the tokens of `encoder`."""
+    return tiny(name, vocab_size=len(encoder.tokenizer), **changed)
+
+
+@pytest.mark.parametrize(("method", "target"), [("seq", "lm_head"), ("seq", "embed_tokens"), ("curlora", "lm_head")])
+def test_folding_into_a_weight_that_two_layers_read_is_noticed(method, target, encoder, monkeypatch):
+    model = adapted(kind("llama-tied", encoder), method, [target])
+    assert gaps(model, encoder, folded=folding.folded(model)) == set()
+    monkeypatch.setattr(folding, "shared_weights", lambda model: frozenset())
+    assert "scoring" in gaps(model, encoder, folded=folding.folded(model))
+
+
+def alone(encoder):
+    """The encoder of a model that reads one sequence at a time."""
+    apart = copy.copy(encoder)
+    apart.together = False
+    return apart
+
+
+def merged(name, targets, model, encoder):
+    """What is found of a method's model after it has merged what a stage has left in its adapters."""
+    method = instantiate({key: value for key, value in method_settings(name).items() if key != "name"}, _convert_="all")
+    (method.lora if "lora" in vars(method) else method).__dict__["targets"] = targets
+    model = method.wrap(model).eval()
+    torch.manual_seed(4)
+    for tensor in trainable(model).values():
+        tensor.detach().add_(torch.randn(tensor.shape) * 0.1)
+    before = said(model, encoder, four(encoder))
+    method.consolidate(model)
+    view, *_ = method.views(model).values()
+    with view:
+        return gaps(model, encoder, folded=folding.folded(model), before=before)
+
+
+@pytest.mark.parametrize("method", ["seq_merge", "olora", "secura"])
+def test_merging_into_a_weight_that_two_layers_read_is_noticed(method, encoder, monkeypatch):
+    for module in (pairs, baselines.secura):
+        monkeypatch.setattr(module, "check_unshared", lambda model, names: None)
+    assert merged(method, ["lm_head"], kind("llama", encoder), encoder) == set()
+    assert "merging" in merged(method, ["lm_head"], kind("llama-tied", encoder), encoder)
+
+
+@pytest.mark.parametrize("method", ["seq_merge", "olora", "merge_average", "secura", "curlora"])
+def test_weights_kept_in_out_that_are_merged_untransposed_are_noticed(method, encoder, monkeypatch):
+    assert merged(method, ["attn.c_proj"], kind("gpt2", encoder), encoder) == {"training"}  # its own dropout
+    for module in (cur, pairs, baselines.secura.cur):
+        monkeypatch.setattr(module, "oriented", lambda layer: layer.weight.detach())
+    expected = "scoring" if method == "curlora" else "merging"
+    assert expected in merged(method, ["attn.c_proj"], kind("gpt2", encoder), encoder)
+
+
+@pytest.mark.parametrize("name", ["phi3-longrope", "llama-dynamic"])
+def test_positions_that_the_longest_row_of_a_batch_scales_are_noticed(name, encoder, monkeypatch):
+    assert gaps(kind(name, encoder), alone(encoder)) == set()
+    monkeypatch.setattr(test_architectures, "prepared", lambda model: model.eval())
+    monkeypatch.setattr(clbench.examine.student, "is_stretched", lambda model: False)
+    assert "scoring" in gaps(kind(name, encoder), encoder)
+
+
+class Batched(Student):
+    """Writes in batches, whatever is known of the model."""
+
+    def _write(self, prompts, **settings):
+        self.encoder = copy.copy(self.encoder)
+        self.encoder.together = True
+        return super()._write(prompts, **settings)
+
+
+@pytest.mark.parametrize("name", ["gpt_neo", "mpt"])
+@pytest.mark.parametrize("fault", [attend_everywhere, pad_on_the_right])
+def test_written_answers_that_depend_on_the_batch_are_noticed(fault, name, encoder, monkeypatch):
+    model = kind(name, encoder, attention_dropout=0.0, embed_dropout=0.0, resid_dropout=0.0)
+    assert gaps(model, alone(encoder), student=Batched) == set()
+    monkeypatch.setattr(
+        clbench.examine.student, "pad_sequence", lambda rows, first, padding, side: fault(rows, padding, side)
+    )
+    assert gaps(model, alone(encoder), student=Batched) == {"writing"}
+
+
+def own_tokens(name):
+    """An encoder with a tokenizer like that of a real model, and a model for it."""
+    encoder = Encoder(tokenizer_like(name), max_length=128)
+    architecture = ARCHITECTURE | {"max_position_embeddings": 300}
+    return fresh_llama(encoder.tokenizer, architecture=architecture, seed=0).eval(), encoder
+
+
+def test_a_space_of_the_tokenizers_own_before_an_answer_is_noticed(monkeypatch):
+    model, encoder = own_tokens("llama")
+    assert gaps(model, encoder) == set()
+    monkeypatch.setattr(Encoder, "answer", lambda self, answer: tuple(self.text(f" {answer}")))
+    assert {"scoring", "training"} <= gaps(model, Encoder(encoder.tokenizer, max_length=128))
+
+
+class Begun(Encoder):
+    """Puts BOS before every prompt."""
+
+    def prompt(self, prompt):
+        return (self.tokenizer.bos_token_id, *self.text(prompt))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen", "bloom"])
+def test_a_bos_that_the_tokenizer_does_not_add_is_noticed(name):
+    model, encoder = own_tokens(name)
+    assert gaps(model, encoder) == set()
+    assert {"scoring", "training"} <= gaps(model, Begun(encoder.tokenizer, max_length=128))
+
+
+def test_an_end_among_several_that_is_written_over_is_noticed(own, encoder, monkeypatch):
+    prompts = [encoder.prompt(stage.train[0].prompt) for stage in four(encoder).stages]
+    first = {ids[0] for ids in Student(own, encoder).write(prompts, max_new_tokens=1) if ids}
+    monkeypatch.setattr(own.generation_config, "eos_token_id", [encoder.tokenizer.eos_token_id, *first])
+    assert gaps(own, encoder) == set()
+    monkeypatch.setattr(clbench.examine.student, "eos_ids", lambda model: [])
+    assert gaps(own, encoder) == {"writing"}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_dropout_of_the_models_own_is_noticed(name, encoder):
+    model = kind(name, encoder)
+    assert gaps(model, alone(encoder)) == {"training"}  # 0.1 in its configuration
+    sound = type(model)(without_dropout(copy.deepcopy(model.config)))
+    assert gaps(sound, alone(encoder)) == set()
+    lora = {**method_settings("seq")["lora"], "dropout": 0.5}
+    assert gaps(adapted(sound, "seq", lora=lora), alone(encoder)) == set()  # a method's own is asked for
+
+
+@pytest.mark.parametrize(("name", "scale"), [("granite", 3.0), ("cohere2", 1 / 0.3)])
+def test_training_without_the_models_own_head_is_noticed(name, scale, encoder, monkeypatch):
+    model, whole = kind(name, encoder), loss.read
+    assert gaps(model, encoder) == set()
+
+    def unscaled(model, batch):
+        reading = whole(model, batch)
+        return replace(reading, logits=reading.logits * scale)
+
+    monkeypatch.setattr(loss, "read", unscaled)
+    assert gaps(model, encoder) == {"training"}
 
 
 class Dictated(Student):

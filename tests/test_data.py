@@ -22,8 +22,9 @@ class Words:
         self.ids = {"?": 2}
 
     def __call__(self, text, add_special_tokens, split_special_tokens):
-        assert not add_special_tokens and split_special_tokens
-        return {"input_ids": [self.ids.setdefault(word, len(self.ids) + 2) for word in text.split()]}
+        assert split_special_tokens
+        begin = [self.bos_token_id] if add_special_tokens else []
+        return {"input_ids": begin + [self.ids.setdefault(word, len(self.ids) + 2) for word in text.split()]}
 
 
 def example(prompt: str, answer: str) -> Example:

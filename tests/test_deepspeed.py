@@ -153,6 +153,13 @@ def test_two_processes_train_the_weights_of_one(pair, case, stage):
     assert distance(scaled(found["state"]), scaled(expected["state"])) < TOLERANCE
 
 
+@pytest.mark.parametrize("case", ranks.KEPT_IN_OUT)
+def test_weights_kept_in_out_train_in_slices_as_on_one_process(pair, case):
+    found, expected = pair.ask("outcome", case, *two(3)), local("outcome", case)
+    assert distance(found["weights"], expected["weights"]) < TOLERANCE
+    assert distance(found["logits"], expected["logits"]) < TOLERANCE
+
+
 @pytest.mark.parametrize("stage", (0, 1, 2))
 @pytest.mark.parametrize("case", [*CORE, "seq_odd_batch", "seq_bfloat16"])
 def test_two_processes_are_bitwise_one_that_adds_in_their_order(pair, case, stage):

@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from baselines import clora, ilora, l2, olora
 from baselines.base import Base
@@ -23,9 +24,11 @@ from clbench.config import Config, from_plain
 from clbench.data.encoder import Encoder
 from clbench.data.memory import Memory
 from clbench.data.sampling import draw
+from clbench.examine.canaries.own_model import said
 from clbench.models.folding import folded
 from clbench.models.loss import answer_loss
 from clbench.models.pairs import lora_pairs
+from clbench.models.pretrained import without_dropout
 from clbench.models.tiny import fresh_llama, word_tokenizer
 from clbench.models.weights import load_trainable_state, trainable, trainable_state
 from clbench.protocols import Engine, Method, Stage, Stream, Task
@@ -164,10 +167,27 @@ class Lab:
             return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
 
 
-def lab(name: str, *overrides: str, dtype: torch.dtype = torch.float32) -> Lab:
+def gpt2(words: PreTrainedTokenizerFast) -> nn.Module:
+    """A tiny GPT-2, whose linear layers keep their weights [in, out]; attention's last one is square."""
+    size = {"n_embd": TINY["hidden_size"], "n_layer": TINY["num_hidden_layers"], "n_head": 4, "n_positions": 64}
+    size |= {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(without_dropout(GPT2Config(vocab_size=len(words), initializer_range=0.05, **size)))
+
+
+def llama(words: PreTrainedTokenizerFast) -> nn.Module:
+    return fresh_llama(words, architecture=TINY, seed=0)
+
+
+def lab(
+    name: str,
+    *overrides: str,
+    dtype: torch.dtype = torch.float32,
+    made: Callable[[PreTrainedTokenizerFast], nn.Module] = llama,
+) -> Lab:
     config = composed(name, *overrides)
     words = tokenizer()
-    model = fresh_llama(words, architecture=TINY, seed=0).eval().to(dtype)
+    model = made(words).eval().to(dtype)
     base = list(model.parameters())
     untouched = {id(parameter): parameter.detach().clone() for parameter in base}
     encoder = Encoder(words, max_length=config.train.max_length)
@@ -507,6 +527,19 @@ def test_examining_folded_gives_the_same_outputs_and_restores_every_bit(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_first_view_after_stage_1_says_what_was_trained_unless_the_method_averages_or_merges_otherwise(name):
+    toy = lab(name)
+    tracker = Tracker(toy.run.config, toy.run.stream.stages, silent=True)
+    _, trained, _ = experiment.train(toy.run, toy.stage(1), tracker, moments={}, within=None)
+    assert toy.method.keeps == (method_class(name) is not ilora.Ilora and name != "secura_release")
+    assert len(trained.said) == (3 if toy.method.keeps else 0)  # an example a task
+    view, *_ = toy.method.views(toy.model).values()
+    with view:
+        again = said(toy.model, toy.run.encoder, toy.run.stream)
+    assert not trained.said or again == pytest.approx(trained.said, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_stopping_between_stages_changes_nothing(name, tmp_path):
     whole = lab(name)
     whole.train(1)
@@ -837,6 +870,39 @@ def test_merging_keeps_the_outputs_and_starts_a_fresh_adapter(name):
         assert not torch.equal(live[pair.A], first[pair.A])
         bound = 1 / math.sqrt(live[pair.A].shape[1])
         assert 0.8 * bound < live[pair.A].abs().max() <= bound
+
+
+def viewed(toy: Lab) -> Tensor:
+    """The logits of the first view, folded as in an examination."""
+    view, *_ = toy.method.views(toy.model).values()
+    with view, folded(toy.model):
+        return toy.logits()
+
+
+@pytest.mark.parametrize("name", ["seq_merge", "olora", "merge_average"])
+def test_a_first_stage_that_is_merged_is_that_of_plain_fine_tuning_where_weights_are_kept_in_out(name):
+    same = ("method.lora.targets=all-linear", "train.lr=1e-3")
+    merging, plain = (lab(method, *same, made=gpt2) for method in (name, "seq"))
+    assert list(trainable(merging.model)) == list(trainable(plain.model))
+    untouched = plain.logits()
+    merging.train(1)
+    plain.train(1)
+    expected = viewed(plain)
+    assert float((expected - untouched).abs().max()) > 1e-3
+    torch.testing.assert_close(viewed(merging), expected, atol=1e-5, rtol=1e-5)
+    merging.train(2)
+    assert float((viewed(merging) - expected).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["secura", "secura_m2", "curlora", "clora_svd_major", "clora_svd_minor"])
+def test_methods_that_read_weights_train_two_stages_where_these_are_kept_in_out(name):
+    targets = "method.lora.targets" if name.startswith("clora") else "method.targets"
+    toy = lab(name, f"{targets}=all-linear", made=gpt2)
+    for number in (1, 2):
+        before = viewed(toy)
+        toy.train(number)
+        torch.testing.assert_close(viewed(toy), toy.logits(), atol=1e-5, rtol=1e-5)
+        assert float((viewed(toy) - before).abs().max()) > 1e-4
 
 
 def test_merged_weights_are_the_base_plus_the_sum_of_all_adapters():

@@ -14,7 +14,8 @@ from clbench.examine.scores import mean
 from clbench.examine.student import Student
 from clbench.examine.text import Text, beginnings
 from clbench.protocols import Stage, Stream, Task
-from clbench.types import Example
+from clbench.types import Example, UserMistake
+from tasks.wikitext import DATASET, articles
 
 SENTENCES = [
     "A man carries a ladder to the wall and climbs up to clean the gutter.",
@@ -321,6 +322,15 @@ def test_divergence_sees_the_untouched_model_without_dropout(moved):
 def plain(student, ids):
     with torch.inference_mode():
         return student.model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("row", ['{"text": "An article."}', '{"page": " "}', '{"page": null}'])
+def test_an_article_without_text_is_named_with_its_line(row, tmp_path):
+    (tmp_path / DATASET.name).mkdir()
+    (tmp_path / DATASET.name / "test.jsonl").write_text(f'{{"page": "One."}}\n\n{row}\n')
+    with pytest.raises(UserMistake, match="test.jsonl, line 3: column 'page' is missing or empty") as mistake:
+        articles(data_dir=str(tmp_path), split="all")
+    assert "\n" not in str(mistake.value)
 
 
 def test_a_text_probe_names_its_dataset_and_its_texts():

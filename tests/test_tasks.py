@@ -33,7 +33,7 @@ CONF = Path(__file__).parent.parent / "conf"
 CASES = {**task_rows.CASES, **task_rows_published.CASES, **task_rows_trace.CASES}
 YAMLS = {path.stem: OmegaConf.load(path) for path in sorted((CONF / "task").glob("*.yaml"))}
 REAL = sorted(name for name, config in YAMLS.items() if "dataset" in config)
-OVERLAPPING = {"chrf", "edit_similarity", "sari"}
+OVERLAPPING = {"chrf", "edit_similarity", "indel_similarity", "sari"}
 """Metrics that score shared characters or words kept, which any two texts have some of."""
 
 

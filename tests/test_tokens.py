@@ -121,11 +121,23 @@ def test_lm_eval_reads_the_same_tokens_from_us_as_from_its_own_class(kind):
 def test_an_answer_has_the_tokens_that_it_has_behind_its_prompt(kind, prompt, answer):
     tokenizer = tokenizer_like(kind)
     encoder = Encoder(tokenizer, max_length=100)
-    whole = tokenizer(f"{prompt} {answer}", add_special_tokens=False)["input_ids"]
+    whole = tokenizer(f"{prompt} {answer}")["input_ids"]  # with BOS where the tokenizer gives one by itself
     encoded = encoder.example(Example(id="0", prompt=prompt, answer=answer))
-    assert encoded.ids == (tokenizer.bos_token_id, *whole, tokenizer.eos_token_id)
+    assert encoded.ids == (*whole, tokenizer.eos_token_id)
+    assert (encoded.ids[0] == tokenizer.bos_token_id) == (kind not in ("gpt2", "qwen", "bloom"))
     assert encoded.ids[: encoded.answer_start] == encoder.prompt(prompt)
     assert encoded.ids[encoded.answer_start : -1] == encoder.answer(answer)
+
+
+def test_without_a_bos_a_long_prompt_keeps_its_end_and_an_empty_one_begins_with_the_token_that_stands_for_it():
+    tokenizer = tokenizer_like("qwen")
+    encoder = Encoder(tokenizer, max_length=5)
+    whole = encoder.prompt("Does the dog bark?")
+    assert whole == tuple(tokenizer("Does the dog bark?")["input_ids"]) and len(whole) > 4
+    example = Example(id="0", prompt="Does the dog bark?", answer="1")
+    answer = (*encoder.answer("1"), tokenizer.eos_token_id)
+    assert encoder.example(example).ids == (*whole[len(answer) - 5 :], *answer)
+    assert encoder.prompt("") == (tokenizer.eos_token_id,)
 
 
 def test_a_word_tokenizer_of_ours_puts_one_bos_before_a_text_for_lm_eval_and_answers_keep_their_tokens():

@@ -1,5 +1,6 @@
 """The kinds of task that TRACE and BIG-bench need, by hand-made rows and numbers worked out by hand."""
 
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,15 @@ def test_a_line_of_code_is_scored_by_insertions_and_deletions_after_literals_are
     assert task.score(plain, "axc") == approx(1 - 2 / 6)  # a deletion and an insertion
     assert task.score(number, "0") == task.score(number, "<NUM_LIT:0>") == 1
     assert task.score(plain, "") == 0
+
+
+def test_a_line_of_code_is_scored_higher_than_by_traces_own_code_so_the_metric_has_another_name(monkeypatch):
+    task = load("trace_py150", [{"prompt": "<s>", "answer": "abc12345"}], monkeypatch, hold_out=None)
+    (example,) = task.examples("test")
+    theirs = SequenceMatcher(None, "12-34-5abc", "abc12345").ratio()  # what fuzzywuzzy rounds, as TRACE installs it
+    assert theirs == approx(2 * 3 / 18)  # the longest block in common, abc
+    assert task.score(example, "12-34-5abc") == approx(2 * 5 / 18)  # the longest subsequence, 12345
+    assert task.metric == "indel_similarity"
 
 
 def test_scienceqa_shows_a_hint_only_where_there_is_one(monkeypatch):

@@ -16,7 +16,7 @@ SIGN = "?"
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one example: `ids[:answer_start]` is the prompt (one BOS first), the rest the answer and EOS."""
+    """Token ids of one example: `ids[:answer_start]` is the prompt, the rest the answer and EOS."""
 
     ids: Ids
     answer_start: int
@@ -30,7 +30,8 @@ class Encoder:
     """Turns examples into token ids, each once, and ids into batches.
 
     The prompt and the answer are tokenised apart, so a prompt has the same ids in training and in examination. The answer is set off by
-    one space. When the whole is longer than `max_length`, the prompt loses tokens where `cut` says, but never the BOS; the answer never does
+    one space. A prompt begins with BOS where the tokenizer puts one before a text by itself (Llama's does, Qwen's and GPT-2's do not): `begin`.
+    When the whole is longer than `max_length`, the prompt loses tokens where `cut` says, but never that BOS; the answer never does
     (UserMistake where it alone is too long). Without `together` a batch has one row (`examine.together`).
     """
 
@@ -48,6 +49,8 @@ class Encoder:
         self.cut = cut
         self.device = torch.device(device)
         self.together = together
+        first, *_ = tokenizer(SIGN, add_special_tokens=True, split_special_tokens=True)["input_ids"]
+        self.begin: Ids = (first,) if first == tokenizer.bos_token_id else ()
         self._encoded: dict[tuple[str, str], Encoded] = {}
         self._prompts: dict[str, Ids] = {}
         self._answers: dict[str, Ids] = {}
@@ -58,9 +61,9 @@ class Encoder:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def prompt(self, prompt: str) -> Ids:
-        """BOS and the prompt's token ids, untruncated."""
+        """The prompt's token ids, after `begin`, untruncated; of an empty one BOS in any case, as something must come before an answer."""
         if prompt not in self._prompts:
-            self._prompts[prompt] = (self.tokenizer.bos_token_id, *self.text(prompt))
+            self._prompts[prompt] = (*self.begin, *self.text(prompt)) or (self.tokenizer.bos_token_id,)
         return self._prompts[prompt]
 
     def answer(self, answer: str) -> Ids:
@@ -73,7 +76,7 @@ class Encoder:
         return self._answers[answer]
 
     def fits(self, answer: str) -> bool:
-        """Whether BOS, the answer and EOS have at most `max_length` tokens."""
+        """Whether the answer has at most `max_length` tokens together with one before it and EOS."""
         # A token stands for a byte at least; the margin is for BOS, EOS and what marks the beginning. So a short text need not be read.
         return len(answer.encode()) + 8 <= self.max_length or len(self.answer(answer)) + 2 <= self.max_length
 
@@ -98,7 +101,7 @@ class Encoder:
 
     def clipped(self, prompt: Ids, length: int) -> Ids:
         """A prompt's ids cut to `length`, as in training, so in examination."""
-        return CUTS[self.cut](prompt, length)
+        return CUTS[self.cut](prompt, length, kept=len(self.begin))
 
     def lost(self, example: Example) -> int:
         """How many tokens of the example's prompt are cut in training."""
@@ -171,13 +174,13 @@ def split_rows(drawn: Sequence[Drawn], *, rows: int, tokens: int | None) -> list
     return parts if len(parts) > 1 else [list(drawn)] if drawn else []
 
 
-def clip_left(ids: Ids, length: int) -> Ids:
-    """`ids` cut to `length` by dropping what follows the first (BOS)."""
+def clip_left(ids: Ids, length: int, *, kept: int = 1) -> Ids:
+    """`ids` cut to `length` by dropping what follows the first `kept` (BOS)."""
     assert length >= 1, length
-    return ids if len(ids) <= length else (ids[0], *ids[len(ids) - length + 1 :])
+    return ids if len(ids) <= length else (*ids[:kept], *ids[len(ids) - length + kept :])
 
 
-def clip_middle(ids: Ids, length: int) -> Ids:
+def clip_middle(ids: Ids, length: int, *, kept: int = 1) -> Ids:
     """`ids` cut to `length` by dropping what is between their two halves, so that beginning and end stay (as LongBench does, arXiv 2308.14508)."""
     assert length >= 1, length
     return ids if len(ids) <= length else (*ids[: length - length // 2], *ids[len(ids) - length // 2 :])

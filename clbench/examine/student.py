@@ -19,15 +19,16 @@ from transformers import DynamicCache, GenerationConfig
 
 from clbench.data.encoder import Encoder, Ids, clip_left
 from clbench.examine.packing import Read, Row, groups, row_of
-from clbench.models.limits import is_stretched, positions, settings
+from clbench.models.limits import check_read, is_stretched, positions, settings
 from clbench.models.loss import causal_lm
 from clbench.train.ranks import Ranks
-from clbench.types import UserMistake
 
 TOKENS = {"cpu": 384, "cuda": 4096}
 """Tokens of a forward that keep a device busy and, on the CPU, in its caches (measured)."""
 LOGITS = {"cpu": 2**22, "cuda": 2**27}
-"""Most logits of a forward, unless one context has more: 16 and 512 MiB in float32."""
+"""Most logits of a forward: 16 and 512 MiB in float32. One context, or ROWS, may be more."""
+ROWS = 128
+"""Places at which any forward may be scored: fewer are no work beside fetching the output embedding of a large vocabulary (measured)."""
 WRITTEN = 32
 """How many times more tokens a batch holds when answers are written, as a step writes one token a row."""
 HasEnded = Callable[[list[list[int]]], list[bool]]
@@ -69,7 +70,7 @@ class Student:
     @property
     def positions(self) -> int:
         """The longest input that the model can read, in tokens."""
-        return positions(self.model)
+        return positions(causal_lm(self.model).config)
 
     def log_likelihoods(
         self, requests: Sequence[tuple[Ids, Ids]], *, max_length: int | None = None
@@ -132,12 +133,9 @@ class Student:
 
     def generate(self, prompts: Sequence[Ids], *, max_new_tokens: int) -> list[str]:
         """Greedy continuation of each prompt until EOS or `max_new_tokens`, as text without special tokens."""
+        # Training answers fit train.max_length, which fits the positions, and what is written is no longer than they.
         room = min(self.encoder.max_length, self.positions - max_new_tokens)
-        if room < 1:
-            raise UserMistake(
-                f"a task asks for answers of {max_new_tokens} tokens, the model has {self.positions} positions; "
-                "set the task's max_new_tokens, or take it out of the stream"
-            )
+        assert room >= 1, (max_new_tokens, self.positions)
         written = self.write([self.encoder.clipped(prompt, room) for prompt in prompts], max_new_tokens=max_new_tokens)
         return [self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
 
@@ -162,6 +160,7 @@ class Student:
         written: dict[int, list[int]] = {}
         order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
         while order:
+            self._report(*self._about, len(written), len(prompts))  # a batch may take longer than a reader waits
             width = len(prompts[order[0]])
             count = max(1, WRITTEN * self.tokens // (width + max_new_tokens)) if self.encoder.together else 1
             batch, order = order[:count], order[count:]
@@ -179,11 +178,6 @@ class Student:
             self._report(*self._about, len(written), len(prompts))
         return [written[number] for number in range(len(prompts))]
 
-    def _shares(self, longest: int) -> bool:
-        """Whether sequences of up to `longest` tokens may share a row: an attention window counts places of the row."""
-        window = settings(self.model).get("sliding_window")
-        return self.encoder.together and (not window or longest <= window)
-
     def _reported(self, reads: Sequence[Read]) -> Iterator[tuple[list[int], Tensor]]:
         done = 0
         for numbers, logits_NV in self._forwards(reads):
@@ -194,12 +188,8 @@ class Student:
     def _forwards(self, reads: Sequence[Read]) -> Iterator[tuple[list[int], Tensor]]:
         """Per forward the reads in it and logits [N, V] in float32: of each read those at its places, then those of its branches."""
         longest = max((read.longest for read in reads), default=0)
-        if longest > self.positions:
-            raise UserMistake(
-                f"a probe reads {longest} tokens at once, the model has {self.positions} positions; "
-                "shorten the probe's window (conf/probe) or train.max_length"
-            )
-        if not self._shares(longest):
+        check_read(longest, positions=self.positions)
+        if not self.encoder.together:
             for number, read in enumerate(reads):
                 yield [number], self._alone(read)
             return
@@ -215,7 +205,7 @@ class Student:
 
     def _rows(self, reads: Sequence[Read], members: Sequence[int], *, shared: int) -> Iterator[list[int]]:
         """Members of a group that one forward holds."""
-        most = LOGITS[self.encoder.device.type] // settings(self.model)["vocab_size"]
+        most = max(ROWS, LOGITS[self.encoder.device.type] // settings(self.model)["vocab_size"])
         row: list[int] = []
         tokens = wanted = 0
         for number in members:
@@ -243,8 +233,9 @@ class Student:
         self.tokens_scored += len(row.ids)
         apart = {}
         if row.sees_TS is not None:
-            mask = mask_of(model, row.sees_TS.to(device))
-            apart = {"attention_mask": mask, "position_ids": row.positions[None].to(device)}
+            positions_T = row.positions.to(device)
+            mask = mask_of(model, row.sees_TS.to(device), positions_T)
+            apart = {"attention_mask": mask, "position_ids": positions_T[None]}
         output = model(
             input_ids=row.ids[None].to(device),
             past_key_values=cache,
@@ -266,12 +257,27 @@ def stopping(has_ended: HasEnded, width: int) -> Callable[..., Tensor]:
     return lambda ids_BT, _, **__: torch.tensor(has_ended(ids_BT[:, width:].tolist()), device=ids_BT.device)
 
 
-def mask_of(model: Module, sees_TS: Tensor) -> Tensor | dict[str, Tensor]:
-    """What is added to attention's logits, [1, 1, T, S]: one for all layers, or one for each kind of layer that the model has."""
-    mask_11TS = torch.zeros(sees_TS.shape, dtype=model.dtype, device=sees_TS.device)
-    mask_11TS = mask_11TS.masked_fill_(~sees_TS, torch.finfo(model.dtype).min)[None, None]
-    kinds = settings(model).get("layer_types")
-    return dict.fromkeys(kinds, mask_11TS) if kinds else mask_11TS
+def mask_of(model: Module, sees_TS: Tensor, positions_T: Tensor) -> Tensor | dict[str, Tensor]:
+    """What is added to attention's logits, [1, 1, T, S]: one for all layers, or one for each kind of layer that the model has.
+
+    A sliding window counts positions in the sequence; what precedes the row's own tokens is the common beginning.
+    """
+    config = settings(model)
+    window, kinds = config.get("sliding_window"), config.get("layer_types")
+    near_TS = sees_TS
+    if window:
+        beginning = torch.arange(sees_TS.shape[1] - len(positions_T), device=positions_T.device)
+        near_TS = sees_TS & (positions_T[:, None] - torch.cat([beginning, positions_T]) < window)
+    masks = {"full_attention": sees_TS, "sliding_attention": near_TS}
+    if kinds:
+        return {kind: added(masks[kind], model.dtype) for kind in set(kinds)}
+    return added(near_TS, model.dtype)
+
+
+def added(sees_TS: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a token sees another, the least number elsewhere, [1, 1, T, S]."""
+    mask_TS = torch.zeros(sees_TS.shape, dtype=dtype, device=sees_TS.device)
+    return mask_TS.masked_fill_(~sees_TS, torch.finfo(dtype).min)[None, None]
 
 
 def scored(logits_NV: Tensor, places: Sequence[int], targets: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -62,6 +62,9 @@ class Text(Probe):
     def documents(self) -> Mapping[str, Sequence[str]]:
         return {self.task: self.texts}
 
+    def longest(self, encoder: Encoder) -> int:
+        return min(self.window, max(map(len, encode(beginnings(self.texts, encoder, most=self.tokens), encoder))))
+
     def begin(self, student: Student) -> None:
         """Reads with the untouched model. Adapters may just have been added in training mode, with dropout."""
         student.model.eval()
@@ -114,7 +117,7 @@ class Text(Probe):
 
 def encode(texts: Sequence[str], encoder: Encoder) -> list[Ids]:
     """Each text's ids without BOS."""
-    return [encoder.prompt(text)[1:] for text in texts]
+    return [encoder.prompt(text)[len(encoder.begin) :] for text in texts]
 
 
 def beginnings(texts: Sequence[str], encoder: Encoder, *, most: int | None) -> list[str]:

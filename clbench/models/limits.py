@@ -1,7 +1,7 @@
 """What a model's configuration says of what it can read, and the weights that stand in it twice."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch.nn import Module
@@ -25,22 +25,22 @@ def settings(model: Module) -> dict[str, Any]:
     return causal_lm(model).config.get_text_config().to_dict()
 
 
-def rope_settings(model: Module) -> list[dict[str, Any]]:
-    """Those of every kind of rotary embedding that the model has."""
-    rope = settings(model).get("rope_parameters") or {}
+def rope_settings(stated: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Those of every kind of rotary embedding that a configuration has."""
+    rope = stated.get("rope_parameters") or {}
     return [rope, *(inner for inner in rope.values() if isinstance(inner, dict))]
 
 
 def is_stretched(model: Module) -> bool:
     """Whether the model's rotary positions are scaled by the longest row of a batch."""
-    return any(rope.get("rope_type") in STRETCHED for rope in rope_settings(model))
+    return any(rope.get("rope_type") in STRETCHED for rope in rope_settings(settings(model)))
 
 
-def positions(model: Module) -> int:
+def positions(config: PretrainedConfig) -> int:
     """The longest input in tokens, NO_LIMIT where the configuration states none; dynamic rotary embeddings reach `factor` times further."""
-    found = settings(model)
+    found = config.get_text_config().to_dict()
     longest = next((int(found[name]) for name in LENGTHS if found.get(name)), NO_LIMIT)
-    factors = [rope.get("factor", 1.0) for rope in rope_settings(model) if rope.get("rope_type") == "dynamic"]
+    factors = [rope.get("factor", 1.0) for rope in rope_settings(found) if rope.get("rope_type") == "dynamic"]
     return int(longest * max(factors, default=1.0))
 
 
@@ -62,12 +62,20 @@ def check_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -
         )
 
 
-def check_length(model: Module, max_length: int) -> None:
+def check_length(max_length: int, *, positions: int) -> None:
     """Raises UserMistake where training would read more than the model has positions for."""
-    if max_length > positions(model):
+    if max_length > positions:
         raise UserMistake(
-            f"train.max_length={max_length}, but the model has {positions(model)} positions; "
-            f"set train.max_length={positions(model)} at most"
+            f"train.max_length={max_length}, but the model has {positions} positions; set train.max_length={positions} at most"
+        )
+
+
+def check_read(tokens: int, *, positions: int) -> None:
+    """Raises UserMistake where a probe reads more than the model has positions for."""
+    if tokens > positions:
+        raise UserMistake(
+            f"a probe reads {tokens} tokens at once, the model has {positions} positions; "
+            "shorten the probe's window (conf/probe) or train.max_length"
         )
 
 

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from clbench.models.limits import check_tokens, rope_settings
+from clbench.models.limits import check_tokens, positions, rope_settings, settings
 from clbench.types import UserMistake
 
 UNLOADABLE = (OSError, ValueError, ImportError)
@@ -54,6 +54,10 @@ class Pretrained:
         if "model_type" not in self.architecture:
             raise UserMistake(f"model {self.label!r} states no architecture with a model_type; add it in conf/model")
         return AutoConfig.for_model(**self.architecture)
+
+    def positions(self, cache_dir: Path) -> int:
+        """The longest input in tokens, as the model's own configuration has it."""
+        return positions(configuration(self.name, revision=self.revision))
 
     def load_tokenizer(self, cache_dir: Path) -> PreTrainedTokenizerFast:
         return load_tokenizer(self.name, revision=self.revision)
@@ -107,7 +111,7 @@ def prepared(model: PreTrainedModel) -> PreTrainedModel:
     """A model as a run uses it: what it gives for a sequence depends on no other sequence, and not on settings for sampling."""
     # Answers are the likeliest tokens: penalties and samples that a model asks for are left out, its EOS ids stay.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
-    if any(rope.get("rope_type") == "dynamic" for rope in rope_settings(model)):
+    if any(rope.get("rope_type") == "dynamic" for rope in rope_settings(settings(model))):
         for module in model.modules():
             if "original_inv_freq" in dict(module.named_buffers(recurse=False)):
                 module.register_forward_pre_hook(unstretched)

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from clbench.data.sampling import generator
+from clbench.models.limits import positions
 from clbench.models.pretrained import load, load_tokenizer, log, sha256
 from clbench.models.pretraining import pretrain
 from clbench.types import UserMistake
@@ -99,6 +100,10 @@ class Recipe:
     def configuration(self, cache_dir: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(self.folder(cache_dir))
 
+    def positions(self, cache_dir: Path) -> int:
+        """The longest input in tokens."""
+        return positions(self.configuration(cache_dir))
+
     def load_tokenizer(self, cache_dir: Path) -> PreTrainedTokenizerFast:
         return with_bos(load_tokenizer(self.folder(cache_dir)))
 
@@ -156,9 +161,10 @@ def bpe_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
 def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """`tokenizer` as transformers keeps it."""
     unknown = UNKNOWN if tokenizer.token_to_id(UNKNOWN) is not None else None
-    return PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=unknown, padding_side="right"
     )
+    return with_bos(fast)
 
 
 def fresh_llama(

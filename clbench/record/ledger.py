@@ -1,8 +1,8 @@
 """The record of one run: a directory that survives a kill at any moment.
 
-Scores and costs are appended and fsynced line by line; the checkpoint replaces its predecessor by a rename, last of all. A stage counts as
-finished when the checkpoint says so; on resume whatever lies beyond it is dropped and measured again. A second checkpoint, within the stage
-that follows, is there only until that one is finished.
+Scores and costs are appended and fsynced line by line and sealed with the stage; the checkpoint replaces its predecessor by a rename, last of
+all. A stage counts as finished when the checkpoint says so; on resume whatever lies beyond its seal is cut off and measured again. A second
+checkpoint, within the stage that follows, is there only until that one is finished.
 """
 
 import fcntl
@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from clbench.record.runs import read_lines, replace_file
+from clbench.record.seals import SEALED, SEALS, seal, sealed
 from clbench.types import Cost, Score, UserMistake
 
 RUNNING, COMPLETE, FAILED, INTERRUPTED = "running", "complete", "failed", "interrupted"
@@ -60,7 +61,7 @@ class Ledger:
         if not (path / "manifest.json").is_file():
             replace_file(path / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
         self.finished = _stage(path / "checkpoint" / STAGE)
-        self._drop_after(self.finished)
+        self._cut(self.finished)
 
     def set_status(self, status: str) -> None:
         replace_file(self.path / "status", f"{status}\n".encode())
@@ -84,6 +85,7 @@ class Ledger:
         within = self.path / "checkpoint" / WITHIN
         if checkpoint.step:
             return _write(within, checkpoint)
+        self._lines(SEALS, [seal(self._records(), stage=checkpoint.stage)])
         _write(self.path / "checkpoint" / STAGE, checkpoint)
         self.finished = checkpoint.stage
         within.unlink(missing_ok=True)
@@ -108,17 +110,29 @@ class Ledger:
         self.set_status(COMPLETE if kind is None else INTERRUPTED if interrupted else FAILED)
         self._lock.close()
 
-    def _drop_after(self, stage: int) -> None:
+    def _records(self) -> dict[str, bytes]:
+        paths = [path for pattern in SEALED for path in sorted(self.path.glob(pattern))]
+        return {path.relative_to(self.path).as_posix(): path.read_bytes() for path in paths}
+
+    def _cut(self, stage: int) -> None:
+        """Leaves of the records what was there when `stage` was finished."""
+        path = self.path / SEALS
+        seals = [one for one in read_lines(path.read_bytes()) if one["stage"] <= stage] if path.is_file() else []
+        kept: dict[str, bytes] = {}
+        if stage >= 0:
+            try:
+                kept = sealed(self._records(), next(one for one in seals if one["stage"] == stage))
+            except (StopIteration, ValueError) as error:
+                why = str(error) or f"{SEALS} has no line of stage {stage}"
+                raise UserMistake(f"{self.path}: {why}; restore it, or remove the directory to begin anew") from error
+        replace_file(path, "".join(json.dumps(one) + "\n" for one in seals).encode())
         for name in ("scores.jsonl", "cost.jsonl"):
-            path = self.path / name
-            rows = read_lines(path.read_bytes()) if path.is_file() else []
-            kept = [row for row in rows if row["stage"] <= stage]
-            replace_file(path, b"".join(json.dumps(row).encode() + b"\n" for row in kept))
+            replace_file(self.path / name, kept.get(name, b""))
+        for path in (self.path / "items").glob("*.npz"):
+            if path.relative_to(self.path).as_posix() not in kept:
+                path.unlink()
         for left_by_a_kill in self.path.rglob("*.tmp"):
             left_by_a_kill.unlink()
-        for path in (self.path / "items").iterdir():
-            if int(path.stem.removeprefix("stage-")) > stage:
-                path.unlink()
         within = self.path / "checkpoint" / WITHIN
         if _stage(within) != stage + 1:
             within.unlink(missing_ok=True)

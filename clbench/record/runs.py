@@ -14,15 +14,15 @@ from lzma import LZMAError
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
 
+from clbench.record.seals import SEALED, SEALS, sealed
 from clbench.types import Cost, Score, UserMistake
 
 ARCHIVE, LOG = "runs.tar.xz", "run.log"
-FILES = ("manifest.json", "status", "scores.jsonl", "cost.jsonl", "items/*.npz")
+FILES = (*SEALED, SEALS, "status")
 """What is read of a run's directory and what the archive holds of it: no checkpoint and no lock."""
 
 CANARIES, FAILED = "canaries", "failed"
@@ -53,21 +53,20 @@ class Records:
         name = f"items/stage-{stage:02d}.npz"
         if name not in self.files[run]:
             return {}
-        try:
-            with np.load(BytesIO(self.files[run][name])) as archive:
-                return {key: archive[key].astype(np.float64) for key in archive.files if key.startswith(of)}
-        except (ValueError, OSError, EOFError, BadZipFile) as error:
-            raise UserMistake(f"{run}/{name} is damaged; remove the run {run}, or run it again") from error
+        with np.load(BytesIO(self.files[run][name])) as archive:
+            return {key: archive[key].astype(np.float64) for key in archive.files if key.startswith(of)}
 
 
 def read_runs(results_dir: Path) -> Records:
     """Every run of `results_dir`; one that cannot be read says so in its state."""
     files, runs, scores, costs = _files(results_dir), [], [], []
-    for run, own in files.items():
+    for run in files:
         try:
+            own = files[run] = _whole(files[run])
             row, measured, paid = _manifest(own), _lines(own, "scores.jsonl", SCORE), _lines(own, "cost.jsonl", COST)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             row, measured, paid = {"state": "unreadable", "problem": f"{type(error).__name__}: {error}"}, [], []
+            files[run] = {}
         own = [one for line in measured if (one := dict(zip(SCORE, line, strict=True)))["probe"] == CANARIES]
         if row["state"] == "complete" and any(one["value"] for one in own if one["metric"] == FAILED):
             row["problem"] = "; ".join(filter(None, [row["problem"], _own_model(own)]))
@@ -75,11 +74,10 @@ def read_runs(results_dir: Path) -> Records:
         scores += [(run, *line) for line in measured]
         costs += [(run, *line) for line in paid]
     columns = ["run", "state", "problem", "commit", "dirty", *NEEDED, *OPTIONAL]
-    # A stage that was measured again after a crash counts once, as it was measured last.
     return Records(
         runs=pd.DataFrame(runs, columns=columns, dtype=object).fillna(""),
-        scores=_table(scores, SCORE).drop_duplicates(["run", "stage", "probe", "task", "metric"], keep="last"),
-        costs=_table(costs, COST).drop_duplicates(["run", "stage"], keep="last"),
+        scores=_table(scores, SCORE),
+        costs=_table(costs, COST),
         files=files,
     )
 
@@ -158,6 +156,20 @@ def _manifest(files: Mapping[str, bytes]) -> dict[str, Any]:
     git = manifest["git"] or {}
     known = {"state": state, "commit": git.get("commit") or "", "dirty": bool(git.get("dirty"))}
     return OPTIONAL | manifest | known | {"problem": problem if state == "complete" else ""}
+
+
+def _whole(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The records as they were when the last stage was finished; raises ValueError where they were touched since."""
+    status, seals = files.get("status", b""), read_lines(files.get(SEALS, b""))
+    unsealed = {name: files[name] for name in ("status", SEALS) if name in files}
+    if not seals and status != b"complete\n":
+        return unsealed | ({"manifest.json": files["manifest.json"]} if "manifest.json" in files else {})
+    if not seals:
+        raise ValueError(f"no readable {SEALS}")
+    kept = sealed(files, seals[-1]) | unsealed
+    if status == b"complete\n" and kept != files:
+        raise ValueError("it has records beyond its last finished stage")
+    return kept
 
 
 def _own_model(scores: Iterable[Mapping[str, Any]]) -> str:

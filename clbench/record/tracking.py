@@ -58,10 +58,12 @@ class Tracker:
         self._line.say(f"{self.run}  {forecast.spoken(done=finished)}")
 
     def step(self, stage: Stage, step: int, steps: int, loss: float) -> None:
-        """One reading of the loss within a stage."""
+        """Where training is within a stage, and the last reading of the loss (NaN where there is none yet)."""
         self._examined = {}
-        self._show(stage.index, f"{stage.name}  step {step}/{steps}  loss {loss:.3f}", trained=step / max(steps, 1))
-        if self._wandb is not None:
+        read = "" if math.isnan(loss) else f"  loss {loss:.3f}"
+        self._show(stage.index, f"{stage.name}  step {step}/{steps}{read}", trained=step / max(steps, 1))
+        if self._wandb is not None and not math.isnan(loss) and loss != self._loss:
+            self._loss = loss
             self._wandb.log({"train/loss": loss, "train/stage": stage.index, "train/step": step})
 
     def examining(self, index: int, view: str, probe: str, task: str, done: int, of: int) -> None:

@@ -79,6 +79,7 @@ LEADERBOARD = (
     _measure("chance_accuracy", "fraction of 1", "average accuracy of guessing", "mean over tasks, 0 for free answers", "probe stream"),
     _measure("majority_accuracy", "fraction of 1", "average accuracy of the commonest answer", source="probe stream"),
     _measure("format_only_accuracy", "fraction of 1", "average accuracy of the right answers to other questions", source="probe stream"),
+    _measure("copy_accuracy", "fraction of 1", "average accuracy of what stands at one place of each prompt", source="probe stream"),
     _measure("seconds_train", "seconds", "wall time of training", "sum over stages", "cost.jsonl"),
     _measure("seconds_probe", "seconds", "wall time of examining", "sum over stages", "cost.jsonl"),
     _measure("seconds_other", "seconds", "wall time of the rest of a stage", "sum over stages", "cost.jsonl"),

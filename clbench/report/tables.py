@@ -31,7 +31,8 @@ MARKED = ("average_accuracy", "retention")
 ON_TERMINAL = ["method", "blocks", "accuracy", "BWT", "retention", "perplexity", "train s"]
 REFERENCES = (
     "Average accuracy of the untouched model {base_accuracy:.3f}, chance {chance_accuracy:.3f}, "
-    "the majority class {majority_accuracy:.3f}, answers that have only the form {format_only_accuracy:.3f}."
+    "the majority class {majority_accuracy:.3f}, answers that have only the form {format_only_accuracy:.3f}, "
+    "words copied from the prompt {copy_accuracy:.3f}."
 )
 LEGEND = f"""\
 Mean ± half of the 95 % Student-t interval over blocks (orders × seeds). **Bold** is the best of those that train; ≈ marks those that may be the
@@ -85,7 +86,7 @@ def settings(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def references(rows: pd.DataFrame) -> str:
-    """What average accuracy is worth: that of the untouched model, of chance and of the most frequent answer."""
+    """What average accuracy is worth: that of the untouched model and of answers that know nothing."""
     return REFERENCES.format(**rows.iloc[0]).replace("nan", "unknown")
 
 

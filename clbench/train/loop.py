@@ -21,12 +21,16 @@ LOG_EVERY = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a stage's training did: optimizer steps, tokens read (padding not counted), mean loss of the last steps in nats per answer token."""
+    """What a stage's training did: optimizer steps, tokens read (padding not counted), mean loss of the last steps in nats per answer token.
+
+    `said`: mean log-likelihoods in nats of a few answers, after stage 1 and before the method merged.
+    """
 
     steps: int = 0
     tokens_trained: int = 0
     tokens_replayed: int = 0
     loss: float = math.nan
+    said: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ def train_stage(
     first: int = 0,
     save: Callable[[int], None] = lambda step: None,
 ) -> Trained:
-    """Runs the stage's steps from `first` on; `report(step, steps, loss)` is called every few, `save(step)` every `checkpoint_steps`.
+    """Runs the stage's steps from `first` on; `report(step, steps, loss)` is called before the first and after each, with the mean
+    loss of the last few that were read (NaN before), `save(step)` every `checkpoint_steps`.
 
     Dropout draws from a generator named by the step, so nothing of it needs to be kept. Raises FloatingPointError for a loss that is not finite.
     """
@@ -94,6 +99,7 @@ def train_stage(
     losses: list[Tensor] = []
     trained = replayed = 0
     mean = math.nan
+    report(first, plan.total, mean)
     for step in range(plan.total):
         rows = global_batch(plan, step, config=config, seed=seed, stage=stage.index)
         lengths = [(len(encoder.example(example).ids), source) for example, source, _ in rows]
@@ -110,7 +116,7 @@ def train_stage(
                 raise FloatingPointError(
                     f"loss is {mean} within steps {step + 2 - LOG_EVERY}..{step + 1} of stage {stage.index} ({stage.name})"
                 )
-            report(step + 1, plan.total, mean)
+        report(step + 1, plan.total, mean)
         if config.checkpoint_steps and (step + 1) % config.checkpoint_steps == 0:
             save(step + 1)
     engine.model.eval()

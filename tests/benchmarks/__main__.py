@@ -1,6 +1,6 @@
 """`make bench`: every benchmark, or those named; prints each figure, writes results/benchmarks.csv and the table in results/README.md.
 
-    python -m tests.benchmarks [scoring training stream growth limit startup]
+    python -m tests.benchmarks [scoring training stream real growth limit startup]
 
 Rows of benchmarks that are not run stay as they are. One thread, repetitions of ours and of the peers by turns, results compared first.
 """
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CSV = ROOT / "results" / "benchmarks.csv"
 PAGE = ROOT / "results" / "README.md"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-NAMES = ("scoring", "training", "stream", "growth", "limit", "startup")
+NAMES = ("scoring", "training", "stream", "real", "growth", "limit", "startup")
 LIBRARIES = ("torch", "transformers", "peft", "lm-eval")
 
 

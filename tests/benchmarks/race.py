@@ -1,5 +1,6 @@
 """How a benchmark is run: the same work by ours and by its peers in turn, results compared before any time counts."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -82,6 +83,23 @@ def figure(
         ratio=statistics.median(peers[best]) / statistics.median(ours),
         wanted=wanted,
         difference=f"{difference:.1e}",
+    )
+
+
+def value(benchmark: str, case: str, *, peer: str, unit: str, value: float, wanted: str) -> Figure:
+    """The row of a figure that no time is behind."""
+    return Figure(
+        benchmark=benchmark,
+        case=case,
+        peer=peer,
+        unit=unit,
+        ours=math.nan,
+        ours_spread=math.nan,
+        theirs=math.nan,
+        theirs_spread=math.nan,
+        ratio=value,
+        wanted=wanted,
+        difference="",
     )
 
 

@@ -1,11 +1,10 @@
-"""A stream of four tasks, trained and wholly examined after every stage: ours against the loop that published repositories run.
+"""A stream of tasks, trained and wholly examined after every stage: ours against the loop that published repositories run.
 
 That loop loads the base model and the last adapter from disk for every stage, trains with transformers' Trainer on PEFT, saves the adapter, and
 loads both again to score every test item with lm-eval's HFLM.
 """
 
 import tempfile
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,10 +12,9 @@ from pathlib import Path
 import numpy as np
 from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from baselines.seq import Seq
-from clbench.config import TrainConfig
 from clbench.data.encoder import Encoder
 from clbench.examine.matrix import choose
 from clbench.examine.student import Student
@@ -27,38 +25,37 @@ from clbench.train import optimizer as optim
 from clbench.train.local import LocalEngine
 from clbench.train.loop import plan_stage, train_stage
 from clbench.types import Example, Source
-from tests.benchmarks.models import random_llama, words
+from tests.benchmarks.models import Subject, llama, words
 from tests.benchmarks.race import Figure, figure, race
-from tests.benchmarks.training import LORA, Rows, padded, theirs
+from tests.benchmarks.training import BATCH, CONFIG, LORA, Rows, padded, theirs
 
-VOCABULARY, TASKS, TRAIN, TEST, OPTIONS, BATCH = 32_000, 4, 48, 24, 4, 8
-CONFIG = TrainConfig(epochs=1.0, batch_size=BATCH, lr=1e-3, schedule="constant", warmup=0.0, clip=1.0)
+OPTIONS = 4
 Matrix = list[list[float]]
 """Accuracy after each stage (the untouched model first) on each task."""
 
 
-def tasks() -> list[tuple[list[Example], list[Example]]]:
+def drawn_tasks(vocabulary: int, *, tasks: int, train: int, test: int) -> list[tuple[list[Example], list[Example]]]:
     """Training and test examples of each task: random prompts, one of four answers of one to three words."""
     rng = np.random.default_rng(0)
 
     def text(low: int, high: int) -> str:
-        return " ".join(f"w{word}" for word in rng.integers(3, VOCABULARY, rng.integers(low, high + 1)))
+        return " ".join(f"w{word}" for word in rng.integers(3, vocabulary, rng.integers(low, high + 1)))
 
     found = []
-    for task in range(TASKS):
+    for task in range(tasks):
         choices = tuple(text(1, 3) for _ in range(OPTIONS))
         examples = [
             Example(id=f"{task}/{row}", prompt=text(40, 160), answer=choices[rng.integers(OPTIONS)], choices=choices)
-            for row in range(TRAIN + TEST)
+            for row in range(train + test)
         ]
-        found.append((examples[:TRAIN], examples[TRAIN:]))
+        found.append((examples[:train], examples[train:]))
     return found
 
 
 def ours(folder: Path, encoder: Encoder, rows: list[tuple[list[Example], list[Example]]]) -> Matrix:
     """The matrix, by the stage loop's own parts: one model for the whole stream."""
     model = PeftModel.from_pretrained(
-        LlamaForCausalLM.from_pretrained(folder / "base"), folder / "start", is_trainable=True
+        AutoModelForCausalLM.from_pretrained(folder / "base"), folder / "start", is_trainable=True
     )
     student = Student(model.eval(), encoder)
     matrix = [accuracies(student, rows)]
@@ -97,15 +94,20 @@ def accuracies(student: Student, rows: list[tuple[list[Example], list[Example]]]
     ]
 
 
-def published(folder: Path, encoder: Encoder, order: list[list[Example]], rows: list, *, batch: int) -> Matrix:
-    """The matrix, by the published loop; `order`: each stage's examples in the order in which ours draws them."""
+def published(
+    folder: Path, encoder: Encoder, order: list[list[Example]], rows: list, *, micro: int, batch: int
+) -> Matrix:
+    """The matrix, by the published loop, `micro` rows a forward in training and `batch` in scoring.
+
+    `order`: each stage's examples in the order in which ours draws them.
+    """
     matrix = [scored(folder, "start", encoder, rows, batch=batch)]
     last = "start"
     for number, train in enumerate(order, start=1):
         model = PeftModel.from_pretrained(
-            LlamaForCausalLM.from_pretrained(folder / "base"), folder / last, is_trainable=True
+            AutoModelForCausalLM.from_pretrained(folder / "base"), folder / last, is_trainable=True
         )
-        theirs(model, Rows(encoder, train), collator=padded(encoder.tokenizer), batch=BATCH, steps=len(train) // BATCH)
+        theirs(model, Rows(encoder, train), collator=padded(encoder.tokenizer), batch=micro, steps=len(train) // BATCH)
         last = f"stage-{number}"
         model.save_pretrained(str(folder / last))
         matrix.append(scored(folder, last, encoder, rows, batch=batch))
@@ -114,7 +116,7 @@ def published(folder: Path, encoder: Encoder, order: list[list[Example]], rows: 
 
 def scored(folder: Path, adapter: str, encoder: Encoder, rows: list, *, batch: int) -> list[float]:
     """Accuracy on each task of the model loaded from disk."""
-    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder / "base"), folder / adapter).eval()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / adapter).eval()
     peer = HFLM(pretrained=model, tokenizer=encoder.tokenizer, batch_size=batch, max_length=512, device="cpu")
     found = []
     for _, test in rows:
@@ -152,21 +154,23 @@ def equal(found: Matrix, expected: Matrix) -> float:
 
 
 def run() -> Iterator[Figure]:
-    """One figure, in seconds of wall time."""
-    encoder = Encoder(words(VOCABULARY), max_length=512)
-    rows = tasks()
+    """One figure."""
+    yield raced(llama(32_000), tasks=4, train=48, test=24, micro=BATCH, batch=8, wanted=">= 6")
+
+
+def raced(subject: Subject, *, tasks: int, train: int, test: int, micro: int, batch: int, wanted: str) -> Figure:
+    """The figure of so many tasks with so many training and test examples each; `micro` and `batch` are the peer's (`published`)."""
+    encoder = Encoder(words(subject.vocabulary), max_length=512)
+    rows = drawn_tasks(subject.vocabulary, tasks=tasks, train=train, test=test)
     order = drawn(rows)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        random_llama(VOCABULARY).save_pretrained(folder / "base")
-        LORA.add(random_llama(VOCABULARY), seed=0).save_pretrained(str(folder / "start"))
-        raced = race(
-            partial(ours, folder, encoder, rows),
-            {"Trainer + PEFT + HFLM, reloading": partial(published, folder, encoder, order, rows, batch=8)},
-            same=equal,
-            repetitions=2,
-            clock=time.perf_counter,
+        model = subject.make()
+        model.save_pretrained(folder / "base")
+        LORA.add(model, seed=0).save_pretrained(str(folder / "start"))
+        del model
+        peer = partial(published, folder, encoder, order, rows, micro=micro, batch=batch)
+        found = race(
+            partial(ours, folder, encoder, rows), {"Trainer + PEFT + HFLM, reloading": peer}, same=equal, repetitions=2
         )
-    yield figure(
-        "stream", f"{TASKS} tasks, all cells, vocabulary {VOCABULARY}", raced=raced, wanted=">= 6", unit="seconds"
-    )
+    return figure("stream", f"{tasks} tasks, all cells, {subject.name}", raced=found, wanted=wanted, unit="CPU seconds")

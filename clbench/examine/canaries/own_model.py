@@ -1,23 +1,28 @@
 """Canaries about the run's own model, tokenizer and adapter: the fast way gives what plain forwards give.
 
-The fast way is the student's and the loss's: many sequences in a forward, beginnings read once, a cache, adapters folded into the weights. The
-plain way is one sequence at a time without a cache, the adapter as it trains. They are compared on a few prompts of the stream and at lengths
-around every bound that the configurations name.
+The fast way is the student's and the loss's: the encoder's tokens, many sequences in a forward, beginnings read once, a cache, adapters folded
+into the weights, the model as it trains. The plain way is the tokenizer's own tokens of the whole text, one sequence at a time without a cache,
+the adapter as it trains, no dropout. They are compared on a few prompts of the stream and at lengths around every bound that the configurations
+name. After stage 1 what the model says is also compared with what it said before the method merged.
 
 Shape suffixes: T tokens of a sequence, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.nn import Module
 
 from clbench.data.encoder import Encoder, Ids
+from clbench.data.sampling import seeded
 from clbench.examine.student import Student, eos_ids
 from clbench.examine.together import TOLERANCES
+from clbench.models.limits import is_stretched
 from clbench.models.loss import answer_loss, causal_lm
 from clbench.protocols import Stream
 from clbench.types import Example
@@ -44,32 +49,84 @@ class Gap:
 
 
 @torch.inference_mode()
-def check_model(student: Student, stream: Stream, *, folded: AbstractContextManager) -> tuple[Gap, ...]:
-    """The gaps of scoring, writing and training. The fast way runs inside `folded`, the plain way outside of it."""
+def check_model(
+    student: Student, stream: Stream, *, folded: AbstractContextManager, before: Sequence[float] = ()
+) -> tuple[Gap, ...]:
+    """The gaps of scoring, writing and training, and of merging where `before` is what `said` gave then.
+
+    The fast way runs inside `folded`, the plain way outside of it.
+    """
     model, encoder = student.model, student.encoder
-    examples = [stage.test[0] for stage in stream.stages[:EXAMPLES]]
-    requests = [(encoder.prompt(example.prompt), encoder.answer(example.answer)) for example in examples]
+    examples = chosen(stream)
+    plain = [plain_request(encoder, example) for example in examples]
+    requests = [(one.ids[: one.answer_start], one.ids[one.answer_start :]) for one in map(encoder.example, examples)]
     several = [part for prompt, _ in requests for part in (prompt, prompt[: 1 + len(prompt) // 2])]  # of unlike lengths
     prompts = [prompt for prompt in several if len(prompt) + WRITTEN <= student.positions]
-    requests += list(crossing(requests, bounds(model, encoder), most=student.positions))
+    longer = list(crossing(requests, bounds(model, encoder), most=student.positions))
     with folded:
-        scored = student.log_likelihoods(requests, max_length=max(len(a) + len(b) for a, b in requests))
+        asked = requests + longer
+        scored = student.log_likelihoods(asked, max_length=max(len(a) + len(b) for a, b in asked))
         written = student.write(prompts, max_new_tokens=WRITTEN)
-    trained = float(answer_loss(model, encoder.collate(examples)))
-    allowed = TOLERANCES[causal_lm(model).dtype]
+    with in_training(model):
+        parts = encoder.micro_batches([(example, 0, 1.0) for example in examples], rows=len(examples))
+        trained = sum(float(answer_loss(model, part)) for part in parts)
+    found = [sum(nats(model, *request)) for request in plain + longer]
+    learned = [sum(nats(model, *one, unread=0)) for one in plain] if is_stretched(model) else found[: len(plain)]
+    read = sum(len(answer) for _, answer in plain)
     gaps = {
         "scoring": [
-            abs(value - sum(nats(model, *request))) / len(request[1])
-            for (value, _), request in zip(scored, requests, strict=True)
+            abs(value - expected) / len(answer)
+            for (value, _), expected, (_, answer) in zip(scored, found, asked, strict=True)
         ],
         "writing": [
             off_the_likeliest(model, encoder, prompt, ids) for prompt, ids in zip(prompts, written, strict=True)
         ],
-        "training": [abs(trained - plain_loss(model, encoder, examples))],
+        "training": [abs(trained + sum(learned) / read)],
     }
-    return tuple(
-        Gap(name=name, nats=max(found, default=0.0), allowed=allowed, n=len(found)) for name, found in gaps.items()
+    if before:
+        gaps["merging"] = [abs(a - b) for a, b in zip(said(model, encoder, stream), before, strict=True)]
+    allowed = TOLERANCES[causal_lm(model).dtype]
+    return tuple(Gap(name=name, nats=max(off, default=0.0), allowed=allowed, n=len(off)) for name, off in gaps.items())
+
+
+def chosen(stream: Stream) -> list[Example]:
+    """The examples that are compared; training examples, whose answers fit."""
+    return [stage.train[0] for stage in stream.stages[:EXAMPLES]]
+
+
+def plain_request(encoder: Encoder, example: Example) -> tuple[Ids, Ids]:
+    """The prompt and the answer with EOS as the tokenizer itself gives them of the whole text.
+
+    The encoder's own prompt where training cuts it, its own answer where one token spans both.
+    """
+    one, eos = encoder.example(example), encoder.tokenizer.eos_token_id
+    prompt, whole = (
+        tuple(encoder.tokenizer(text, split_special_tokens=True)["input_ids"])
+        for text in (example.prompt, f"{example.prompt} {example.answer}")
     )
+    follows = prompt and whole[: len(prompt)] == prompt
+    answer = (*whole[len(prompt) :], eos) if follows else one.ids[one.answer_start :]
+    fits = prompt and len(prompt) + len(answer) <= encoder.max_length
+    return prompt if fits else one.ids[: one.answer_start], answer
+
+
+@contextmanager
+def in_training(model: Module) -> Iterator[None]:
+    """The model as in training, but for the dropout of adapters, which a method asks for."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.eval()
+    with seeded(0, "canary"):
+        yield
+    model.eval()
+
+
+@torch.inference_mode()
+def said(model: Module, encoder: Encoder, stream: Stream) -> list[float]:
+    """The mean log-likelihood in nats of each compared answer's tokens, by plain forwards."""
+    found = [nats(model, *plain_request(encoder, example)) for example in chosen(stream)]
+    return [sum(each) / len(each) for each in found]
 
 
 def bounds(model: Module, encoder: Encoder) -> list[int]:
@@ -81,10 +138,10 @@ def bounds(model: Module, encoder: Encoder) -> list[int]:
 
 
 def crossing(requests: Sequence[tuple[Ids, Ids]], bounds: Sequence[int], *, most: int) -> Iterator[tuple[Ids, Ids]]:
-    """For each bound two requests that end one token before and one after it, made of the tokens of `requests`."""
+    """For each bound two requests, made of the tokens of `requests`, of which one token less and one more than the bound are read."""
     tokens = [token for prompt, answer in requests for token in (*prompt[1:], *answer)]
     for bound in bounds:
-        for length in (bound - 1, bound + 1):
+        for length in (bound, bound + 2):
             if 3 <= length <= most:
                 ids = (requests[0][0][0], *(tokens * (length // len(tokens) + 1))[: length - 1])
                 yield ids[:-2], ids[-2:]
@@ -96,22 +153,21 @@ def log_probs(model: Module, ids: Ids) -> Tensor:
     return causal_lm(model)(input_ids=input_ids, use_cache=False).logits[0].float().log_softmax(-1)
 
 
-def nats(model: Module, context: Ids, continuation: Ids) -> list[float]:
-    """The log-likelihood of each token of the continuation."""
-    log_probs_TV = log_probs(model, (*context, *continuation))[len(context) - 1 : -1]
+def nats(model: Module, context: Ids, continuation: Ids, *, unread: int = 1) -> list[float]:
+    """The log-likelihood of each token of the continuation, of which the last `unread` are not read: scoring leaves out one, training none."""
+    ids = (*context, *continuation)
+    log_probs_TV = log_probs(model, ids[: len(ids) - unread])[len(context) - 1 : len(ids) - 1]
     return [float(row[token]) for row, token in zip(log_probs_TV, continuation, strict=True)]
 
 
 def off_the_likeliest(model: Module, encoder: Encoder, prompt: Ids, written: Sequence[int]) -> float:
-    """By how many nats a written token, or the end of the answer, is less likely than the likeliest there, at most."""
+    """By how many nats a written token, or the end of the answer, is less likely than the likeliest there, at most; inf of a token after an end."""
     log_probs_TV = log_probs(model, (*prompt, *written))[len(prompt) - 1 :]
+    if is_stretched(model):  # what is said after a token depends on what follows
+        steps = [log_probs(model, (*prompt, *written[:count]))[-1] for count in range(len(written) + 1)]
+        log_probs_TV = torch.stack(steps)
     ends = [encoder.tokenizer.eos_token_id, *eos_ids(causal_lm(model))]
+    if not set(ends).isdisjoint(written):
+        return math.inf
     chosen = [[token] for token in written] + [ends] * (len(written) < WRITTEN)
     return max(float(row.max() - row[tokens].max()) for row, tokens in zip(log_probs_TV, chosen, strict=False))
-
-
-def plain_loss(model: Module, encoder: Encoder, examples: Sequence[Example]) -> float:
-    """The mean negative log-likelihood over the answer tokens of all examples."""
-    encoded = [encoder.example(example) for example in examples]
-    found = [nats(model, one.ids[: one.answer_start], one.ids[one.answer_start :]) for one in encoded]
-    return -sum(map(sum, found)) / sum(map(len, found))

@@ -36,14 +36,16 @@ def encodable(stage: Stage, encoder: Encoder) -> list[Example]:
 
 
 def one_bos(stage: Stage, encoder: Encoder) -> Verdict:
-    """Whether encoded examples begin with BOS, end with EOS and hold no other BOS.
+    """Whether encoded examples begin with BOS where the tokenizer gives one, end with EOS and hold no other BOS.
 
     The final EOS is not looked at, so the count is right where BOS and EOS are one token; PAD is never part of an encoded example.
     """
     bos, eos = encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id
-    encoded = [encoder.example(example).ids for example in encodable(stage, encoder)]
-    good = sum(ids[0] == bos and ids[-1] == eos and ids[:-1].count(bos) == 1 for ids in encoded)
-    return good == len(encoded) > 0, f"{good} of {len(encoded)} examples have one BOS, at the start"
+    examples = [example for example in encodable(stage, encoder) if example.prompt]
+    encoded, begin = [encoder.example(example).ids for example in examples], encoder.begin
+    good = sum(ids[: len(begin)] == begin and ids[-1] == eos and ids[:-1].count(bos) == len(begin) for ids in encoded)
+    said = "one BOS, at the start" if begin else "no BOS, as the tokenizer gives none"
+    return good == len(encoded) > 0, f"{good} of {len(encoded)} examples have {said}"
 
 
 def same_prompt(stage: Stage, encoder: Encoder, *, asked: set[tuple[Ids, Ids]]) -> Verdict:
@@ -60,7 +62,7 @@ def same_prompt(stage: Stage, encoder: Encoder, *, asked: set[tuple[Ids, Ids]]) 
         kept = encoder.clipped(context, encoder.max_length - len(answer) - 1)
         same += encoded.ids == (*kept, *answer, encoder.tokenizer.eos_token_id) and encoded.answer_start == len(kept)
         cut += kept != context
-        lost += len(context) > 1 == len(kept)
+        lost += len(context) > len(kept) == len(encoder.begin)
     asked = asked | {(context, ()) for context, _ in asked}
     read = sum(
         (encoder.prompt(example.prompt), encoder.answer(example.answer) if example.choices else ()) in asked
