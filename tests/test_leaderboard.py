@@ -453,6 +453,7 @@ def change_cost(run, **changes):
     """Rewrites fields of every line of a run's costs."""
     lines = (run / "cost.jsonl").read_text().splitlines()
     (run / "cost.jsonl").write_text("".join(json.dumps(json.loads(line) | changes) + "\n" for line in lines))
+    reseal(run)
 
 
 def test_orders_and_seeds_are_blocks_of_one_row(blocks):
