@@ -36,6 +36,8 @@ def outcomes(*runs):
 BEFORE = {"facts": outcomes((80, 1), (20, 0)), "logic": outcomes((70, 1), (30, 0))}
 AFTER = {"facts": outcomes((55, 1), (25, 0), (5, 1), (15, 0)), "logic": outcomes((60, 1), (10, 0), (5, 1), (25, 0))}
 CHANCE = {"facts": 0.25, "logic": 0.5}
+# The probability of the right choice goes from .70 to .475, from .80 to .65: retention (.225 + .15) / (.45 + .30).
+PROBABILITY = {"facts": (0.7, 0.475), "logic": (0.8, 0.65)}
 
 
 def stage_scores(stage, row):
@@ -55,6 +57,8 @@ def stage_scores(stage, row):
         yield Score(**facts, metric=primary, value=items.mean(), items=tuple(items))
         if primary == "acc_norm":
             yield Score(**facts, metric="acc", value=0.0, items=tuple(np.zeros(100)))  # must not be used
+        probability = PROBABILITY[task][stage == 3]
+        yield Score(**facts, metric="probability", value=probability, items=(probability,) * 100)
         if stage == 0:
             yield Score(**facts, metric="chance", value=CHANCE[task])
     drift = {"probe": "perplexity", "task": "heldout", "n": 900, "stderr": float("nan")}
@@ -173,6 +177,7 @@ KNOWN = {
     "fwt": 0.085,
     "retention": 0.5 / 0.75,
     "retention_low": 0.5 / 0.75,
+    "retention_probability": 0.375 / 0.75,
     "retention_min": 0.35 / 0.55,
     "perplexity_ratio": 2.0,
     "bits_per_byte_drift": 0.25,
@@ -228,6 +233,58 @@ def test_retention_csv_has_one_row_per_run_and_stage(results):
     assert last["reason"] == ""
 
 
+def test_probes_csv_has_one_row_per_run_stage_and_probe(results):
+    rows = [row for row in refreshed(results, "probes.csv") if row["run"].startswith("demo-alpha-s0")]
+    assert [(row["stage"], row["task"]) for row in rows] == [(f"{n}", task) for n in range(4) for task in BEFORE]
+    facts, logic = ({key: float(value) for key, value in row.items() if key in PROBES} for row in rows[-2:])
+    assert facts == approx(PROBES)
+    assert (logic["floor"], logic["retention"], logic["lost_corrected"]) == approx((0.5, 0.15 / 0.20, 0.0))
+    assert logic["retention_probability"] == approx(0.15 / 0.30) and rows[-1]["reason"] == ""
+
+
+PROBES = {
+    "floor": 0.25,
+    "before": 0.8,
+    "after": 0.6,
+    "retention": 0.35 / 0.55,
+    "retention_probability": 0.225 / 0.45,
+    "delta": -0.2,
+    "lost": 0.25,
+    "gained": 0.05,
+    "lost_corrected": 0.25 - 0.2 * 0.4 / 3,
+    "gained_corrected": 0.05 - 0.2 * 0.4 / 3,
+}
+
+
+def test_the_floor_is_the_majority_where_that_is_above_chance(results):
+    run = next((results / "runs").glob("demo-alpha-s0*"))
+    first = json.loads((run / "scores.jsonl").read_text().splitlines()[0])
+    with (run / "scores.jsonl").open("a") as lines:
+        for task, share in (("logic", 0.6), ("facts", 0.2)):
+            lines.write(
+                json.dumps(first | {"probe": "knowledge", "task": task, "metric": "majority", "value": share}) + "\n"
+            )
+    last = next(r for r in refreshed(results, "retention.csv") if (r["run"], r["stage"]) == (run.name, "3"))
+    assert float(last["retention"]) == approx((0.35 + 0.05) / (0.55 + 0.10))
+    assert float(last["retention_probability"]) == approx(0.375 / 0.75)  # above chance
+    floors = {r["task"]: float(r["floor"]) for r in read(results, "probes.csv") if r["run"] == run.name}
+    assert floors == {"facts": 0.25, "logic": 0.6}
+
+
+def test_records_without_probabilities_leave_their_columns_empty(results):
+    for run in (results / "runs").iterdir():
+        lines = (run / "scores.jsonl").read_text().splitlines(keepends=True)
+        (run / "scores.jsonl").write_text("".join(line for line in lines if '"probability"' not in line))
+        for path in (run / "items").iterdir():
+            with np.load(path) as items:
+                kept = {key: items[key] for key in items.files if not key.endswith("|probability")}
+            np.savez_compressed(path, **kept)
+    assert [row["retention_probability"] for row in refreshed(results)] == ["", ""]
+    rows = read(results, "retention.csv")
+    assert all(row["retention"] and not row["retention_probability"] and row["reason"] == "" for row in rows)
+    assert all(row["retention"] and not row["retention_probability"] for row in read(results, "probes.csv"))
+
+
 def test_equal_ledgers_give_equal_bytes_whatever_the_order_of_writing(results, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     for seed in (2, 0, 1):
@@ -235,7 +292,7 @@ def test_equal_ledgers_give_equal_bytes_whatever_the_order_of_writing(results, t
         write_run(other, "alpha", seed=seed, matrix=ALPHA)
     for folder in (results, other, other):
         leaderboard.refresh(folder)
-    for name in ("stages.csv", "retention.csv", "leaderboard.csv", "leaderboard.md"):
+    for name in ("stages.csv", "retention.csv", "probes.csv", "leaderboard.csv", "leaderboard.md"):
         assert (results / name).read_bytes() == (other / name).read_bytes(), name
     assert not list(results.glob("*.tmp")) and not list(results.glob(".*.tmp"))
 
@@ -394,7 +451,7 @@ def test_retention_is_undefined_with_a_reason_without_items(results):
 def test_an_empty_results_dir_gives_headers_and_one_line(tmp_path):
     done = command("leaderboard", tmp_path)
     assert (done.returncode, done.stdout.count("\n"), done.stderr) == (0, 1, "")
-    for name in ("stages.csv", "retention.csv", "leaderboard.csv"):
+    for name in ("stages.csv", "retention.csv", "probes.csv", "leaderboard.csv"):
         assert (tmp_path / name).read_text().count("\n") == 1
     assert "There are no runs yet." in (tmp_path / "leaderboard.md").read_text()
 
@@ -422,7 +479,7 @@ def command(module, *arguments):
     return subprocess.run(run, capture_output=True, text=True)
 
 
-GENERATED = ("stages.csv", "retention.csv", "leaderboard.csv", "leaderboard.md")
+GENERATED = ("stages.csv", "retention.csv", "probes.csv", "leaderboard.csv", "leaderboard.md")
 
 
 def generated(results):

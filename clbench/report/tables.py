@@ -18,6 +18,7 @@ KEY_COLUMNS = (
     ("BWT", "bwt", "+.3f"),
     ("forgetting", "forgetting", ".3f"),
     ("retention", "retention", ".3f"),
+    ("probability kept", "retention_probability", ".3f"),
     ("worst probe", "retention_min", ".3f"),
     ("perplexity", "perplexity_ratio", ".2f"),
     ("valid form", "format_validity", ".3f"),
@@ -34,7 +35,7 @@ LEGEND = Path(__file__).with_name("legend.md").read_text(encoding="utf-8")
 
 
 def refresh(results_dir: Path) -> Table:
-    """Writes stages.csv, retention.csv, leaderboard.csv and leaderboard.md from the runs of `results_dir`; gives the table to print."""
+    """Writes stages.csv, retention.csv, probes.csv, leaderboard.csv and leaderboard.md from the runs of `results_dir`; gives the table to print."""
     summary = summarise(read_runs(results_dir))
     runs, rows = summary.records.runs, summary.leaderboard
     stages = summary.records.scores.merge(runs, on="run").sort_values([*STAGE_KEYS, "run"])
@@ -42,6 +43,7 @@ def refresh(results_dir: Path) -> Table:
         # Times are left out, so that a repeated run gives the same bytes.
         "stages.csv": stages[[*STAGE_KEYS, "value", "n", "stderr", "run"]],
         "retention.csv": summary.retention,
+        "probes.csv": summary.probes,
         "leaderboard.csv": rows.drop(columns=["label", "runs"]),
     }
     for name, table in tables.items():
