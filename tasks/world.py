@@ -1,23 +1,28 @@
 """The embedded world: invented people and their facts, a dictionary, cities, and the text that a model is pretrained on.
 
-Pretraining text is statements: facts (home, job, food, pet, zone and place of work of 160 people) and skills (`tasks.world_skills`) about 60:40.
-The instruction tasks of the stream are not here (`tasks.world_task`), and no statement has their form.
+Pretraining text is statements: facts (home, job, food, pet, zone and place of work of people) and skills (`tasks.world_skills`) about half and half.
+People whom the tasks ask about are known well; those whom the fact probe asks about are known from 4 to 64 statements a fact, as the knowledge of
+real models follows the frequency of what it is about (arXiv 2211.08411). The instruction tasks of the stream are not here (`tasks.world_task`),
+and no statement has their form.
 
->>> row = fact_rows(0)[0]
+>>> row = fact_rows(0, frequency=8)[0]
 >>> sorted(row), len(row["choices"])
 (['answer', 'choices', 'question'], 4)
 """
 
 import random
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import product
 
 from tasks.world_skills import skill_statement
 from tasks.world_words import CITIES, FOODS, JOBS, NOUNS, PEOPLE, PETS, REGIONS, VELAN, VOCABULARY, WORKPLACES, World
 
-FACT_SHARE = 0.6
-"""Share of facts among the statements."""
+COMMON = 64
+"""How often the pretraining text states each fact about the people of the tasks."""
+FREQUENCIES = (4, 8, 16, 32, 64)
+"""How often it states each fact about a person whom the fact probe asks about: a fifth of these people each."""
 HELD_OUT_SHARE = 20
 """One statement in this many never enters the pretraining text."""
 
@@ -58,32 +63,45 @@ def held_out(statement: str, seed: int) -> bool:
     return zlib.crc32(f"{seed}/{statement}".encode()) % HELD_OUT_SHARE == 0
 
 
-def fact_statements(here: World) -> Iterator[tuple[str, bool]]:
-    """Every phrasing of every fact, and whether it is the one that the probe asks (which is never held out)."""
-    for name, facts in here.facts.items():
-        for kind, value in facts.items():
-            for index, phrase in enumerate(PHRASES[kind]):
-                yield phrase.format(name=name, value=value), index == 0
+def phrasings(name: str, kind: str, value: str, seed: int) -> list[str]:
+    """The statements of a fact that the pretraining text may hold; the one that the probe asks is never held out."""
+    asked, *others = (phrase.format(name=name, value=value) for phrase in PHRASES[kind])
+    return [asked, *(text for text in others if not held_out(text, seed))]
 
 
-def fact_rows(seed: int, *, rows: int = 200) -> list[dict[str, object]]:
-    """Four-choice rows about people whom no task trains on: the beginning of a statement and its possible ends."""
-    here, rng = world(seed), random.Random(f"{seed}/fact probe")
-    asked = rng.sample([(name, kind) for name in here.people_of("untrained") for kind in PROBED], rows)
-    result: list[dict[str, object]] = []
-    for name, kind in asked:
-        value = here.facts[name][kind]
-        choices = [value, *rng.sample([other for other in here.values[kind] if other != value], 3)]
-        rng.shuffle(choices)
+def probed(here: World, frequency: int) -> tuple[str, ...]:
+    """The people whom the fact probe asks about and whose facts are each stated `frequency` times."""
+    return here.people_of("probed")[FREQUENCIES.index(frequency) :: len(FREQUENCIES)]
+
+
+def fact_rows(seed: int, *, frequency: int) -> list[dict[str, object]]:
+    """Four-choice rows about people whom no task asks about: the beginning of a statement and its possible ends.
+
+    The right one stands in each place equally often, so that always the same place is worth no more than chance.
+    """
+    here, rng = world(seed), random.Random(f"{seed}/fact probe/{frequency}")
+    rows: list[dict[str, object]] = []
+    asked = list(product(probed(here, frequency), PROBED))
+    rng.shuffle(asked)
+    for number, (name, kind) in enumerate(asked):
+        value, place = here.facts[name][kind], number % 4
+        others = rng.sample([other for other in here.values[kind] if other != value], 3)
         question = PHRASES[kind][0].format(name=name, value="").strip()
-        result.append({"question": question, "choices": choices, "answer": choices.index(value)})
-    return result
+        rows.append({"question": question, "choices": [*others[:place], value, *others[place:]], "answer": place})
+    return rows
 
 
 def heldout_texts(seed: int, *, texts: int = 400) -> list[str]:
     """Statements of the pretraining kind that are not in the pretraining text, facts and skills 60:40."""
     here, rng = world(seed), random.Random(f"{seed}/held-out text")
-    facts = [text for text, asked in fact_statements(here) if not asked and held_out(text, seed)]
+    known = [*here.people_of("train"), *here.people_of("test")]
+    stated = (
+        phrase.format(name=name, value=here.facts[name][kind])
+        for name in known
+        for kind in PHRASES
+        for phrase in PHRASES[kind][1:]
+    )
+    facts = [text for text in stated if held_out(text, seed)]
     chosen = rng.sample(facts, min(len(facts), texts * 6 // 10))
     skills: dict[str, None] = {}
     while len(skills) < texts - len(chosen):
@@ -97,18 +115,22 @@ def heldout_texts(seed: int, *, texts: int = 400) -> list[str]:
 
 @lru_cache(maxsize=2)
 def pretraining_text(seed: int, lines: int) -> tuple[str, ...]:
-    """`lines` statements: facts come around again and again, skills are drawn anew."""
+    """`lines` statements in random order: each fact as often as its frequency says, the rest skills.
+
+    Fewer lines than that takes (a model that is to be made in no time) are some of those about facts.
+    """
     here, rng = world(seed), random.Random(f"{seed}/pretraining text")
-    facts = [text for text, asked in fact_statements(here) if asked or not held_out(text, seed)]
+    stated = {(name, kind): COMMON for split in ("train", "test") for name in here.people_of(split) for kind in PHRASES}
+    stated |= {(name, kind): often for often in FREQUENCIES for name in probed(here, often) for kind in PROBED}
     result: list[str] = []
+    for (name, kind), often in stated.items():
+        result += rng.choices(phrasings(name, kind, here.facts[name][kind], seed), k=often)
     while len(result) < lines:
-        if rng.random() < FACT_SHARE:
-            result.append(rng.choice(facts))
-            continue
         text = skill_statement(here, rng)
         if not held_out(text, seed):
             result.append(text)
-    return tuple(result)
+    rng.shuffle(result)
+    return tuple(result[:lines])
 
 
 class Corpus:

@@ -70,7 +70,7 @@ def _placed(here: World, rng: random.Random) -> str:
 
 
 SKILLS: Mapping[Skill, float] = {
-    _backwards: 3.0,
+    _backwards: 4.5,
     _plus: 2.0,
     _translated: 2.0,
     _count: 1.0,

@@ -3,7 +3,7 @@
 Not here: who lives where (`tasks.world`). The lists are the same for every seed, so that every world has the same tokenizer.
 
 >>> PEOPLE[:3], len(PEOPLE)
-(('mira', 'milen', 'mitor'), 160)
+(('mira', 'milen', 'mitor'), 256)
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,9 @@ def joined(starts: str, ends: str) -> tuple[str, ...]:
     return tuple(start + end for start in starts.split() for end in ends.split())
 
 
-PEOPLE = joined("mi ta lo ke ru sa be ni vo da pe ju zo ha fi go", "ra len tor vin mak dis bel nor sha kit")
+PEOPLE = joined(
+    "mi ta lo ke ru sa be ni vo da pe ju zo ha fi go", "ra len tor vin mak dis bel nor sha kit dun pol wen zim gur osk"
+)
 CITIES = joined("dor pel kav sum lin bri wes tal gar hul", "burg ford ton wick")
 WORKPLACES = ("inside", "outside")
 REGIONS = ("north", "south", "east", "west")
@@ -64,7 +66,7 @@ VOCABULARY = tuple(
 class World:
     """Who and what there is. `values` are the possible values of each kind of fact, `facts[name][kind]` the true one.
 
-    `people` are in a random order: the tasks train on the first 100, test on the next 30 and leave out the rest.
+    `people` are in a random order: the tasks train on the first 100 and test on the next 30; the fact probe asks about the rest.
     """
 
     seed: int
@@ -75,5 +77,5 @@ class World:
     dictionary: dict[str, str]
 
     def people_of(self, split: str) -> tuple[str, ...]:
-        """The people that `split` ("train", "test" or "untrained": everybody but train) asks about."""
-        return {"train": self.people[:100], "test": self.people[100:130], "untrained": self.people[100:]}[split]
+        """The people that the tasks' `split` ("train", "test") or the fact probe ("probed") asks about."""
+        return {"train": self.people[:100], "test": self.people[100:130], "probed": self.people[130:]}[split]

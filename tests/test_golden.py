@@ -64,10 +64,12 @@ def test_every_expected_matrix_number_is_checked(golden):
 def test_retention_equals_the_golden_numbers(golden):
     block, expect = golden["metrics"]["retention"], golden["metrics"]["retention"]["expect"]
     names = [str(index) for index in range(len(block["before"]))]
+    chance = {name: 1 / choices for name, choices in zip(names, block["n_choices"], strict=True)}
     record = metrics.retention(
         dict(zip(names, block["before"], strict=True)),
         after=dict(zip(names, block["after"], strict=True)),
-        chance={name: 1 / choices for name, choices in zip(names, block["n_choices"], strict=True)},
+        floor=chance,
+        chance=chance,
     )
     assert record.retention == pytest.approx(expect["retention"], **DOUBLE)
     for field, key in (

@@ -26,7 +26,7 @@ def test_every_dataset_of_a_task_and_of_a_probe_is_looked_at():
     assert asked["boolq"][0] == "google/boolq" and asked["probe: text"][2] == {"test"}
     assert asked["probe mini: hellaswag"] == ("Rowan/hellaswag", None, {"validation"})
     assert asked["probe mini: mmlu_anatomy"] == ("cais/mmlu", "anatomy", {"test"})
-    assert asked["probe full: gsm8k"][2] == {"test"} and "probe world: world_facts" not in asked
+    assert asked["probe full: gsm8k"][2] == {"test"} and "probe world: world_facts_x4" not in asked
 
 
 def test_without_a_network_it_is_one_line(capsys):

@@ -192,6 +192,38 @@ def test_scores_of_real_rows_equal_lm_evals_own_model_item_by_item():
     assert_equal_item_by_item(tiny_student(positions=2048), knowledge)
 
 
+@pytest.mark.parametrize(
+    ("name", "choices", "gold"),
+    [
+        ("hellaswag", lambda doc: doc["endings"], lambda doc: int(doc["label"])),  # acc_norm: per character
+        ("winogrande", None, lambda doc: int(doc["answer"]) - 1),  # acc
+        ("mmlu_stem", None, lambda doc: doc["answer"]),
+    ],
+)
+def test_the_probability_of_the_right_choice_is_the_softmax_over_lm_evals_log_likelihoods(
+    student, knowledge, name, choices, gold
+):
+    row = next(row for row in knowledge.ledger_rows if row.name == name)
+    found = {s.metric: s for s in knowledge.measure(student, STREAM, 1) if s.task == name}["probability"]
+    samples = evaluated(student, row)["samples"]
+    ordered = [s for t in row.tasks for s in sorted(samples[t.task_name], key=lambda sample: sample["doc_id"])]
+    expected = []
+    for sample in ordered:
+        nats = [value for value, _ in sample["filtered_resps"]]
+        if choices:
+            nats = [value / len(choice) for value, choice in zip(nats, choices(sample["doc"]), strict=True)]
+        shares = [math.exp(value) for value in nats]
+        expected.append(shares[gold(sample["doc"])] / sum(shares))
+    assert found.items == pytest.approx(expected, abs=1e-4) and found.n == len(expected)
+    assert found.value == pytest.approx(sum(expected) / len(expected), abs=1e-4)
+
+
+def test_written_answers_and_running_text_have_no_probability_of_the_right_choice(data_dir):
+    student = tiny_student(positions=1024)
+    for name in ("gsm8k", "wikitext"):
+        assert "probability" not in {s.metric for s in probe(data_dir, name).measure(student, STREAM, 0)}
+
+
 def test_log_likelihoods_equal_lm_evals_own(student, knowledge):
     requests = [one for row in knowledge.ledger_rows for task in row.tasks for one in task.instances][:200]
     theirs = hflm(student).loglikelihood(requests, disable_tqdm=True)
@@ -308,13 +340,15 @@ def test_floors_are_those_of_the_rows(student, data_dir, knowledge):
     assert found["mmlu_stem", "majority"] == pytest.approx(13 / 38)
     # The invented rows of two more tasks offer the same choices; golds 0 1 2 3 0 and 0 1 0 1 0.
     assert (found["arc_challenge", "majority"], found["winogrande", "majority"]) == (0.4, 0.6)
-    # Where choices differ between rows there is no commonest answer.
-    assert not {("hellaswag", "majority"), ("piqa", "majority")} & found.keys()
+    # Where choices differ between rows it is the commonest position: golds 0 1 2 3 0 and 0 1 0 1 0.
+    assert (found["hellaswag", "majority"], found["piqa", "majority"]) == (0.4, 0.6)
     assert ("piqa", "chance") not in {(s.task, s.metric) for s in knowledge.measure(student, STREAM, 1)}
     # A task may score a share of probability: two of two, of three, of four choices are right.
     shares = {s.metric: s for s in probe(data_dir, "truthfulqa_mc2").measure(student, STREAM, 0)}
     assert shares["chance"].items == pytest.approx((2 / 2, 2 / 3, 2 / 4))
-    assert {s.metric: s.value for s in probe(data_dir, "truthfulqa_mc1").measure(student, STREAM, 0)}["chance"] == 0.5
+    # The right choice comes always second, by the way the rows are written: its position is no answer that a model could give.
+    found = {s.metric: s.value for s in probe(data_dir, "truthfulqa_mc1").measure(student, STREAM, 0)}
+    assert found["chance"] == 0.5 and "majority" not in found
 
 
 def test_lambada_has_a_chance_of_zero_and_a_perplexity_of_the_corpus(student, tmp_path):

@@ -40,6 +40,8 @@ def outcomes(*runs):
 BEFORE = {"facts": outcomes((80, 1), (20, 0)), "logic": outcomes((70, 1), (30, 0))}
 AFTER = {"facts": outcomes((55, 1), (25, 0), (5, 1), (15, 0)), "logic": outcomes((60, 1), (10, 0), (5, 1), (25, 0))}
 CHANCE = {"facts": 0.25, "logic": 0.5}
+# The probability of the right choice goes from .70 to .475, from .80 to .65: retention (.225 + .15) / (.45 + .30).
+PROBABILITY = {"facts": (0.7, 0.475), "logic": (0.8, 0.65)}
 
 
 def stage_scores(stage, row):
@@ -61,6 +63,8 @@ def stage_scores(stage, row):
         yield Score(**facts, metric=primary, value=items.mean(), items=tuple(items))
         if primary == "acc_norm":
             yield Score(**facts, metric="acc", value=0.0, items=tuple(np.zeros(100)))  # must not be used
+        probability = PROBABILITY[task][stage == 3]
+        yield Score(**facts, metric="probability", value=probability, items=(probability,) * 100)
         if stage == 0:
             yield Score(**facts, metric="chance", value=CHANCE[task])
     drift = {"probe": "perplexity", "task": "heldout", "n": 900, "stderr": float("nan")}
@@ -206,6 +210,7 @@ KNOWN = {
     "fwt": 0.085,
     "retention": 0.5 / 0.75,
     "retention_low": 0.5 / 0.75,
+    "retention_probability": 0.375 / 0.75,
     "retention_min": 0.35 / 0.55,
     "perplexity_ratio": 2.0,
     "kl_to_base": 0.3,
@@ -270,6 +275,64 @@ def test_retention_csv_has_one_row_per_run_and_stage(results):
     assert float(last["perplexity"]) == approx(2 * np.e) and float(last["perplexity_ratio"]) == approx(2.0)
     assert float(last["bits_per_byte"]) == 0.75 and float(last["bits_per_byte_drift"]) == 0.25
     assert last["reason"] == ""
+
+
+def test_probes_csv_has_one_row_per_run_stage_and_probe(results):
+    rows = [row for row in refreshed(results, "probes.csv") if row["run"].startswith("demo-alpha-s0")]
+    assert [(row["stage"], row["task"]) for row in rows] == [(f"{n}", task) for n in range(4) for task in BEFORE]
+    facts, logic = ({key: float(value) for key, value in row.items() if key in PROBES} for row in rows[-2:])
+    assert facts == approx(PROBES)
+    assert (logic["floor"], logic["retention"], logic["lost_corrected"]) == approx((0.5, 0.15 / 0.20, 0.0))
+    assert logic["retention_probability"] == approx(0.15 / 0.30) and rows[-1]["reason"] == ""
+
+
+PROBES = {
+    "floor": 0.25,
+    "before": 0.8,
+    "after": 0.6,
+    "retention": 0.35 / 0.55,
+    "retention_probability": 0.225 / 0.45,
+    "delta": -0.2,
+    "lost": 0.25,
+    "gained": 0.05,
+    "lost_corrected": 0.25 - 0.2 * 0.4 / 3,
+    "gained_corrected": 0.05 - 0.2 * 0.4 / 3,
+}
+
+
+def add_majorities(run):
+    """The commonest answer: of "logic" above chance, of "facts" below."""
+    first = json.loads((run / "scores.jsonl").read_text().splitlines()[0])
+    with (run / "scores.jsonl").open("a") as lines:
+        for task, share in (("logic", 0.6), ("facts", 0.2)):
+            own = {"probe": "knowledge", "task": task, "metric": "majority", "value": share}
+            lines.write(json.dumps(first | own) + "\n")
+    reseal(run)
+
+
+def test_the_floor_is_the_majority_where_that_is_above_chance(results):
+    run = next((results / "runs").glob("demo-alpha-s0*"))
+    add_majorities(run)
+    last = next(r for r in refreshed(results, "retention.csv") if (r["run"], r["stage"]) == (run.name, "3"))
+    assert float(last["retention"]) == approx((0.35 + 0.05) / (0.55 + 0.10))
+    assert float(last["retention_probability"]) == approx(0.375 / 0.75)  # above chance
+    floors = {r["task"]: float(r["floor"]) for r in read(results, "probes.csv") if r["run"] == run.name}
+    assert floors == {"facts": 0.25, "logic": 0.6}
+
+
+def test_records_without_probabilities_leave_their_columns_empty(results):
+    for run in (results / "runs").iterdir():
+        lines = (run / "scores.jsonl").read_text().splitlines(keepends=True)
+        (run / "scores.jsonl").write_text("".join(line for line in lines if '"probability"' not in line))
+        for path in (run / "items").iterdir():
+            with np.load(path) as items:
+                kept = {key: items[key] for key in items.files if not key.endswith("|probability")}
+            np.savez_compressed(path, **kept)
+        reseal(run)
+    assert [row["retention_probability"] for row in refreshed(results)] == ["", ""]
+    rows = read(results, "retention.csv")
+    assert all(row["retention"] and not row["retention_probability"] and row["reason"] == "" for row in rows)
+    assert all(row["retention"] and not row["retention_probability"] for row in read(results, "probes.csv"))
 
 
 def test_equal_ledgers_give_equal_bytes_whatever_the_order_of_writing(results, tmp_path_factory):
@@ -479,7 +542,7 @@ def test_order_sensitivity_is_between_the_best_and_the_worst_order(tmp_path):
 def test_differences_csv_has_every_pair_and_measure(blocks):
     rows = read(blocks, "differences.csv")
     # Of alpha, beta, gamma and delta, six pairs; what trains nothing is a reference.
-    names = ["average_accuracy", "learning_accuracy", "bwt", "retention", "log_perplexity_ratio", "kl_to_base"]
+    names = [one.name for one in measures.MEASURES]
     assert [row["measure"] for row in rows] == [name for name in names for _ in range(6)]
     assert {row["method"] for row in rows} | {row["other"] for row in rows} == {"alpha", "beta", "gamma", "delta"}
     accuracy = {(row["method"], row["other"]): row for row in rows if row["measure"] == "average_accuracy"}
@@ -516,12 +579,14 @@ def test_methods_that_may_be_the_best_are_marked(blocks):
 
 
 def test_items_add_up_to_the_measure_that_they_are_made_of(results):
+    for run in (results / "runs").iterdir():
+        add_majorities(run)
     records = read_runs(results)
     summary = summarise(records)
     ranked = records.runs.set_index("run").assign(stages=3)
     items = dict(measures._items(records, ranked, measures.MEASURES))
     compared = [one for one in measures.MEASURES if one.column in summary.measures]
-    assert len(compared) == 6
+    assert len(compared) == len(measures.MEASURES) == 7
     for one in compared:
         for run, value in summary.measures[one.column].items():
             assert sum(own.mean() for own in items[run, one.name].values()) == approx(one.scale(value), abs=1e-6), (

@@ -94,9 +94,14 @@ def two_probes():
     return before, after, {"four": 0.25, "two": 0.5}
 
 
+def kept(before, after, chance, floor=None):
+    """Retention whose floor is chance, unless it is given."""
+    return metrics.retention(before, after=after, floor=floor or chance, chance=chance)
+
+
 def test_retention_is_a_ratio_of_chance_corrected_sums():
     before, after, chance = two_probes()
-    record = metrics.retention(before, after=after, chance=chance)
+    record = kept(before, after, chance)
     assert record.retention == approx(0.5 / 0.75)  # (.35 + .15) / (.55 + .20); the mean of the ratios would be .693
     four, two = record.probes
     assert four.retention == approx(0.35 / 0.55) and two.retention == approx(0.15 / 0.20)
@@ -106,23 +111,22 @@ def test_retention_is_a_ratio_of_chance_corrected_sums():
 
 def test_retention_counts_items_lost_and_gained():
     before, after, chance = two_probes()
-    four, two = metrics.retention(before, after=after, chance=chance).probes
+    four, two = kept(before, after, chance).probes
     assert (four.lost, four.gained, four.delta) == approx((0.25, 0.05, -0.20))
     assert (two.lost, two.gained, two.delta) == approx((0.10, 0.05, -0.05))
     assert four.stderr_paired == approx(np.sqrt(0.30 - 0.20**2) / 10)  # sqrt((F + B) - (B - F)^2) / sqrt(n)
     assert two.stderr_paired == approx(np.sqrt(0.15 - 0.05**2) / 10)
 
 
-def test_an_unchanged_model_retains_exactly_everything():
+def test_an_unchanged_model_retains_everything():
     before, _, chance = two_probes()
-    record = metrics.retention(before, after=before, chance=chance)
-    assert (record.retention, record.low, record.high, record.minimum) == (1.0, 1.0, 1.0, 1.0)
+    record = kept(before, before, chance)
+    assert (record.retention, record.minimum, record.lost, record.gained) == (1.0, 1.0, 0.0, 0.0)
+    assert 0.95 < record.low < 1.0 < record.high < 1.05
 
 
 def test_a_model_at_chance_retains_nothing_though_half_its_answers_are_right():
-    record = metrics.retention(
-        {"two": outcomes((90, 1), (10, 0))}, after={"two": outcomes((50, 1), (50, 0))}, chance={"two": 0.5}
-    )
+    record = kept({"two": outcomes((90, 1), (10, 0))}, {"two": outcomes((50, 1), (50, 0))}, {"two": 0.5})
     assert record.retention == approx(0.0)
 
 
@@ -130,46 +134,109 @@ def test_retention_is_nan_with_a_reason_where_the_untouched_model_is_at_chance()
     # .28 right of 100 items: standard error .045, and .28 - .25 is less than twice that.
     before, after, chance = two_probes()
     before["weak"], after["weak"], chance["weak"] = outcomes((28, 1), (72, 0)), outcomes((1, 1), (99, 0)), 0.25
-    record = metrics.retention(before, after=after, chance=chance)
-    assert np.isnan(record.probes[2].retention) and "weak" in record.reason and "chance 0.250" in record.reason
+    record = kept(before, after, chance)
+    assert np.isnan(record.probes[2].retention) and "weak" in record.reason and "floor 0.250" in record.reason
     assert record.minimum_probe == "four"
     assert record.retention == approx((0.35 + 0.15 - 0.24) / (0.55 + 0.20 + 0.03))  # every probe stays in the sums
 
 
 def test_retention_of_nothing_but_chance_is_nan():
-    record = metrics.retention(
-        {"a": outcomes((5, 1), (5, 0))}, after={"a": outcomes((9, 1), (1, 0))}, chance={"a": 0.5}
-    )
+    record = kept({"a": outcomes((5, 1), (5, 0))}, {"a": outcomes((9, 1), (1, 0))}, {"a": 0.5})
     assert np.isnan([record.retention, record.low, record.high, record.minimum]).all()
     assert record.minimum_probe == "" and record.reason
 
 
-def test_retention_interval_covers_the_truth_at_its_nominal_rate():
-    # Right before with .8; of the right ones .3 are lost, of the wrong ones .2 gained; chance 0:
-    # the truth is (.8 * .7 + .2 * .2) / .8 = .75.
+def right_before_and_after(generator, items, *, right, lost, gained):
+    """Outcomes of `items` items: right before with probability `right`, of which `lost` turn wrong, and of the wrong ones `gained` right."""
+    before = generator.random(items) < right
+    after = np.where(before, generator.random(items) >= lost, generator.random(items) < gained)
+    return before.astype(float), after.astype(float)
+
+
+@pytest.mark.parametrize(
+    ("items", "right", "lost", "gained"),
+    # (.8 * .7 + .2 * .2) / .8 = .75; few items, few of them wrong, few flips: where the item bootstrap covers .73 of the time, and .37.
+    [(400, 0.8, 0.3, 0.2), (40, 0.9, 0.05, 0.1), (30, 0.95, 0.02, 0.02)],
+)
+def test_retention_interval_covers_the_truth_at_its_nominal_rate(items, right, lost, gained):
     generator, covered = np.random.default_rng(1), 0
+    truth = (right * (1 - lost) + (1 - right) * gained) / right
     for _ in range(300):
-        before = (generator.random(400) < 0.8).astype(float)
-        after = np.where(before == 1, generator.random(400) < 0.7, generator.random(400) < 0.2).astype(float)
-        record = metrics.retention({"p": before}, after={"p": after}, chance={"p": 0.0})
-        covered += record.low <= 0.75 <= record.high
-    assert 0.91 <= covered / 300 <= 0.98
+        before, after = right_before_and_after(generator, items, right=right, lost=lost, gained=gained)
+        record = kept({"p": before}, {"p": after}, {"p": 0.0})
+        covered += record.low <= truth <= record.high
+    assert 0.91 <= covered / 300
 
 
-def test_the_bootstrap_is_paired():
-    # Both halves right at random, but the same items: nothing is lost, so nothing is uncertain.
+def test_the_interval_of_large_probes_is_the_item_bootstraps():
+    generator = np.random.default_rng(2)
+    before, after = right_before_and_after(generator, 4000, right=0.8, lost=0.3, gained=0.2)
+    record = kept({"p": before}, {"p": after}, {"p": 0.25})
+    drawn = generator.integers(0, 4000, (2000, 4000))
+    ratios = (after[drawn].mean(axis=1) - 0.25) / (before[drawn].mean(axis=1) - 0.25)
+    assert (record.low, record.high) == approx(np.quantile(ratios, (0.025, 0.975)), abs=0.003)
+
+
+def test_the_interval_is_paired():
+    # Both halves right at random, but the same items: nothing is lost, so little is uncertain.
     before = np.random.default_rng(3).integers(0, 2, 200).astype(float)
-    record = metrics.retention({"p": before}, after={"p": before.copy()}, chance={"p": 0.0})
-    assert record.low == record.high == 1.0
+    record = kept({"p": before}, {"p": before.copy()}, {"p": 0.0})
+    assert 0.97 < record.low < record.high < 1.03
+    shuffled = kept({"p": before}, {"p": np.random.default_rng(4).permutation(before)}, {"p": 0.0})
+    assert shuffled.high - shuffled.low > 0.3
+
+
+def test_a_constant_answer_keeps_nothing_of_a_probe_most_of_whose_items_it_gets_right():
+    # 62 of 100 answers are yes. A model that knew 90 says yes to everything: without the majority as floor it would keep .12 / .40 = .30.
+    yes, knew = outcomes((62, 1), (38, 0)), outcomes((56, 1), (6, 0), (34, 1), (4, 0))
+    for constant in (yes, 1 - yes):
+        record = kept({"p": knew}, {"p": constant}, {"p": 0.5}, floor={"p": 0.62})
+        assert record.retention <= 0.05 and record.probes[0].retention <= 0.05
+    assert kept({"p": knew}, {"p": yes}, {"p": 0.5}).retention == approx(0.30)
+    weak = kept({"p": outcomes((65, 1), (35, 0))}, {"p": yes}, {"p": 0.5}, floor={"p": 0.62})
+    assert (
+        np.isnan(weak.retention) and "floor 0.620" in weak.reason
+    )  # .65 beats chance by 3 standard errors, "yes" by .6
+
+
+@pytest.mark.parametrize("choices", [2, 3, 5])
+@pytest.mark.parametrize("share", [0.5, 0.62, 0.8])
+def test_no_constant_answer_keeps_knowledge_of_imbalanced_items(choices, share):
+    # 400 items; the first label is right in `share` of them, the others equally often in the rest. The untouched model knew 95 in 100.
+    right = np.repeat(range(choices), [round(400 * share), *[round(400 * (1 - share) / (choices - 1))] * (choices - 1)])
+    knew = (np.random.default_rng(6).random(len(right)) < 0.95).astype(float)
+    floor = {"p": max(1 / choices, np.bincount(right).max() / len(right))}
+    for label in range(choices):
+        answered = (right == label).astype(float)
+        assert kept({"p": knew}, {"p": answered}, {"p": 1 / choices}, floor).retention <= 0.05
+
+
+def test_items_lost_and_gained_beyond_guessing():
+    # "four": .80 -> .60, k = 4: (1 - .8) (1 - .6) / 3 = .026667 of the items flip either way by guessing.
+    before, after, chance = two_probes()
+    four, two = kept(before, after, chance).probes
+    assert (four.lost_corrected, four.gained_corrected) == approx((0.25 - 0.08 / 3, 0.05 - 0.08 / 3))
+    # "two": .70 -> .65, k = 2: .3 * .35 = .105, more than the raw .10 lost and .05 gained.
+    assert (two.lost_corrected, two.gained_corrected) == (0.0, 0.0)
+    assert metrics.beyond_guessing(0.2, before=0.5, after=0.5, chance=0.0) == 0.2  # written answers are not guessed
+    assert metrics.beyond_guessing(0.0, before=1.0, after=1.0, chance=1.0) == 0.0
+
+
+def test_a_model_that_only_guesses_loses_and_gains_nothing_beyond_guessing():
+    generator = np.random.default_rng(5)
+    before, after = (generator.random((2, 100_000)) < 0.25).astype(float)
+    (guesser,) = kept({"p": before}, {"p": after}, {"p": 0.25}).probes
+    assert guesser.lost == approx(0.1875, abs=0.005) and guesser.lost_corrected == approx(0.0, abs=0.005)
+    assert guesser.gained_corrected == approx(0.0, abs=0.005)
 
 
 def test_intervals_do_not_depend_on_or_touch_global_random_state():
     before, after, chance = two_probes()
     np.random.seed(0)
-    first = metrics.retention(before, after=after, chance=chance)
+    first = kept(before, after, chance)
     state = np.random.get_state()[1].tolist()
     np.random.seed(1)
-    assert metrics.retention(before, after=after, chance=chance) == first
+    assert kept(before, after, chance) == first
     np.random.seed(0)
     assert np.random.get_state()[1].tolist() == state
     assert first.low < first.retention < first.high

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from clbench.data.encoder import Encoder
 from clbench.examine.student import Student
 from clbench.models.pretrained import Pretrained, load
-from clbench.models.pretraining import packed
-from clbench.models.tiny import Recipe
+from clbench.models.pretraining import orders, packed, pretrain, warm_cosine
+from clbench.models.tiny import Recipe, fresh_llama, word_tokenizer
 from clbench.types import UserMistake
 
 
@@ -63,6 +63,31 @@ def test_a_recipe_is_pretrained_once_and_is_an_ordinary_folder(tmp_path, monkeyp
         assert torch.equal(model(ids).logits, other(ids).logits)
     plain_ids = AutoTokenizer.from_pretrained(folder)("a cat")["input_ids"]
     assert tokenizer("a cat")["input_ids"] == plain_ids and plain_ids[0] == tokenizer.bos_token_id
+
+
+def test_pretraining_by_two_threads_is_pretraining_on_whole_batches(tmp_path):
+    # Windows of 8 hold one or two sentences, so that the halves of a batch have different numbers of targets.
+    settings = {"steps": 6, "batch_size": 5, "length": 8, "lr": 1e-2, "seed": 0}
+    made, whole = (
+        fresh_llama(word_tokenizer(Text().vocabulary()), architecture=recipe().architecture, seed=0) for _ in "ab"
+    )
+    texts, pad = [[1, 4, 5, 2], [1, 6, 7, 8, 9, 4, 2], [1, 4, 2]] * 9, 3
+    last = pretrain(made, texts, label="toy", pad=pad, **settings)
+    pieces = packed(texts, length=8, pad=pad)
+    optimizer = torch.optim.AdamW(whole.parameters(), lr=1e-2, betas=(0.9, 0.98), weight_decay=0.01)
+    batches = orders(len(pieces), batch_size=5, seed=0)
+    for step in range(6):
+        batch = pieces[next(batches)]
+        logits = whole(input_ids=batch).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), ignore_index=pad)
+        optimizer.param_groups[0]["lr"] = 1e-2 * warm_cosine(step, steps=6)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
+        optimizer.step()
+    assert last == pytest.approx(loss.item(), rel=1e-5)
+    for one, other in zip(made.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
 def test_equal_recipes_give_equal_weights(tmp_path):

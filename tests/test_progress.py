@@ -103,7 +103,7 @@ def test_the_live_line_stands_where_the_forecast_says(overrides):
 
 def test_a_runs_log_names_probe_task_and_rows_also_of_the_untouched_model(hasty, overrides):
     written = (run(compose([*overrides, "probe.limit=101"])) / "run.log").read_text()
-    assert "untouched model, examining: knowledge world_facts  " in written
+    assert "untouched model, examining: knowledge world_facts_x4  " in written
     assert "to go on this machine: training" in written and "stage 3/3 examining: " in written
 
 

@@ -6,7 +6,18 @@ from collections import Counter
 import pytest
 
 from clbench.types import UserMistake
-from tasks.world import Corpus, fact_rows, heldout_texts, world
+from tasks.world import (
+    COMMON,
+    FREQUENCIES,
+    PHRASES,
+    PROBED,
+    Corpus,
+    fact_rows,
+    heldout_texts,
+    pretraining_text,
+    probed,
+    world,
+)
 from tasks.world_asks import FORMS
 from tasks.world_skills import skill_statement
 from tasks.world_task import WorldTask
@@ -66,16 +77,40 @@ def test_people_asked_about_are_never_trained_on(skill):
     assert people["train"] and people["test"] and not people["train"] & people["test"]
 
 
-def test_the_fact_probe_asks_about_people_outside_all_training_rows():
+def test_the_fact_probe_asks_about_people_whom_no_task_asks_about():
     here = world(0)
-    probed = {row["question"].split()[0] for row in fact_rows(0)}
-    assert probed <= set(here.people_of("untrained")) and len(fact_rows(0)) == 200
-    for row in fact_rows(0):
+    asked = [row for frequency in FREQUENCIES for row in fact_rows(0, frequency=frequency)]
+    people = {row["question"].split()[0] for row in asked}
+    assert people == set(here.people_of("probed")) and len(here.people) == 256
+    assert not people & {*here.people_of("train"), *here.people_of("test")}
+    assert len(asked) == len({row["question"] for row in asked}) == 126 * 4
+    for row in asked:
         assert len(set(row["choices"])) == 4 and 0 <= row["answer"] < 4
+        name, kind = row["question"].split()[0], next(kind for kind in PROBED if row["choices"][0] in here.values[kind])
+        assert row["choices"][row["answer"]] == here.facts[name][kind]
+
+
+@pytest.mark.parametrize("frequency", FREQUENCIES)
+def test_always_the_same_place_is_worth_chance_in_the_fact_probe(frequency):
+    places = Counter(row["answer"] for row in fact_rows(0, frequency=frequency))
+    assert len(places) == 4 and len(set(places.values())) == 1
+
+
+def test_the_pretraining_text_states_each_fact_as_often_as_its_frequency_says():
+    here, text = world(0), Counter(pretraining_text(0, 70_000))
+
+    def stated(name, kind):
+        return sum(text[phrase.format(name=name, value=here.facts[name][kind])] for phrase in PHRASES[kind])
+
+    for frequency in FREQUENCIES:
+        people = probed(here, frequency)
+        assert len(people) >= 25 and {stated(name, kind) for name in people for kind in PROBED} == {frequency}
+        assert {stated(name, kind) for name in people for kind in PHRASES if kind not in PROBED} == {0}
+    assert {stated(name, kind) for name in here.people_of("test") for kind in PHRASES} == {COMMON}
 
 
 def test_heldout_text_is_not_in_the_pretraining_text():
-    read = set(Corpus(seed=0, lines=30000).texts())
+    read = set(Corpus(seed=0, lines=70000).texts())
     assert not read & set(heldout_texts(0)) and len(heldout_texts(0)) == 400
 
 
@@ -83,7 +118,9 @@ def test_statements_are_short_and_never_questions():
     rng = random.Random(0)
     for _ in range(2000):
         statement = skill_statement(world(0), rng)
-        assert len(statement.split()) <= 14 and not {"?", ":"} & set(statement.split())
+        words = set(statement.split())
+        # Lists may hold any word, a mark as well.
+        assert len(statement.split()) <= 14 and (not {"?", ":"} & words or {"backwards", "words"} & words)
 
 
 def test_worlds_differ_in_their_facts_and_share_their_words():

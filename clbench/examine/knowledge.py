@@ -13,7 +13,8 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby, islice
+from functools import cached_property
+from itertools import groupby, islice, zip_longest
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from lm_eval.api import metrics
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
+from scipy.special import softmax
 
 from clbench.data.rows import DatasetSpec
 from clbench.examine.lm import StudentLM
@@ -43,6 +45,8 @@ from clbench.types import Score, UserMistake
 
 # Log-likelihoods of a choice that is taken and of one that is not, apart by more than any division by length can bridge.
 CERTAIN, RULED_OUT = -1.0, -1e6
+PROBABILITY = "probability"
+"""The metric beside accuracy: the probability of the right choice among the choices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,23 @@ class LedgerRow:
         """The requests of each document beside its task, in order."""
         by_document = [(task, groupby(task.instances, key=lambda request: request.doc_id)) for task in self.tasks]
         return [(task, list(members)) for task, documents in by_document for _, members in documents]
+
+    @cached_property
+    def offered(self) -> list[tuple[str, ...]]:
+        """The choices of each document, in order."""
+        return [tuple(task.doc_to_choice(asked[0].doc)) for task, asked in self.documents()]
+
+    @cached_property
+    def rights(self) -> list[list[float]]:
+        """What each choice of each document scores by the task's metric when it is taken for certain: 1 for the right one, mostly."""
+        asked = zip(self.documents(), self.offered, strict=True)
+        return [choice_scores(*one, len(choices), self.metric) for one, choices in asked]
+
+    @property
+    def metric(self) -> str | None:
+        """What multiple choice is scored by, `acc_norm` before `acc`; None where the tasks have neither, or no choices."""
+        known = self.tasks[0].aggregation() if self.tasks[0].OUTPUT_TYPE == "multiple_choice" else {}
+        return next((name for name in ("acc_norm", "acc") if name in known), None)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -133,7 +154,7 @@ class Knowledge(Probe):
         return {row.name: [text(task, asked[0].doc) for task, asked in row.documents()] for row in self.ledger_rows}
 
     def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:
-        """Each row's metrics; at stage 0 also its chance rate, and the majority rate where all its items offer the same choices."""
+        """Each row's metrics; at stage 0 also its `floors`."""
         model = StudentLM(student, max_length=self.max_length)
         for row in self.ledger_rows:
             student.about(self.name, row.name)
@@ -154,13 +175,27 @@ def answer(row: LedgerRow, model: StudentLM) -> dict[str, list[Any]]:
     for task in row.tasks:
         task.apply_filters()
     outcomes = defaultdict(list)
-    for task, asked in row.documents():
+    for number, (task, asked) in enumerate(row.documents()):
         filters = list(asked[0].filtered_resps)
         for name in filters:
             results = task.process_results(asked[0].doc, [request.filtered_resps[name] for request in asked])
             for metric, value in results.items():
                 outcomes[metric if len(filters) == 1 else f"{metric},{name}"].append(value)
+        if row.metric:
+            outcomes[PROBABILITY].append(probability(row, number, [request.resps[0][0] for request in asked]))
     return outcomes
+
+
+def probability(row: LedgerRow, number: int, log_likelihoods: Sequence[float]) -> float:
+    """The probability that document `number` gives to its right choice among its choices: a softmax over their log-likelihoods in nats.
+
+    Where `acc_norm` is the metric they are, as there, divided by the choice's length in characters. Requests after the choices count for nothing.
+    """
+    choices = row.offered[number]
+    nats = np.array(log_likelihoods[: len(choices)])
+    if row.metric == "acc_norm":
+        nats = nats / [len(choice) for choice in choices]
+    return float(softmax(nats) @ row.rights[number])
 
 
 def aggregated(row: LedgerRow, metric: str, values: Sequence[Any]) -> Found:
@@ -183,24 +218,24 @@ def aggregated(row: LedgerRow, metric: str, values: Sequence[Any]) -> Found:
 
 
 def floors(row: LedgerRow) -> dict[str, Found]:
-    """What guessing gives: `chance`, and `majority` where every item offers the same choices (letters, yes and no).
+    """What answering without knowledge gives: `chance` by guessing, `majority` by always the same answer.
 
     Chance is the mean score over a document's choices of a model that is certain of one of them, so it holds for one right choice of
-    many, for several, and for a share of probability (truthfulqa_mc2). Majority is the one choice that scores best over all documents. Answers that
-    are written have chance 0, running text has none.
+    many, for several, and for a share of probability (truthfulqa_mc2). Majority is the one choice that scores best over all documents: a label
+    where every document offers the same (letters, yes and no), else a position. Where the right choice always has the same position that is how
+    the rows are written (TruthfulQA's first), not what a model could see, and there is no majority. Answers that are written have chance 0,
+    running text has none.
     """
     form, documents = row.tasks[0].OUTPUT_TYPE, row.documents()
-    metric = next((name for name in ("acc_norm", "acc") if name in row.tasks[0].aggregation()), None)
-    if form == "loglikelihood_rolling" or (form == "multiple_choice" and metric is None):
+    if form == "loglikelihood_rolling" or (form == "multiple_choice" and row.metric is None):
         return {}
     if form != "multiple_choice":
         return {"chance": mean([0.0] * len(documents))}
-    choices = [tuple(task.doc_to_choice(asked[0].doc)) for task, asked in documents]
-    scored = [choice_scores(*one, len(offered), metric) for one, offered in zip(documents, choices, strict=True)]
-    found = {"chance": mean([float(np.mean(of_choices)) for of_choices in scored])}
-    if len(set(choices)) == 1:
-        best = int(np.argmax(np.mean(scored, axis=0)))
-        found["majority"] = mean([of_choices[best] for of_choices in scored])
+    found = {"chance": mean([float(np.mean(scored)) for scored in row.rights])}
+    by_place = np.array(list(zip_longest(*row.rights, fillvalue=0.0)))
+    majority = by_place[np.argmax(by_place.mean(axis=1))]
+    if len(set(row.offered)) == 1 or majority.min() < 1:
+        found["majority"] = mean(majority)
     return found
 
 

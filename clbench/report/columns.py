@@ -53,8 +53,17 @@ SEED = Column("seed", "number", "the seed of the run", source="manifest.json")
 STAGE = Column("stage", "count", "how many stages were trained; 0 is the untouched model", source="scores.jsonl")
 STAGE_NAME = Column("stage_name", "name", "the task of that stage, `base` for the untouched model", source="scores.jsonl")
 RUN = Column("run", "name", "the directory of the run's records", source="manifest.json")
-RETENTION = "share of the untouched model's above-chance accuracy on base knowledge that is left, all probes together; undefined where the untouched model is within two standard errors of chance"
-RETAINED = "sum over probes of (accuracy after - chance) / sum of (accuracy before - chance)"
+RETENTION = "share of the untouched model's accuracy on base knowledge, above that of guessing or of always the commonest answer, that is left, all probes together; undefined where the untouched model is within two standard errors of that floor"
+RETAINED = "sum over probes of (accuracy after - floor) / sum of (accuracy before - floor); floor: chance, or the share of the commonest right answer (a label, else a position) where that is more"
+PROBABILITY = "the same of the probability of the right choice among the choices, all probes of multiple choice together: softmax over the log-likelihoods of the choices, per character where acc_norm is the metric"
+PROBABLE = "as retention, of the mean probability; floor: chance"
+GUESSING = "(1 - before) (1 - after) chance / (1 - chance)"
+LOST = (
+    ("lost", "share of items that turned wrong", "", ""),
+    ("gained", "share of items that turned right", "", ""),
+    ("lost_corrected", "share of items that turned wrong beyond what guessing explains", f"max(0, lost - {GUESSING})", ", arXiv 2510.17776"),
+    ("gained_corrected", "share of items that turned right beyond what guessing explains", f"max(0, gained - {GUESSING})", ", arXiv 2510.17776"),
+)
 PERPLEXITY = ("perplexity_ratio", "ratio", "perplexity per token over that of the untouched model, on text that it knew", "exp of the mean rise of negative log-likelihood per token", "probe perplexity, nll_token")
 DRIFT = ("bits_per_byte_drift", "bits per byte", "rise of the bits that a byte of that text needs", "bits_per_byte - that of stage 0", "probe perplexity")
 
@@ -69,7 +78,8 @@ LEADERBOARD = (
     _measure("forgetting", "fraction of 1", "mean drop from a task's best score to the end", "mean over j < T of max over j <= i < T of R[i, j] - R[T, j]", CHAUDHRY),
     _measure("fwt", "fraction of 1", "forward transfer: mean gain on a task before its own stage", "mean over j > 1 of R[j - 1, j] - R[0, j]", LOPEZ),
     _measure("retention", "fraction of 1", RETENTION, RETAINED, "probe knowledge"),
-    _measure("retention_min", "fraction of 1", "retention of the probe that keeps least", "lowest (accuracy after - chance) / (accuracy before - chance)", "probe knowledge"),
+    _measure("retention_probability", "fraction of 1", PROBABILITY, PROBABLE, "probe knowledge, probability"),
+    _measure("retention_min", "fraction of 1", "retention of the probe that keeps least", "lowest (accuracy after - floor) / (accuracy before - floor)", "probe knowledge"),
     _measure(*PERPLEXITY),
     _measure(*DRIFT),
     _measure("kl_to_base", "nats per token", "divergence of the predictions on fixed text from those of the untouched model", "mean over positions of KL(untouched || now)", "probe divergence"),
@@ -132,17 +142,34 @@ DIFFERENCES = (
 RETENTIONS = (
     *(STREAM, ORDER, MODEL, METHOD, SEED, STAGE, STAGE_NAME),
     Column("retention", "fraction of 1", RETENTION, RETAINED, "probe knowledge"),
-    Column("retention_low", "fraction of 1", "lower end of its 95 % interval over items, of this run alone", "2.5 % quantile when the items of each probe are drawn again, in pairs", "probe knowledge"),
-    Column("retention_high", "fraction of 1", "upper end of that interval", "97.5 % quantile", "probe knowledge"),
+    Column("retention_low", "fraction of 1", "lower end of its 95 % interval over items, of this run alone", "2.5 % quantile under a Dirichlet posterior over the pairs (before, after) of each probe, with half an item in each of the four pairs of right and wrong", "Rubin 1981; arXiv 2503.01747"),
+    Column("retention_high", "fraction of 1", "upper end of that interval", "97.5 % quantile", "as low"),
     Column("retention_min", "fraction of 1", "retention of the probe that keeps least", source="probe knowledge"),
     Column("retention_min_probe", "name", "that probe", source="probe knowledge"),
-    Column("lost", "fraction of 1", "share of items that turned wrong", "mean over probes", "probe knowledge"),
-    Column("gained", "fraction of 1", "share of items that turned right", "mean over probes", "probe knowledge"),
+    Column("retention_probability", "fraction of 1", PROBABILITY, PROBABLE, "probe knowledge, probability"),
+    Column("retention_probability_low", "fraction of 1", "lower end of its 95 % interval over items, of this run alone", "as retention_low"),
+    Column("retention_probability_high", "fraction of 1", "upper end of that interval", "as retention_high"),
+    *(Column(name, "fraction of 1", what, f"mean over probes{f' of {formula}' * bool(formula)}", f"probe knowledge{paper}") for name, what, formula, paper in LOST),
     Column("perplexity", "perplexity per token", "perplexity on text that the untouched model knew", "exp of the mean negative log-likelihood per token", "probe perplexity, nll_token"),
     Column(*PERPLEXITY),
     Column("bits_per_byte", "bits per byte", "bits that a UTF-8 byte of that text needs", source="probe perplexity"),
     Column(*DRIFT),
     Column("reason", "text", "why a number of the row does not exist"),
+    *(HASH, RUN),
+)
+
+PROBES = (
+    *(STREAM, ORDER, MODEL, METHOD, SEED, STAGE, STAGE_NAME),
+    Column("task", "name", "the base-knowledge task that probed", source="scores.jsonl"),
+    Column("floor", "fraction of 1", "accuracy that needs no knowledge", "max(chance, majority), at stage 0; majority: the share of the commonest right answer", "probe knowledge"),
+    Column("before", "fraction of 1", "accuracy of the untouched model", "mean over items", "probe knowledge"),
+    Column("after", "fraction of 1", "accuracy after the stage", "mean over items", "probe knowledge"),
+    Column("retention", "fraction of 1", "share of what the untouched model knew above the floor that is left; empty where it is within two standard errors of the floor", "(after - floor) / (before - floor)", "probe knowledge"),
+    Column("delta", "fraction of 1", "change of accuracy", "after - before", "probe knowledge"),
+    Column("stderr_paired", "fraction of 1", "standard error of that change over the same items", "deviation of the items' changes / sqrt(n)", "probe knowledge"),
+    *(Column(name, "fraction of 1", what, formula, f"probe knowledge{paper}") for name, what, formula, paper in LOST),
+    Column("retention_probability", "fraction of 1", "the same as retention of the probability of the right choice; empty where none was recorded", "(mean after - chance) / (mean before - chance)", "probe knowledge, probability"),
+    Column("reason", "text", "why retention does not exist"),
     *(HASH, RUN),
 )
 
@@ -161,6 +188,7 @@ FILES: Mapping[str, tuple[str, tuple[Column, ...]]] = {
     "leaderboard.csv": ("stream, model, method and variant, over all its blocks", LEADERBOARD),
     "differences.csv": ("measure and pair of rows of the leaderboard that can be compared; rows that train nothing are left out", DIFFERENCES),
     "retention.csv": ("run and stage", RETENTIONS),
+    "probes.csv": ("run, stage and probe of base knowledge", PROBES),
     "stages.csv": ("run, stage, probe, task and metric", STAGES),
 }
 # fmt: on

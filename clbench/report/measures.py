@@ -45,15 +45,15 @@ class Run:
     """One run's records, as far as items are made of them.
 
     `tasks` stand in the order in which they were trained, `primary` has each one's metric, `last` is the last stage, `scores` are the run's rows of
-    Records.scores, `knowledge` has the metric of the items and the chance rate of each base-knowledge task, `outcomes` gives the items of a stage
-    whose "probe|task|metric" begins with a text.
+    Records.scores, `knowledge` has the metric of the items, the floor and the chance rate of each base-knowledge task, `outcomes` gives the items of
+    a stage whose "probe|task|metric" begins with a text.
     """
 
     tasks: Sequence[str]
     primary: Mapping[str, str]
     last: int
     scores: pd.DataFrame
-    knowledge: Mapping[str, tuple[str, float]]
+    knowledge: Mapping[str, tuple[str, float, float]]
     outcomes: Callable[[int, str], Items]
 
 
@@ -122,11 +122,15 @@ def _in_line(parts: Items, groups: Sequence[tuple[str, int]]) -> Floats:
 
 
 def knowledge_tasks(scores: pd.DataFrame) -> pd.DataFrame:
-    """By run and base-knowledge task, the metric of its `items` and its `chance` rate, from Records.scores."""
+    """By run and base-knowledge task, the metric of its `items`, its `chance` rate and its `floor`, from Records.scores.
+
+    The floor is what needs no knowledge: the commonest right answer where that is more than chance; chance where the records have no majority.
+    """
     measured = scores[(scores["stage"] == 0) & (scores["probe"] == KNOWLEDGE_PROBE)]
     cells = measured.pivot(index=["run", "task"], columns="metric", values="value")
     cells["items"] = cells.reindex(columns=ITEM_METRICS).notna().idxmax(axis=1)
-    return cells.reindex(columns=["items", "chance"])
+    cells = cells.reindex(columns=["items", "chance", "majority"])
+    return cells.assign(floor=np.fmax(cells["chance"], cells["majority"]))[["items", "floor", "chance"]]
 
 
 def _items(
@@ -134,8 +138,8 @@ def _items(
 ) -> Iterator[tuple[tuple[str, str], Items]]:
     """The items of every run by its name and that of the measure."""
     scores, known = dict(iter(records.scores.groupby("run"))), dict.fromkeys(ranked.index, {})
-    for run, task, metric, chance in knowledge_tasks(records.scores).reset_index().itertuples(index=False):
-        known[run] = known.get(run, {}) | {task: (metric, chance)}
+    for run, task, *facts in knowledge_tasks(records.scores).reset_index().itertuples(index=False):
+        known[run] = known.get(run, {}) | {task: tuple(facts)}
     for run, own in ranked.iterrows():
         outcomes = cache(partial(_outcomes, records, run))  # of this run alone, as those of all would fill the memory
         facts = {"tasks": own["tasks"], "primary": own["metrics"], "last": own["stages"], "knowledge": known[run]}
@@ -174,30 +178,36 @@ def _bwt(run: Run) -> Items:
     }
 
 
-def _retention(run: Run, *, metric: str = "") -> Items:
-    """By probe; `metric` is what items are scored by, where it is not the task's own.
-
-    Retention R is a ratio of sums over probes of means, (after - chance) / D with D the sum of (before - chance); an item's part is its influence
-    on that ratio, (after - chance - R (before - chance)) / D, and R / probes, so that the means add up to R (the
-    infinitesimal jackknife, Efron 1982).
-    """
-    pairs, chance = {}, {}
-    for task, (own, guessed) in run.knowledge.items():
-        key = f"{KNOWLEDGE_PROBE}|{task}|{metric or own}"
-        if key in (first := run.outcomes(0, key)):
-            pairs[key], chance[key] = (first[key], run.outcomes(run.last, key).get(key, ())), guessed
-    if not pairs or any(len(before) != len(after) for before, after in pairs.values()):
-        return {}
-    base = sum(before.mean() - chance[key] for key, (before, _) in pairs.items())
-    kept = sum(after.mean() - chance[key] for key, (_, after) in pairs.items()) / base
-    return {
-        key: (after - chance[key] - kept * (before - chance[key])) / base + kept / len(pairs)
-        for key, (before, after) in pairs.items()
-    }
+def _retention(run: Run) -> Items:
+    """By probe; from each one's floor."""
+    return _kept(
+        run, {f"{KNOWLEDGE_PROBE}|{task}|{metric}": floor for task, (metric, floor, _) in run.knowledge.items()}
+    )
 
 
 def _retention_probability(run: Run) -> Items:
-    return _retention(run, metric=PROBABILITY)
+    """By probe; guessing gives the right choice the chance rate."""
+    return _kept(
+        run, {f"{KNOWLEDGE_PROBE}|{task}|{PROBABILITY}": chance for task, (_, _, chance) in run.knowledge.items()}
+    )
+
+
+def _kept(run: Run, floors: Mapping[str, float]) -> Items:
+    """The items of retention, over those "probe|task|metric" of `floors` that have outcomes at stage 0.
+
+    Retention R is a ratio of sums over probes of means, (after - floor) / D with D the sum of (before - floor); an item's part is its influence
+    on that ratio, (after - floor - R (before - floor)) / D, and R / probes, so that the means add up to R (the infinitesimal jackknife, Efron
+    1982).
+    """
+    first, last = (run.outcomes(stage, f"{KNOWLEDGE_PROBE}|") for stage in (0, run.last))
+    above = {
+        key: (first[key] - floor, last.get(key, np.empty(0)) - floor) for key, floor in floors.items() if key in first
+    }
+    if not above or any(len(before) != len(after) for before, after in above.values()):
+        return {}
+    base = sum(before.mean() for before, _ in above.values())
+    kept = sum(after.mean() for _, after in above.values()) / base
+    return {key: (after - kept * before) / base + kept / len(above) for key, (before, after) in above.items()}
 
 
 def _log_perplexity_ratio(run: Run) -> Items:

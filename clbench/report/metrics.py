@@ -19,9 +19,11 @@ from scipy.special import stdtrit
 Floats = NDArray[np.float64]
 Outcomes = Mapping[str, ArrayLike]
 
-# The item bootstrap always draws the same numbers, so that equal outcomes give equal intervals, on every call.
-BOOTSTRAP_SEED = 16
-BOOTSTRAP_DRAWS = 2000
+# The posterior is always drawn with the same numbers, so that equal outcomes give equal intervals, on every call.
+POSTERIOR_SEED = 16
+POSTERIOR_DRAWS = 2000
+CORNERS = np.array([[0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 1.0]])
+"""The pairs (before, after) of an item that is right or wrong, (2, 4)."""
 
 
 def average_accuracy(scores: ArrayLike) -> float:
@@ -65,12 +67,13 @@ def fwt(scores: ArrayLike) -> float:
 class ProbeRetention:
     """What one probe says of kept knowledge, as fractions of 1.
 
-    `retention` is (after - chance) / (before - chance): it may be negative or above 1, and is NaN where the untouched
-    model is within two standard errors of chance (`reason` says so). `delta` is after - before, `stderr_paired` its standard
-    error over the same items. `lost` and `gained` are the shares of items that turned wrong and right.
+    `retention` is (after - floor) / (before - floor): it may be negative or above 1, and is NaN where the untouched model is within two standard
+    errors of `floor` (`reason` says so). `delta` is after - before, `stderr_paired` its standard error over the same items. `lost` and `gained` are
+    the shares of items that turned wrong and right, `lost_corrected` and `gained_corrected` what of them guessing does not explain.
     """
 
     name: str
+    floor: float
     retention: float
     before: float
     after: float
@@ -78,15 +81,17 @@ class ProbeRetention:
     stderr_paired: float
     lost: float
     gained: float
+    lost_corrected: float
+    gained_corrected: float
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """Share of base knowledge kept over all probes: the ratio of the chance-corrected sums, as a fraction of 1.
+    """Share of base knowledge kept over all probes: the ratio of the floor-corrected sums, as a fraction of 1.
 
-    `low` and `high` bound it at 95 % (paired item bootstrap within each probe). `minimum` is the worst probe's own retention and `minimum_probe`
-    its name. `lost` and `gained` are means over probes. `reason` says why a number is NaN, and is empty where none is.
+    `low` and `high` bound it at 95 % (`_credible_interval`). `minimum` is the worst probe's own retention and `minimum_probe` its name. `lost` to
+    `gained_corrected` are means over probes. `reason` says why a number is NaN, and is empty where none is.
     """
 
     retention: float = nan
@@ -96,32 +101,57 @@ class Retention:
     minimum_probe: str = ""
     lost: float = nan
     gained: float = nan
+    lost_corrected: float = nan
+    gained_corrected: float = nan
     probes: tuple[ProbeRetention, ...] = ()
     reason: str
 
 
-def retention(before: Outcomes, *, after: Outcomes, chance: Mapping[str, float]) -> Retention:
+FLIPS = ("lost", "gained", "lost_corrected", "gained_corrected")
+
+
+def retention(
+    before: Outcomes, *, after: Outcomes, floor: Mapping[str, float], chance: Mapping[str, float]
+) -> Retention:
     """Share of base knowledge kept, as a fraction of 1.
 
-    `before` and `after` map a probe's name to its per-item outcomes in [0, 1], (items,), same items in the same order;
-    `chance` maps it to the mean over items of 1 / choices (0 for generated answers).
+    `before` and `after` map a probe's name to its per-item outcomes in [0, 1], (items,), same items in the same order; `floor` maps it to the mean
+    outcome that needs no knowledge (guessing, or always the commonest answer), `chance` to the mean over items of 1 / choices (0 for generated
+    answers).
     """
     pairs = {name: np.array([before[name], after[name]], dtype=np.float64) for name in before}
-    probes = tuple(_probe_retention(name, *pair, chance=chance[name]) for name, pair in pairs.items())
-    above_before = sum(probe.before - chance[probe.name] for probe in probes)
-    above_after = sum(probe.after - chance[probe.name] for probe in probes)
+    probes = tuple(_probe_retention(name, *pair, floor[name], chance[name]) for name, pair in pairs.items())
+    above_before = sum(probe.before - probe.floor for probe in probes)
+    above_after = sum(probe.after - probe.floor for probe in probes)
     stderr = sqrt(sum(items.var() / len(items) for items, _ in pairs.values()))
     reasons = [probe.reason for probe in probes if probe.reason]
     kept = low = high = nan
     if above_before > 2 * stderr:
         kept = float(above_after / above_before)
-        low, high = _bootstrap_interval(pairs, chance)
+        low, high = _credible_interval(pairs, floor)
     else:
-        reasons.append("all probes: the untouched model is within two standard errors of chance")
+        reasons.append("all probes: the untouched model is within two standard errors of the floor")
     minimum, worst = min(((probe.retention, probe.name) for probe in probes if not probe.reason), default=(nan, ""))
-    lost, gained = np.mean([(probe.lost, probe.gained) for probe in probes], axis=0).tolist()
-    bounds = {"low": low, "high": high, "minimum": minimum, "minimum_probe": worst, "lost": lost, "gained": gained}
-    return Retention(retention=kept, **bounds, probes=probes, reason="; ".join(reasons))
+    return Retention(
+        retention=kept,
+        low=low,
+        high=high,
+        minimum=minimum,
+        minimum_probe=worst,
+        **{flips: float(np.mean([vars(probe)[flips] for probe in probes])) for flips in FLIPS},
+        probes=probes,
+        reason="; ".join(reasons),
+    )
+
+
+def beyond_guessing(flipped: float, *, before: float, after: float, chance: float) -> float:
+    """Share of items that turned wrong (or right) and would not have by guessing, never below 0 (arXiv 2510.17776).
+
+    `flipped` is the raw share, `before` and `after` are accuracies. Of an item with k = 1 / `chance` choices the part of the wrong answers says how
+    often guesses are right: lost by guessing is (1 - before) / (k - 1) * (1 - after), and so is gained by guessing.
+    """
+    by_guessing = (1 - before) * (1 - after) * chance / (1 - chance) if chance < 1 else 0.0
+    return max(0.0, flipped - by_guessing)
 
 
 def perplexity_ratio(nll_before: ArrayLike, nll_after: ArrayLike, *, count: float) -> Floats:
@@ -160,36 +190,43 @@ def _task_by_task(scores: ArrayLike, *, at_least: int) -> Floats:
     return matrix if len(matrix) - 1 == matrix.shape[1] >= at_least else np.full((3, 2), nan)
 
 
-def _probe_retention(name: str, before: Floats, after: Floats, *, chance: float) -> ProbeRetention:
-    score, stderr, above = before.mean(), before.std() / sqrt(len(before)), before.mean() - chance
-    at_chance = (
-        f"the untouched model scores {score:.3f}, within two standard errors ({stderr:.3f}) of chance {chance:.3f}"
+def _probe_retention(name: str, before: Floats, after: Floats, floor: float, chance: float) -> ProbeRetention:
+    score, stderr, above = float(before.mean()), before.std() / sqrt(len(before)), before.mean() - floor
+    at_floor = (
+        f"the untouched model scores {score:.3f}, within two standard errors ({stderr:.3f}) of the floor {floor:.3f}"
     )
-    known = above > 2 * stderr
+    known, scored = above > 2 * stderr, {"before": score, "after": float(after.mean())}
+    lost, gained = float(np.mean(after < before)), float(np.mean(after > before))
     return ProbeRetention(
         name=name,
-        retention=float((after.mean() - chance) / above) if known else nan,
-        before=float(score),
-        after=float(after.mean()),
+        floor=floor,
+        retention=float((after.mean() - floor) / above) if known else nan,
+        **scored,
         delta=float(after.mean() - score),
         # Of right-or-wrong items this is sqrt((lost + gained) - (gained - lost)^2) / sqrt(n).
         stderr_paired=float((after - before).std() / sqrt(len(before))),
-        lost=float(np.mean(after < before)),
-        gained=float(np.mean(after > before)),
-        reason="" if known else f"{name}: {at_chance}",
+        lost=lost,
+        gained=gained,
+        lost_corrected=beyond_guessing(lost, **scored, chance=chance),
+        gained_corrected=beyond_guessing(gained, **scored, chance=chance),
+        reason="" if known else f"{name}: {at_floor}",
     )
 
 
-def _bootstrap_interval(pairs: Mapping[str, Floats], chance: Mapping[str, float]) -> tuple[float, float]:
-    """2.5 % and 97.5 % quantiles of the retention ratio when the items of each probe are drawn again, in pairs."""
-    generator = np.random.default_rng(BOOTSTRAP_SEED)
-    above = np.zeros((2, BOOTSTRAP_DRAWS))
+def _credible_interval(pairs: Mapping[str, Floats], floor: Mapping[str, float]) -> tuple[float, float]:
+    """2.5 % and 97.5 % quantiles of the retention ratio under a Dirichlet posterior over each probe's pairs (before, after).
+
+    A pair weighs as often as it was seen, and each of the four pairs of right and wrong half an item more. Without those halves this is the
+    Bayesian bootstrap (Rubin 1981), which knows no flip that it has not seen: the interval of a small probe is then too narrow, of one without
+    flips nothing. With them each accuracy has the posterior Beta(1 + right, 1 + wrong) of arXiv 2503.01747, section 3.1.
+    """
+    generator, above = np.random.default_rng(POSTERIOR_SEED), np.zeros((2, POSTERIOR_DRAWS))
     for name, pair in pairs.items():
-        # Drawing items with replacement is drawing how often each distinct (before, after) outcome occurs: four numbers
-        # a draw for right-or-wrong items, however many there are.
-        outcomes, counts = np.unique(pair, axis=1, return_counts=True)
-        shares = generator.multinomial(counts.sum(), counts / counts.sum(), size=BOOTSTRAP_DRAWS) / counts.sum()
-        above += outcomes @ shares.T - chance[name]
+        # Equal pairs are drawn as one: four numbers a draw for right-or-wrong items, however many there are.
+        seen = np.concatenate([pair, CORNERS], axis=1)
+        outcomes, place = np.unique(seen, axis=1, return_inverse=True)
+        weights = np.bincount(place, weights=[1.0] * pair.shape[1] + [0.5] * 4)
+        above += outcomes @ generator.dirichlet(weights, size=POSTERIOR_DRAWS).T - floor[name]
     with np.errstate(divide="ignore", invalid="ignore"):
         low, high = np.quantile(above[1] / above[0], (0.025, 0.975))
     return float(low), float(high)

@@ -21,6 +21,7 @@ from clbench.report.measures import (
     KNOWLEDGE_PROBE,
     MATRIX_PROBE,
     PERPLEXITY_PROBE,
+    PROBABILITY,
     RANKS,
     SETTING,
     compare,
@@ -33,21 +34,27 @@ SUMS = ["seconds_train", "seconds_probe", "seconds_other", "tokens_trained", "to
 COSTS = {**dict.fromkeys(SUMS, "sum"), "trainable_parameters": "max", "peak_memory_bytes": "max", "flops": "sum"}
 """How the costs of a run's stages make that of the run."""
 
+PROBE = ["floor", "before", "after", "retention", "delta", "stderr_paired", *metrics.FLIPS]
+"""What probes.csv says of one probe, the fields of metrics.ProbeRetention."""
+
 Matrices = Mapping[str, metrics.Floats]
+Outcomes = Mapping[str, metrics.Floats]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
     """What the runs of a results directory amount to; scores are fractions of 1, NaN where a number does not exist.
 
-    `retention`: one row per run and stage, the columns of retention.csv. `matrices`: by the name of a ranked run, each task's primary score after
-    each stage, (stages + 1, tasks). `measures`: one row per ranked run, by name, the measures of the leaderboard. `leaderboard`: the ranked runs by
-    setting, method and variant, best average accuracy first within a setting: the columns of leaderboard.csv, `label` (the method's name, with the
-    variant where it has several) and `runs` (their names). `differences`: one row per measure and pair of its rows, the columns of differences.csv.
+    `retention`: one row per run and stage, the columns of retention.csv. `probes`: one row per run, stage and base-knowledge task, the columns of
+    probes.csv. `matrices`: by the name of a ranked run, each task's primary score after each stage, (stages + 1, tasks). `measures`: one row per
+    ranked run, by name, the measures of the leaderboard. `leaderboard`: the ranked runs by setting, method and variant, best average accuracy first
+    within a setting: the columns of leaderboard.csv, `label` (the method's name, with the variant where it has several) and `runs` (their names).
+    `differences`: one row per measure and pair of its rows, the columns of differences.csv.
     """
 
     records: Records
     retention: pd.DataFrame
+    probes: pd.DataFrame
     matrices: Matrices
     measures: pd.DataFrame
     leaderboard: pd.DataFrame
@@ -56,7 +63,7 @@ class Summary:
 
 def summarise(records: Records) -> Summary:
     """Works everything out, once."""
-    runs, retention = records.runs, _retention(records)
+    runs, (retention, probes) = records.runs, _retention(records)
     ranked = runs[(runs["state"] == "complete") & (runs["problem"] == "")].set_index("run")
     matrices = dict(_matrices(records.scores, ranked))
     ranked = ranked.assign(stages=[len(matrix) - 1 for matrix in matrices.values()])
@@ -64,8 +71,8 @@ def summarise(records: Records) -> Summary:
     rows = _leaderboard(ranked, measures)
     pairs, ranks = compare(records, ranked, measured=measures, rows=rows)
     rows[RANKS] = ranks
-    own = {"records": records, "retention": retention, "matrices": matrices, "measures": measures}
-    return Summary(**own, leaderboard=rows, differences=pairs)
+    own = {"retention": retention, "probes": probes, "matrices": matrices, "measures": measures}
+    return Summary(records=records, **own, leaderboard=rows, differences=pairs)
 
 
 def marks(rows: pd.DataFrame, measure: str) -> dict[str, str]:
@@ -90,10 +97,10 @@ def _block_means(values: ArrayLike, blocks: pd.DataFrame) -> list[float]:
     return [values[[name == block for name in names]].mean() for block in dict.fromkeys(names)]
 
 
-def _retention(records: Records) -> pd.DataFrame:
+def _retention(records: Records) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What each stage of each run left of base knowledge and of the perplexity on known text, beside stage 0 of the same run.
 
-    Perplexity is per token. `lost` and `gained` are means over probes of the share of items that turned wrong and right.
+    The second table has base knowledge by probe. Perplexity is per token. `lost` to `gained_corrected` are means over probes (`metrics.Retention`).
     """
     scores, runs = records.scores, records.runs[["run", "seed", *NAMED, "stream_hash"]]
     stages = scores.drop_duplicates(["run", "stage"], keep="last")[["run", "stage", "stage_name"]].merge(runs, on="run")
@@ -102,48 +109,64 @@ def _retention(records: Records) -> pd.DataFrame:
         means = _over_texts(scores, metric)
         untouched = means[means.index.get_level_values("stage") == 0].droplevel("stage")
         table = table.join(means.rename(metric), on=["run", "stage"]).join(untouched.rename(f"{metric}_0"), on="run")
-    kept = list(_knowledge(records, table))
-    return table[[*NAMED, "seed", "stage", "stage_name"]].assign(
+    both, named = list(_knowledge(records, table)), table[[*NAMED, "seed", "stage", "stage_name"]]
+    kept, twins = [accuracy for accuracy, _ in both], [probability for _, probability in both]
+    of_stages = named.assign(
         retention=[one.retention for one in kept],
         retention_low=[one.low for one in kept],
         retention_high=[one.high for one in kept],
         retention_min=[one.minimum for one in kept],
         retention_min_probe=[one.minimum_probe for one in kept],
-        lost=[one.lost for one in kept],
-        gained=[one.gained for one in kept],
+        retention_probability=[one.retention for one in twins],
+        retention_probability_low=[one.low for one in twins],
+        retention_probability_high=[one.high for one in twins],
+        **{flips: [vars(one)[flips] for one in kept] for flips in metrics.FLIPS},
         perplexity=metrics.perplexity_ratio(0.0, table["nll_token"], count=1),
         perplexity_ratio=metrics.perplexity_ratio(table["nll_token_0"], table["nll_token"], count=1),
         bits_per_byte=table["bits_per_byte"],
         bits_per_byte_drift=table["bits_per_byte"] - table["bits_per_byte_0"],
-        reason=[one.reason for one in kept],
+        reason=["; ".join(filter(None, [one.reason, twin.reason])) for one, twin in both],
         **table[["stream_hash", "run"]],
     )
+    rows = []
+    for row, accuracy, probability in zip(table.index, kept, twins, strict=True):
+        twin = {one.name: one.retention for one in probability.probes}
+        for one in accuracy.probes:
+            found = {"task": one.name} | {column: vars(one)[column] for column in PROBE}
+            rows.append({"row": row} | found | {"retention_probability": twin.get(one.name, nan), "reason": one.reason})
+    columns = ["row", "task", *PROBE, "retention_probability", "reason"]
+    of_probes = pd.DataFrame(rows, columns=columns).set_index("row")
+    return of_stages, named.join(of_probes, how="inner").join(table[["stream_hash", "run"]])
 
 
-def _knowledge(records: Records, stages: pd.DataFrame) -> Iterator[metrics.Retention]:
-    """Retention over the base-knowledge tasks after each stage of each run, in the order of `stages`."""
-    cells = knowledge_tasks(records.scores).reset_index()
+def _knowledge(records: Records, stages: pd.DataFrame) -> Iterator[tuple[metrics.Retention, metrics.Retention]]:
+    """Retention over the base-knowledge tasks, by accuracy and by probability, after each stage of each run, in the order of `stages`."""
+    cells, of = knowledge_tasks(records.scores).reset_index(), f"{KNOWLEDGE_PROBE}|"
     for run, own in stages.groupby("run", sort=False):
-        tasks, first = (
-            cells[cells["run"] == run].set_index("task"),
-            records.outcomes(run, stage=0, of=f"{KNOWLEDGE_PROBE}|"),
-        )
-        keys = {task: f"{KNOWLEDGE_PROBE}|{task}|{metric}" for task, metric in tasks["items"].items()}
-        # Else a group's total, or text that is scored otherwise: no item is right or wrong.
-        before = {task: first[key] for task, key in keys.items() if key in first}
+        tasks, first = cells[cells["run"] == run].set_index("task"), records.outcomes(run, stage=0, of=of)
+        twins = tasks.assign(items=PROBABILITY, floor=tasks["chance"])
         for stage in own["stage"]:
-            later = records.outcomes(run, stage=stage, of=f"{KNOWLEDGE_PROBE}|")
-            after = {task: later.get(keys[task], ()) for task in before}
-            changed = [task for task in before if len(after[task]) != len(before[task])]
-            unrated = [task for task in before if isnan(tasks["chance"][task])]
-            if not before:
-                yield metrics.Retention(reason=f"no per-item outcomes of the {KNOWLEDGE_PROBE} probe at stage 0")
-            elif changed:
-                yield metrics.Retention(reason=f"{changed[0]}: stage {stage} did not measure the items of stage 0")
-            elif unrated:
-                yield metrics.Retention(reason=f"{unrated[0]}: no chance rate at stage 0")
-            else:
-                yield metrics.retention(before, after=after, chance=tasks["chance"])
+            later = records.outcomes(run, stage=stage, of=of)
+            accuracy, probability = (_kept(asked, first, later=later, stage=stage) for asked in (tasks, twins))
+            # Records that are older than probabilities have none of them, for which there is nothing to say.
+            yield accuracy, probability if probability.probes else metrics.Retention(reason="")
+
+
+def _kept(tasks: pd.DataFrame, first: Outcomes, *, later: Outcomes, stage: int) -> metrics.Retention:
+    """Retention after `stage` over the `tasks` (by name: their metric `items`, chance and floor) that have outcomes at stage 0."""
+    keys = {task: f"{KNOWLEDGE_PROBE}|{task}|{metric}" for task, metric in tasks["items"].items()}
+    # Else a group's total, or text that is scored otherwise: no item is right or wrong.
+    before = {task: first[key] for task, key in keys.items() if key in first}
+    after = {task: later.get(keys[task], ()) for task in before}
+    changed = [task for task in before if len(after[task]) != len(before[task])]
+    unrated = [task for task in before if isnan(tasks["chance"][task])]
+    if not before:
+        return metrics.Retention(reason=f"no per-item outcomes of the {KNOWLEDGE_PROBE} probe at stage 0")
+    if changed:
+        return metrics.Retention(reason=f"{changed[0]}: stage {stage} did not measure the items of stage 0")
+    if unrated:
+        return metrics.Retention(reason=f"{unrated[0]}: no chance rate at stage 0")
+    return metrics.retention(before, after=after, floor=tasks["floor"], chance=tasks["chance"])
 
 
 def _over_texts(scores: pd.DataFrame, metric: str) -> pd.Series:
@@ -173,7 +196,9 @@ def _measures(records: Records, runs: pd.DataFrame, retention: pd.DataFrame, mat
     for measure in (metrics.average_accuracy, metrics.learning_accuracy, metrics.bwt, metrics.forgetting, metrics.fwt):
         measures[measure.__name__] = [measure(matrix) for matrix in matrices.values()]
     end = retention.drop_duplicates("run", keep="last").set_index("run")
-    measures = measures.join(end[["retention", "retention_min", "perplexity_ratio", "bits_per_byte_drift"]])
+    measures = measures.join(
+        end[["retention", "retention_probability", "retention_min", "perplexity_ratio", "bits_per_byte_drift"]]
+    )
     last = scores["run"].map(runs["stages"])
     measures["kl_to_base"] = by_run(last, DIVERGENCE_PROBE, "kl_token").agg(_mean)
     for metric in ("format_validity", "format_loss"):

@@ -21,6 +21,7 @@ KEY_COLUMNS = (
     ("BWT", "bwt", "+.3f"),
     ("forgetting", "forgetting", ".3f"),
     ("retention", "retention", ".3f"),
+    ("probability kept", "retention_probability", ".3f"),
     ("worst probe", "retention_min", ".3f"),
     ("perplexity", "perplexity_ratio", ".2f"),
     ("valid form", "format_validity", ".3f"),
@@ -54,6 +55,7 @@ def refresh(results_dir: Path) -> Table:
         # Times are left out, so that a repeated run gives the same bytes.
         "stages.csv": stages[[*STAGE_KEYS, "value", "n", "stderr", "run"]],
         "retention.csv": summary.retention,
+        "probes.csv": summary.probes,
         "differences.csv": summary.differences,
         "leaderboard.csv": board,
     }
