@@ -195,8 +195,13 @@ def _sha256(value: object) -> str:
 
 
 def run_name(config: Config) -> str:
-    """The run's directory name: `<experiment>-<method>-s<seed>-<hash8>`."""
-    return f"{config.experiment}-{config.method['name']}-s{config.seed}-{run_hash(asdict(config))[:8]}"
+    """The run's directory name."""
+    return name_of(asdict(config))
+
+
+def name_of(config: Mapping[str, Any]) -> str:
+    """`<experiment>-<method>-s<seed>-<hash8>`, of a configuration as nested values."""
+    return f"{config['experiment']}-{config['method']['name']}-s{config['seed']}-{run_hash(config)[:8]}"
 
 
 def run_directory(config: Config) -> Path:

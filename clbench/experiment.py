@@ -33,7 +33,7 @@ from clbench.models.weights import count_parameters, load_trainable_state, train
 from clbench.protocols import Engine, Method, Probe, Stage, Stream
 from clbench.record.forecast import Forecast, seconds_of
 from clbench.record.ledger import COMPLETE, Checkpoint, Ledger, status_of
-from clbench.record.manifest import describe
+from clbench.record.manifest import describe, failed_canaries
 from clbench.record.overlaps import check_data
 from clbench.record.runs import CANARIES, FAILED
 from clbench.record.tracking import Tracker, written_to
@@ -119,11 +119,11 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
 
 def check_evaluation(parts: Parts) -> dict[str, Any]:
     """What the manifest says of the canaries; a run with a failed one is not ranked."""
-    found = check_stream(parts.stream, parts.encoder)
-    failed = [f"{canary.name} ({canary.task}: {canary.detail})" for canary in found if not canary.passed]
+    found = [asdict(canary) for canary in check_stream(parts.stream, parts.encoder)]
+    failed = failed_canaries(found)
     if failed:
         log.warning("the run will not be ranked, its evaluation failed its own tests: %s", "; ".join(failed))
-    return {"checked": len(found), "failed": failed, "results": [asdict(canary) for canary in found]}
+    return {"checked": len(found), "failed": failed, "results": found}
 
 
 def measure_untouched(

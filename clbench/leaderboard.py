@@ -12,15 +12,14 @@ from clbench.report.tables import refresh
 from clbench.types import UserMistake
 
 
-def run_command(parser: ArgumentParser, action: Callable[[Namespace], None]) -> int:
-    """Runs `action` with what the command line says, results_dir included; the exit code is 2 for a user's mistake."""
+def run_command(parser: ArgumentParser, action: Callable[[Namespace], int | None]) -> int:
+    """Runs `action` with what the command line says, results_dir included; the exit code is its own, 2 for a user's mistake."""
     parser.add_argument("results_dir", nargs="?", type=Path, default=Path("results"), help="holds the runs (results)")
     try:
-        action(parser.parse_args())
+        return action(parser.parse_args()) or 0
     except UserMistake as mistake:
         print(mistake, file=sys.stderr)
         return 2
-    return 0
 
 
 def _refresh_and_print(options: Namespace) -> None:

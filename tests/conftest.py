@@ -39,7 +39,13 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="session")
+def tiny(cache_dir: Path) -> list[str]:
+    """The command line of a run that takes about a second, but for its results_dir."""
+    return [*TINY_MODEL, *TINY_STREAM, *QUIET, f"cache_dir={cache_dir}"]
+
+
 @pytest.fixture()
-def overrides(cache_dir: Path, tmp_path: Path) -> list[str]:
+def overrides(tiny: list[str], tmp_path: Path) -> list[str]:
     """The command line of a run that takes about a second."""
-    return [*TINY_MODEL, *TINY_STREAM, *QUIET, f"cache_dir={cache_dir}", f"results_dir={tmp_path / 'results'}"]
+    return [*tiny, f"results_dir={tmp_path / 'results'}"]

@@ -366,7 +366,7 @@ def test_lambada_has_a_chance_of_zero_and_a_perplexity_of_the_corpus(student, tm
 def test_a_group_is_one_row_whose_items_stand_in_the_order_of_its_tasks(student, knowledge):
     row = knowledge.ledger_rows[-1]
     assert row.name == "mmlu_stem" and len(row.tasks) == 19
-    (score,) = [s for s in knowledge.measure(student, STREAM, 1) if s.task == "mmlu_stem"]
+    (score,) = [s for s in knowledge.measure(student, STREAM, 1) if (s.task, s.metric) == ("mmlu_stem", "acc")]
     alone = [answer(replace(row, tasks=(task,)), StudentLM(student))["acc"] for task in row.tasks]
     assert score.n == 38 and list(score.items) == [item for one in alone for item in one]
     texts = knowledge.documents()["mmlu_stem"]
@@ -519,12 +519,14 @@ def test_a_group_that_weighs_its_tasks_equally_is_the_mean_of_their_means(studen
     (tmp_path / "pairs" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     knowledge = Knowledge(name="knowledge", tasks=["pair"], include="pairs:.")
-    (score,) = [s for s in knowledge.measure(student, STREAM, 1) if s.metric == "acc"]
+    found = {s.metric: s for s in knowledge.measure(student, STREAM, 1)}
+    score, by_task = found["acc"], found["acc_by_task"]
     manager = TaskManager(include_path=str(tmp_path / "pairs"), include_defaults=False)
     theirs = simple_evaluate(hflm(student), tasks=["pair"], task_manager=manager, verbosity="ERROR")["results"]["pair"]
     assert score.value == pytest.approx(theirs["acc,none"]) and score.n == 6
     assert score.stderr == pytest.approx(theirs["acc_stderr,none"])
     assert score.value != pytest.approx(sum(score.items) / 6)
+    assert by_task.items == (sum(score.items[:2]) / 2, sum(score.items[2:]) / 4) and by_task.value == score.value
 
 
 def test_a_group_of_unlike_tasks_is_its_members():

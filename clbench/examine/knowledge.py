@@ -159,8 +159,9 @@ class Knowledge(Probe):
         for row in self.ledger_rows:
             student.about(self.name, row.name)
             started = time.perf_counter()
-            found = {metric: aggregated(row, metric, values) for metric, values in answer(row, model).items()}
-            found |= floors(row) if stage == 0 else {}
+            found = floors(row) if stage == 0 else {}
+            for metric, values in answer(row, model).items():
+                found |= aggregated(row, metric, values)
             seconds = time.perf_counter() - started
             yield from scores(found, stream=stream, stage=stage, probe=self.name, task=row.name, seconds=seconds)
 
@@ -198,23 +199,27 @@ def probability(row: LedgerRow, number: int, log_likelihoods: Sequence[float]) -
     return float(softmax(nats) @ row.rights[number])
 
 
-def aggregated(row: LedgerRow, metric: str, values: Sequence[Any]) -> Found:
-    """The mean over items, of tasks' means, or a metric of all items together (perplexity, F1), which keeps items that are numbers."""
+def aggregated(row: LedgerRow, metric: str, values: Sequence[Any]) -> dict[str, Found]:
+    """The mean over items, of tasks' means, or a metric of all items together (perplexity, F1), which keeps items that are numbers.
+
+    Beside a mean of tasks' means stands METRIC_by_task, whose items these means are.
+    """
     name = metric.partition(",")[0]
     aggregation = row.tasks[0].aggregation().get(name, metrics.mean)
     if aggregation is metrics.mean and name in row.unweighted:
         rest = iter(values)
         means = [mean(list(islice(rest, len(chosen)))) for chosen in row.chosen]
         stderr = float(metrics.unweighted_mean_stderr([one.stderr for one in means]))
-        return replace(mean(values), value=float(np.mean([one.value for one in means])), stderr=stderr)
+        by_task = mean([one.value for one in means])
+        return {metric: replace(mean(values), value=by_task.value, stderr=stderr), f"{metric}_by_task": by_task}
     if aggregation is metrics.mean:
-        return mean(values)
+        return {metric: mean(values)}
     try:
         value = float(aggregation(values))
     except OverflowError:  # the perplexity of a text that a broken model gives no chance at all
         value = math.inf
     numeric = all(isinstance(item, (int, float, np.number)) for item in values)
-    return Found(value, len(values), items=tuple(map(float, values)) if numeric else ())
+    return {metric: Found(value, len(values), items=tuple(map(float, values)) if numeric else ())}
 
 
 def floors(row: LedgerRow) -> dict[str, Found]:

@@ -2,7 +2,7 @@
 
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -41,6 +41,11 @@ def describe(config: Config, stream: Stream, *, model_label: str, command: str) 
         "hardware": hardware(),
         "command": command,
     }
+
+
+def failed_canaries(results: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Which of the canaries' results (the fields of examine.canaries.Canary) keep a run from being ranked, and why."""
+    return [f"{one['name']} ({one['task']}: {one['detail']})" for one in results if not one["passed"]]
 
 
 def versions() -> Mapping[str, str]:

@@ -70,7 +70,7 @@ def read_runs(results_dir: Path) -> Records:
         own = [one for line in measured if (one := dict(zip(SCORE, line, strict=True)))["probe"] == CANARIES]
         if row["state"] == "complete" and any(one["value"] for one in own if one["metric"] == FAILED):
             row["problem"] = "; ".join(filter(None, [row["problem"], _own_model(own)]))
-        runs.append({"run": run} | row)
+        runs.append(row | {"run": run})
         scores += [(run, *line) for line in measured]
         costs += [(run, *line) for line in paid]
     columns = ["run", "state", "problem", "commit", "dirty", *NEEDED, *OPTIONAL]

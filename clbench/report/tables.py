@@ -11,7 +11,7 @@ from rich.text import Text
 from clbench.record.runs import read_runs, replace_file
 from clbench.report.columns import legend
 from clbench.report.measures import SETTING
-from clbench.report.summary import NAMED, marks, summarise
+from clbench.report.summary import NAMED, Summary, marks, summarise
 
 STAGE_KEYS = [*NAMED, "seed", "stage", "stage_name", "probe", "task", "metric"]
 # What a person reads first: heading, measure, format.
@@ -48,6 +48,13 @@ All columns: leaderboard.csv. What they mean: results/COLUMNS.md.
 def refresh(results_dir: Path) -> Table:
     """Writes every table from the runs of `results_dir`: the FILES of columns, leaderboard.json and leaderboard.md; gives the table to print."""
     summary = summarise(read_runs(results_dir))
+    for name, content in generated(summary).items():
+        replace_file(results_dir / name, content)
+    return _terminal(summary.leaderboard, unranked(summary.records.runs))
+
+
+def generated(summary: Summary) -> dict[str, bytes]:
+    """The content of every table by the name of its file."""
     runs, rows = summary.records.runs, summary.leaderboard
     board = rows.drop(columns=["label", "runs"])
     stages = summary.records.scores.merge(runs, on="run").sort_values([*STAGE_KEYS, "run"])
@@ -59,15 +66,14 @@ def refresh(results_dir: Path) -> Table:
         "differences.csv": summary.differences,
         "leaderboard.csv": board,
     }
-    for name, table in tables.items():
-        replace_file(results_dir / name, table.to_csv(index=False, lineterminator="\n").encode())
+    files = {name: table.to_csv(index=False, lineterminator="\n").encode() for name, table in tables.items()}
     # By rows, so that counts stay whole numbers; what does not exist is null.
     plain = [
         {name: None if pd.isna(value) else value for name, value in row.items()} for row in board.to_dict("records")
     ]
-    replace_file(results_dir / "leaderboard.json", (json.dumps(plain, indent=1) + "\n").encode())
-    replace_file(results_dir / "leaderboard.md", _markdown(rows, unranked(runs)).encode())
-    return _terminal(rows, unranked(runs))
+    files["leaderboard.json"] = (json.dumps(plain, indent=1) + "\n").encode()
+    files["leaderboard.md"] = _markdown(rows, unranked(runs)).encode()
+    return files
 
 
 def unranked(runs: pd.DataFrame) -> str:
