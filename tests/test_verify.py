@@ -95,6 +95,16 @@ def apart(key, own):
     return {key: own}
 
 
+def without_items(edit):
+    """As records have it that kept no items."""
+
+    def both(run):
+        shutil.rmtree(run / "items")
+        edit(run)
+
+    return both
+
+
 FORM = {"probe": "stream", "metric": "format_validity"}
 TEXT = {"stage": 3, "probe": "perplexity"}
 KL = ("divergence|", "kl_token")
@@ -109,6 +119,7 @@ EDITS = {
     "rows": (manifest(lambda it: it["data"][it["tasks"][0]].update(train_rows=9)), "manifest.json has stream_hash"),
     "verdict": (manifest(lambda it: it["canaries"]["results"][0].update(passed=False)), "has other failed canaries"),
     "canaries left out": (manifest(lambda it: it["canaries"]["results"].pop()), "has other failed canaries"),
+    "no results": (manifest(lambda it: it["canaries"].pop("results")), "has no results of its canaries"),
     "no canaries": (manifest(lambda it: it.pop("canaries")), "KeyError: 'canaries'"),
     "name": (lambda run: run.rename(run.with_name("mine")), "manifest.json is that of "),
     "score": (lines(of=FORM | {"stage": 3}), "|format_validity is "),
@@ -119,8 +130,10 @@ EDITS = {
     "perplexity": (lines(of=TEXT | {"metric": "word_perplexity"}), "|word_perplexity is "),
     "gap": (lines(of={"stage": 1, "task": "scoring", "metric": "gap_nats"}, value=0.5), "scoring|failed is 0.0, other"),
     "stage's name": (lines(of={"stage": 2}, stage_name="mine"), " names its stage mine, it is "),
+    "stage": (lines(of={"stage": 2}, stage=9), "IndexError: "),
     "cost": (lines("cost.jsonl", of={"stage": 2}, stage=7), "cost.jsonl has stages [0, 1, 7, 3]"),
     "a score twice": (lines(of=FORM, metric="format_loss"), " stands twice"),
+    "form": (without_items(lines(of={"stage": 3, "metric": "format_loss"})), "|format_loss is "),
     "answer": (items(flipped, of=("knowledge|", "|acc")), "stage 3: knowledge|"),
     "two items": (items(apart, of=KL), "has the standard error "),
     "one item more": (items(lambda key, own: {key: np.append(own, 0)}, of=KL), " items, "),

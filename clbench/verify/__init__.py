@@ -84,7 +84,7 @@ def of_run(records: Records, run: str) -> Iterator[str]:
         yield from of_manifest(manifest, name=run)
         yield from of_items(records, run)
         yield from of_scores(records, run, manifest)
-    except (ValueError, KeyError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
         yield f"{type(error).__name__}: {error}"
 
 
@@ -109,7 +109,9 @@ def of_manifest(manifest: Mapping[str, Any], *, name: str) -> Iterator[str]:
             yield f"manifest.json has {key} {manifest[key]!r}, what it follows from gives {value!r}"
     if manifest["run"] != name:
         yield f"manifest.json is that of {manifest['run']}"
-    if canaries["failed"] != failed_canaries(canaries["results"]) or canaries["checked"] != len(canaries["results"]):
+    if "results" not in canaries:
+        yield "manifest.json has no results of its canaries"
+    elif canaries["failed"] != failed_canaries(canaries["results"]) or canaries["checked"] != len(canaries["results"]):
         yield "manifest.json has other failed canaries than their results"
 
 
@@ -124,10 +126,9 @@ def of_items(records: Records, run: str) -> Iterator[str]:
                 yield f"{name} has {key}, which scores.jsonl has not"
                 continue
             one, is_mean = own[key], not math.isnan(own[key].stderr)
-            # A perplexity of all items of a probe has no standard error, a mean of tasks' means is that of METRIC_by_task.
-            if f"{key}_by_task" in own or (
-                one.probe.partition("@")[0] == KNOWLEDGE_PROBE and not is_mean and one.n > 1
-            ):
+            # A perplexity of all items has no standard error; a mean of tasks' means is the mean of METRIC_by_task.
+            of_all = one.probe.partition("@")[0] == KNOWLEDGE_PROBE and one.n > 1 and not is_mean
+            if of_all or f"{key}_by_task" in own:
                 continue
             if not np.isclose(items.sum() / one.n, one.value, rtol=0, atol=ROUNDING * abs(items).sum() / one.n):
                 yield f"stage {stage}: {key} is {one.value}, its items give {items.sum() / one.n}"
