@@ -46,7 +46,7 @@ def test_a_method_takes_its_settings_for_the_model_and_the_command_line_has_the_
     assert compose([*common, "method=curlora"]).train.lr == 2.5e-4
     assert compose([*common, "method=dora"]).train.lr == 1e-4  # the table's default
     assert compose([*common, "method=curlora", "train.lr=3e-3"]).train.lr == 3e-3
-    assert compose([*common, "method=curlora", "settings=null"]).train.lr == 3e-3  # of conf/method/curlora.yaml
+    assert compose([*common, "method=curlora", "settings=none"]).train.lr == 3e-3  # of conf/method/curlora.yaml
 
 
 def test_a_method_without_settings_for_the_model_is_refused(tmp_path):
