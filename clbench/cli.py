@@ -177,7 +177,7 @@ def _put_in(composed: DictConfig, settings: DictConfig, *, name: str) -> None:
     if method not in settings and "default" not in settings:
         raise UserMistake(
             f"conf/settings/{name}.yaml has no settings for method={method}; it has {', '.join(settings)}: "
-            "add some, or give settings=null and the values themselves (train.lr=...)"
+            "add some, or give settings=none and the values themselves (train.lr=...)"
         )
     given = {key: OmegaConf.select(composed, key) for key in _overridden() if "." in key}
     composed.merge_with(settings.get(method, settings.get("default")))

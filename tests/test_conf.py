@@ -46,14 +46,14 @@ def test_a_method_takes_its_settings_for_the_model_and_the_command_line_has_the_
     assert compose([*common, "method=curlora"]).train.lr == 2.5e-4
     assert compose([*common, "method=dora"]).train.lr == 1e-4  # the table's default
     assert compose([*common, "method=curlora", "train.lr=3e-3"]).train.lr == 3e-3
-    assert compose([*common, "method=curlora", "settings=null"]).train.lr == 3e-3  # of conf/method/curlora.yaml
+    assert compose([*common, "method=curlora", "settings=none"]).train.lr == 3e-3  # of conf/method/curlora.yaml
 
 
 def test_a_method_without_settings_for_the_model_is_refused(tmp_path):
     with pytest.raises(
-        UserMistake, match=r"conf/settings/gemma3_270m.yaml has no settings for method=dora; it has base"
+        UserMistake, match=r"conf/settings/published.yaml has no settings for method=dora; it has seq, "
     ):
-        compose(["method=dora", "settings=gemma3_270m", f"results_dir={tmp_path}"])
+        compose(["method=dora", "settings=published", "~settings.default", f"results_dir={tmp_path}"])
 
 
 @pytest.mark.parametrize(

@@ -97,5 +97,12 @@ def test_an_experiment_runs_to_its_end_offline(experiment, offline, tmp_path):
     path = run(compose([*arguments(experiment, offline, tmp_path), "stream.limit=3"]))
     assert (path / "status").read_text() == "complete\n"
     rows = [json.loads(line) for line in (path / "scores.jsonl").read_text().splitlines()]
-    assert {row["probe"] for row in rows} == {"knowledge", "perplexity", "text_loss", "divergence", "stream"}
+    assert {row["probe"] for row in rows} == {
+        "knowledge",
+        "perplexity",
+        "text_loss",
+        "divergence",
+        "stream",
+        "canaries",
+    }
     assert {row["stage"] for row in rows} == {0, 1, 2, 3}

@@ -339,3 +339,19 @@ def test_real_rows(name, record_property):
     record_property("test_prompts_seen_in_train", seen)
     print(f"{name}: {len(train)} train, {len(test)} test, {seen} test prompts seen in train")
     assert seen <= 0.01 * len(test)
+
+
+@pytest.mark.parametrize(
+    ("answer", "valid"),
+    [
+        ("Er sagte: «नमस्ते» und ging.", True),
+        ("12,5 %", True),
+        ("यह एक वाक्य है।", False),
+        ("Это the sentence предложение", False),
+        (" ", False),
+    ],
+)
+def test_a_translation_is_written_in_its_targets_script(answer, valid):
+    task = load("news_commentary_de", None)
+    example = Example(id="own/0", prompt="Satz", answer="A sentence.", source="Satz")
+    assert task.is_valid(example, answer) is valid
