@@ -73,4 +73,4 @@ format: setup ## format and mend what can be mended
 	$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
 
 clean: ## remove runs and generated tables (not the environment, not the reference records)
-	rm -rf $(RESULTS)/runs $(RESULTS)/*.csv.tmp $(RESULTS)/leaderboard.* $(RESULTS)/stages.csv $(RESULTS)/retention.csv $(RESULTS)/differences.csv $(RESULTS)/probes.csv $(RESULTS)/report.html
+	rm -rf $(RESULTS)/runs $(RESULTS)/*.csv.tmp $(RESULTS)/leaderboard.* $(RESULTS)/stages.csv $(RESULTS)/retention.csv $(RESULTS)/differences.csv $(RESULTS)/probes.csv $(RESULTS)/search.csv $(RESULTS)/report.html

@@ -754,3 +754,21 @@ def test_the_report_of_nothing_says_so(tmp_path):
 
 def test_a_report_of_the_same_runs_has_the_same_bytes(results):
     assert report.write(results).read_bytes() == report.write(results).read_bytes()
+
+
+def test_a_search_names_the_chosen_setting_of_each_method_and_the_edges_it_stands_at(tmp_path):
+    for steps, shift in ((20, -0.1), (40, 0.1), (60, 0.0)):
+        moved = [ALPHA[0], *(np.array(ALPHA[1:]) + shift).tolist()]
+        for seed in (0, 1):
+            write_run(tmp_path, "alpha", seed=seed, matrix=moved, steps=steps)
+    write_run(tmp_path, "beta", seed=0, matrix=BETA)
+    leaderboard.refresh(tmp_path)
+    rows = read(tmp_path, "search.csv")  # beta has one setting: nothing was searched
+    assert [(row["method"], row["settings"], row["chosen"], row["edge"]) for row in rows] == [
+        ("alpha", "train.steps=40", "1", ""),
+        ("alpha", "train.steps=60", "0", "train.steps highest"),
+        ("alpha", "train.steps=20", "0", "train.steps lowest"),
+    ]
+    # Accuracy is 2/3 + .1 and .005 for the seeds' mean; retention_probability is .375 / .75.
+    assert float(rows[0]["criterion"]) == approx((2 / 3 + 0.105 + 0.5) / 2)
+    assert rows[0]["n_blocks"] == "2"

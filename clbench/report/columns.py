@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from clbench.report.differences import DRAWS, EXACT_BLOCKS, FEWEST_BLOCKS, SIGN_DRAWS
 
@@ -184,11 +184,23 @@ STAGES = (
     RUN,
 )
 
+SEARCH = (
+    *(STREAM, MODEL, HASH),
+    METHOD,
+    VARIANT,
+    Column("settings", "key=value", "the values in which the settings of the method differ"),
+    *(replace(one, bounds=False) for one in LEADERBOARD if one.name in ("n_blocks", "average_accuracy", "learning_accuracy", "retention", "retention_probability", "perplexity_ratio")),
+    Column("criterion", "fraction of 1", "what a setting is chosen by", "(average_accuracy + min(retention_probability, 1)) / 2"),
+    Column("chosen", "0 or 1", "1 of the setting with the highest criterion"),
+    Column("edge", "key and end", "which of its values are the lowest or the highest that were tried"),
+)
+
 FILES: Mapping[str, tuple[str, tuple[Column, ...]]] = {
     "leaderboard.csv": ("stream, model, method and variant, over all its blocks", LEADERBOARD),
     "differences.csv": ("measure and pair of rows of the leaderboard that can be compared; rows that train nothing are left out", DIFFERENCES),
     "retention.csv": ("run and stage", RETENTIONS),
     "probes.csv": ("run, stage and probe of base knowledge", PROBES),
+    "search.csv": ("setting of a method that has several; the chosen one of each method first", SEARCH),
     "stages.csv": ("run, stage, probe, task and metric", STAGES),
 }
 # fmt: on

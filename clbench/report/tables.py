@@ -11,6 +11,7 @@ from rich.text import Text
 from clbench.record.runs import read_runs, replace_file
 from clbench.report.columns import legend
 from clbench.report.measures import SETTING
+from clbench.report.search import search
 from clbench.report.summary import NAMED, Summary, marks, summarise
 
 STAGE_KEYS = [*NAMED, "seed", "stage", "stage_name", "probe", "task", "metric"]
@@ -64,6 +65,7 @@ def generated(summary: Summary) -> dict[str, bytes]:
         "retention.csv": summary.retention,
         "probes.csv": summary.probes,
         "differences.csv": summary.differences,
+        "search.csv": search(summary),
         "leaderboard.csv": board,
     }
     files = {name: table.to_csv(index=False, lineterminator="\n").encode() for name, table in tables.items()}
