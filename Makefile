@@ -9,6 +9,8 @@ RESULTS ?= results
 METHODS ?= base,seq,er,ewc,ilora,clora,curlora,secura
 FIELD ?= $(subst $(space),$(comma),$(sort $(basename $(notdir $(wildcard conf/method/*.yaml)))))
 SEEDS ?= 0
+# An order and a seed each. No two share either, as what an order does to a method is shared by all its seeds.
+BLOCKS ?= default,0 reversed,1 latin:5,2 latin:10,3 random:1,4 random:2,5
 JOBS ?= 2
 LAUNCH := hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
 
@@ -38,8 +40,10 @@ tune: setup ## the search that chose learning rates and strengths, on another wo
 	done
 	$(PY) -m clbench.leaderboard $(RESULTS)/tuning
 
-reference: setup ## the whole field, bounds and baselines included, three seeds
-	$(PY) -m clbench -m method=$(FIELD) seed=0,1,2 results_dir=$(RESULTS)/reference tracking.progress=false $(LAUNCH)
+reference: setup ## the whole field, bounds and baselines included, six blocks
+	for block in $(BLOCKS); do \
+	  $(PY) -m clbench -m method=$(FIELD) order=$${block%,*} seed=$${block#*,} results_dir=$(RESULTS)/reference tracking.progress=false $(LAUNCH) || exit 1; \
+	done
 	$(PY) -m clbench.leaderboard $(RESULTS)/reference --pack
 
 test: setup ## the tests that a change must pass
