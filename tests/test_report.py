@@ -43,6 +43,9 @@ const pick = (figure, value, name = "measure") => {
 };
 found.ticked = boxes.filter((box) => box.checked).map((box) => box.value);
 for (const figure of ["ranks", "stages", "items", "drift", "cost", "matrix"]) collect(figure);
+pick("plane", "forgetting");
+found.points = all(".plane [data-label]").map((point) => [point.dataset.label, ...["cx", "cy"].map((side) => point.querySelector("circle").getAttribute(side))]);
+found.bars = all(".ranks rect").map((bar) => ["x", "width"].map((side) => Number(bar.getAttribute(side))));
 for (const measure of ["retention", "retention_probability"]) { pick("plane", measure); collect("plane", measure); }
 found.curves = all(".plane [data-curve]").map((curve) => [curve.dataset.curve, ...all("title", curve).map((title) => title.textContent)]);
 found.front = document.querySelector(".cost [data-front]").dataset.front.split("|");
@@ -198,6 +201,18 @@ def test_the_plane_shows_the_leaderboards_means_and_intervals(found, results):
                 method, [f"{name}{end}" for name in ("learning_accuracy", measure) for end in ("", "_low", "_high")]
             ]
             assert numbers(title) == close(shown.dropna()), method
+
+
+def test_points_and_bars_stand_where_their_numbers_say(found, results):
+    rows = rows_of(results)
+    names, across, down = zip(*found["points"], strict=True)
+    x, y = (np.array(side, dtype=float) for side in (across, down))
+    for places, measure, sense in ((x, "learning_accuracy", 1), (y, "forgetting", -1)):
+        assert np.corrcoef(places, rows.loc[list(names), measure])[0, 1] == approx(sense)
+    ranks = rows[["average_accuracy_rank_best", "average_accuracy_rank_worst"]].dropna().to_numpy()
+    lefts, widths = np.array(found["bars"]).T
+    (step, start), spans = np.polyfit(ranks[:, 0], lefts, 1), ranks[:, 1] - ranks[:, 0]
+    assert lefts == approx(start + step * ranks[:, 0]) and widths == approx(step * (spans + 0.6), rel=1e-3)
 
 
 def test_a_learning_rate_curve_goes_through_the_searchs_points_in_the_order_of_the_rates(found, results):

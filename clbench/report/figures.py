@@ -137,7 +137,7 @@ def _tuning(path: Path, first: pd.Series) -> Iterator[dict[str, Any]]:
     tuned = pd.read_csv(path, keep_default_na=False, na_values={name: "" for name in MEASURES})
     tuned = tuned[(tuned["stream"] == first["stream"]) & (tuned["model"] == first["model"])]
     settings = tuned["notes"].str.extract(VARIANT, expand=False).fillna("")
-    rates = settings.str.extract(RATE, expand=False).astype(float)
+    rates = pd.to_numeric(settings.str.extract(RATE, expand=False), errors="coerce")  # a rate of None is on no curve
     tuned = tuned.assign(rate=rates, others=settings.str.replace(RATE, "", regex=True)).dropna(subset="rate")
     for (method, others), own in tuned.sort_values("rate").groupby(["method", "others"]):
         points = [{name: _short(row[name]) for name in ("rate", *MEASURES)} for _, row in own.iterrows()]

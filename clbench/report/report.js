@@ -90,19 +90,19 @@ function show(card, svg, name) {
 
 // Lines [x, mean, lowest, highest] by label over x, of the ticked methods; dotted levels by name.
 function drawLines(page, { lines, xAxis, yAxis, levels = {} }) {
-  const own = Object.entries(lines).filter(([label]) => page.ticked.has(label)), points = own.flatMap(([, line]) => line);
+  const own = Object.entries(lines).filter(([label]) => page.ticked.has(label)), points = own.flatMap(([, places]) => places);
   if (!points.length) return null;
   xAxis.values = points.map((point) => point[0]);
   yAxis.values = [...points.flatMap((point) => point.slice(1)), ...Object.values(levels)].filter(known);
   const { svg, x, y } = frame(xAxis, yAxis);
   for (const [name, level] of Object.entries(levels).filter(([, level]) => known(level)))
     svg.append(node("g", {}, line(LEFT, y(level), WIDTH - RIGHT, y(level), { "stroke-dasharray": "2 4", "stroke-opacity": 0.7 }), node("title", {}, `${name}: ${number(level)}`)));
-  for (const [label, line] of own) {
+  for (const [label, places] of own) {
     const { colour, dash } = page.styles[label];
-    const band = [...line.map(([at, , , high]) => [x(at), y(high)]), ...line.map(([at, , low]) => [x(at), y(low)]).reverse()];
+    const band = [...places.map(([at, , , high]) => [x(at), y(high)]), ...places.map(([at, , low]) => [x(at), y(low)]).reverse()];
     const group = node("g", { "data-label": label }, node("path", { d: path(band) + "Z", fill: colour, "fill-opacity": 0.13 }));
-    group.append(node("path", { d: path(line.map(([at, mean]) => [x(at), y(mean)])), fill: "none", stroke: colour, "stroke-width": 1.8, "stroke-dasharray": dash }));
-    for (const [at, ...numbers] of line)
+    group.append(node("path", { d: path(places.map(([at, mean]) => [x(at), y(mean)])), fill: "none", stroke: colour, "stroke-width": 1.8, "stroke-dasharray": dash }));
+    for (const [at, ...numbers] of places)
       group.append(node("circle", { cx: x(at), cy: y(numbers[0]), r: 2.4, fill: colour }, node("title", {}, `${label} at ${at}: ${interval(numbers)}`)));
     svg.append(group);
   }
