@@ -14,6 +14,7 @@ import pytest
 from pytest import approx
 from test_leaderboard import ALPHA, BETA, noisy, reseal, write_blocks, write_manifest, write_run
 
+from clbench.report import figures
 from clbench.report import html as report
 from clbench.report import tables as leaderboard
 
@@ -222,6 +223,35 @@ def test_a_learning_rate_curve_goes_through_the_searchs_points_in_the_order_of_t
     points = tuned.assign(rate=rates).sort_values("rate")[["rate", "learning_accuracy", "retention_probability"]]
     assert label == "alpha" and len(points) == 3
     assert [numbers(title) for title in titles] == [close(point) for point in points.to_numpy()]
+
+
+def test_a_curve_is_of_one_stream_model_and_setting_and_has_two_rates(tmp_path):
+    """Rates that differ in another setting as well are two curves."""
+    notes = {
+        ("three", "alpha"): [
+            "method.rank=8, train.lr=0.001",
+            "method.rank=8, train.lr=0.0001",
+            "method.rank=4, train.lr=0.01",
+        ],
+        ("three", "beta"): ["train.lr=0.001, train.steps=60", "train.lr=None, train.steps=60"],
+        ("three", "gamma"): [""],
+        ("other", "alpha"): ["method.rank=8, train.lr=0.1"],
+    }
+    rows = [
+        {"stream": stream, "model": "tiny", "method": method, "notes": f"dirty commit; variant: {note}; below base"}
+        for (stream, method), own in notes.items()
+        for note in own
+    ]
+    measured = dict.fromkeys(figures.MEASURES, 0.5) | {"bwt": None}
+    pd.DataFrame(rows).assign(**measured).to_csv(tmp_path / "leaderboard.csv", index=False)
+    of = {"stream": "three", "model": "tiny"}
+    (curve,) = figures._tuning(tmp_path / "leaderboard.csv", pd.Series(of))
+    assert (curve["method"], curve["others"]) == ("alpha", "method.rank=8")
+    assert [(point["rate"], point["retention"], point["bwt"]) for point in curve["points"]] == [
+        (0.0001, 0.5, None),
+        (0.001, 0.5, None),
+    ]
+    assert not list(figures._tuning(tmp_path / "nothing.csv", pd.Series(of)))
 
 
 def test_the_lines_over_stages_are_those_of_retention_csv(found, results):

@@ -55,7 +55,7 @@ function scale(axis, from, to) {
 }
 
 function canvas(width, height) {
-  const size = { viewBox: `0 0 ${width} ${height}`, style: `min-width:${0.9 * width}px;max-width:${1.35 * width}px` };
+  const size = { viewBox: `0 0 ${width} ${height}`, style: `min-width:${0.8 * width}px;max-width:${1.35 * width}px` };
   return node("svg", { xmlns: "http://www.w3.org/2000/svg", ...size, role: "img", "font-family": "system-ui,sans-serif", "font-size": 11 });
 }
 
