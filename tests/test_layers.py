@@ -125,7 +125,6 @@ def test_no_folder_of_clbench_is_crowded():
         ("lm_eval", ("examine/",)),
         ("wandb", ("record/tracking.py",)),
         ("pandas", ("report/", "record/runs.py")),
-        ("matplotlib", ("report/",)),
     ],
 )
 def test_a_heavy_package_has_one_place(package, places):

@@ -42,3 +42,4 @@ def test_an_installed_wheel_composes_and_refuses_like_a_checkout(tmp_path):
     )
     assert refused.returncode == 2 and "nonesuch" in refused.stderr
     assert (tmp_path / "site" / "tasks" / "lm_eval" / "world_facts_x4.yaml").is_file()
+    assert (tmp_path / "site" / "clbench" / "report" / "report.js").is_file()
