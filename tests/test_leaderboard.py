@@ -741,25 +741,6 @@ def test_the_leaderboard_needs_no_torch():
     assert not {"torch", "hydra", "scipy.stats"} & set(loaded)
 
 
-def test_the_report_is_one_self_contained_file(results):
-    write_run(results, "alpha", seed=0, matrix=BETA, steps=120)
-    write_run(results, "beta<b>", seed=9, matrix=BETA, status="failed", stages=1)
-    page = report.write(results).read_text(encoding="utf-8")
-    sources = re.findall(r"""(?:src|href)=["']([^"']*)""", page)
-    assert sources and all(source.startswith(("data:image/", "#")) for source in sources)
-    assert "<script" not in page and "beta<b>" not in page and "beta&lt;b&gt;" in page
-    for text in ("alpha", "c0ffee", "python -m clbench method=alpha seed=0", "0.677", "not ranked"):
-        assert text in page, text
-
-
-def test_the_report_of_nothing_says_so(tmp_path):
-    assert "There are no runs yet." in report.write(tmp_path).read_text(encoding="utf-8")
-
-
-def test_a_report_of_the_same_runs_has_the_same_bytes(results):
-    assert report.write(results).read_bytes() == report.write(results).read_bytes()
-
-
 def test_a_search_names_the_chosen_setting_of_each_method_and_the_edges_it_stands_at(tmp_path):
     for steps, shift in ((20, -0.1), (40, 0.1), (60, 0.0)):
         moved = [ALPHA[0], *(np.array(ALPHA[1:]) + shift).tolist()]
