@@ -33,7 +33,8 @@ run: setup ## the main job: every core method over the embedded 16-task stream, 
 
 tune: setup ## the search that chose learning rates and strengths, on another world
 	for search in $(basename $(notdir $(wildcard conf/experiment/tune/*.yaml))); do \
-	  test $$search = common || $(PY) -m clbench +experiment=tune/$$search results_dir=$(RESULTS)/tuning tracking.progress=false $(LAUNCH) || exit 1; \
+	  case $$search in common|rates) continue;; esac; \
+	  $(PY) -m clbench +experiment=tune/$$search model.world_seed=100 results_dir=$(RESULTS)/tuning tracking.progress=false $(LAUNCH) || exit 1; \
 	done
 	$(PY) -m clbench.leaderboard $(RESULTS)/tuning
 
