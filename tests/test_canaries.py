@@ -441,6 +441,17 @@ def test_a_score_that_depends_on_the_row_is_noticed(own, encoder, monkeypatch):
     assert gaps(own, encoder) == {"scoring"}
 
 
+def test_a_single_score_that_is_no_number_is_noticed(own, encoder):
+    def scores(student, requests, **kwargs):
+        *found, (_, is_greedy) = Student.log_likelihoods(student, requests, **kwargs)
+        return [*found, (float("nan"), is_greedy)]
+
+    class LastIsNan(Student):
+        log_likelihoods = scores
+
+    assert gaps(own, encoder, student=LastIsNan) == {"scoring"}
+
+
 def test_a_loss_that_drops_the_heads_last_step_is_noticed(own, encoder, monkeypatch):
     monkeypatch.setattr(own_model, "answer_loss", lambda model, batch: 1.01 * answer_loss(model, batch))
     assert gaps(own, encoder) == {"training"}

@@ -49,6 +49,15 @@ def test_a_method_takes_its_settings_for_the_model_and_the_command_line_has_the_
     assert compose([*common, "method=curlora", "settings=none"]).train.lr == 3e-3  # of conf/method/curlora.yaml
 
 
+@pytest.mark.parametrize("experiment", ["seq16_local", "real8_gemma3_270m", "seq16_llama3"])
+@pytest.mark.parametrize("search", ["tune/rates", "tune/ewc"])
+def test_a_search_takes_any_model_and_stream(experiment, search, tmp_path):
+    one = compose([f"+experiment={experiment}", f"results_dir={tmp_path}"])
+    both = compose([f"+experiment=[{experiment},{search}]", f"results_dir={tmp_path}"])
+    assert both.experiment == "tune" and both.stream.limit in (2, 6) and both.seed != one.seed
+    assert (both.model, both.stream.tasks) == (one.model, one.stream.tasks)
+
+
 def test_a_method_without_settings_for_the_model_is_refused(tmp_path):
     with pytest.raises(
         UserMistake, match=r"conf/settings/published.yaml has no settings for method=dora; it has seq, "

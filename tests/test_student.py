@@ -171,6 +171,11 @@ def test_reading_together_is_found_out_without_a_trace(model):
     assert not reads_together(stretched, encoder)
 
 
+def test_a_loss_that_is_no_number_is_not_reading_together(model, monkeypatch):
+    monkeypatch.setattr("clbench.examine.together._gap_in_training", lambda *_: float("nan"))
+    assert not reads_together(model, Encoder(Words(), max_length=32))
+
+
 def test_rows_are_trained_on_as_if_each_stood_alone(model):
     encoder = Encoder(Words(), max_length=32)
     rows = [(Example(id=str(i), prompt="a " * (1 + 3 * i), answer="b c " * (3 - i)), 0, 1.0) for i in range(3)]

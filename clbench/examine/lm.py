@@ -43,6 +43,7 @@ class StudentLM(TemplateLM):
         return self.student.encoder.tokenizer.bos_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids, with what the tokenizer puts around a text unless that begins with BOS or `add_special_tokens` says otherwise."""
         if add_special_tokens is None:
             encoder = self.student.encoder
             add_special_tokens = not has_bos_prefix(string, encoder.tokenizer.decode([self.prefix_token_id]))
@@ -75,17 +76,13 @@ class StudentLM(TemplateLM):
             alike[self._settings(request.args[1])].append(index)
         for (stops, max_new_tokens), members in alike.items():
             room = self.max_length - max_new_tokens
-            prompts = [self._prompt(requests[index].args[0])[-room:] for index in members]
+            prompts = [tuple(self.tok_encode(requests[index].args[0]))[-room:] for index in members]
             has_ended = stopped(stops, encoder.tokenizer)
             written = self.student.write(prompts, max_new_tokens=max_new_tokens, has_ended=has_ended)
             texts = encoder.tokenizer.batch_decode(written, skip_special_tokens=True)
             for index, text in zip(members, texts, strict=True):
                 answers[index] = postprocess_generated_text(text, list(stops), None)
         return answers
-
-    def _prompt(self, text: str) -> Ids:
-        encoder = self.student.encoder
-        return encoder.own(text, special=not has_bos_prefix(text, encoder.tokenizer.bos_token))
 
     def _settings(self, given: dict[str, Any]) -> tuple[tuple[str, ...], int]:
         """The stop strings, EOS's text last, and the most tokens to write; raises UserMistake where they cannot be had."""

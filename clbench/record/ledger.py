@@ -117,15 +117,16 @@ class Ledger:
     def _cut(self, stage: int) -> None:
         """Leaves of the records what was there when `stage` was finished."""
         path = self.path / SEALS
-        seals = [one for one in read_lines(path.read_bytes()) if one["stage"] <= stage] if path.is_file() else []
-        kept: dict[str, bytes] = {}
-        if stage >= 0:
-            try:
-                kept = sealed(self._records(), next(one for one in seals if one["stage"] == stage))
-            except (StopIteration, ValueError) as error:
-                why = str(error) or f"{SEALS} has no line of stage {stage}"
-                raise UserMistake(f"{self.path}: {why}; restore it, or remove the directory to begin anew") from error
-        replace_file(path, "".join(json.dumps(one) + "\n" for one in seals).encode())
+        try:
+            lines = read_lines(path.read_bytes()) if path.is_file() else []
+            seals = {one["stage"]: one for one in lines if one["stage"] <= stage}
+            kept = sealed(self._records(), seals[stage]) if stage >= 0 else {}
+        except (ValueError, KeyError) as error:
+            raise UserMistake(
+                f"{self.path}: {SEALS} does not fit stage {stage}, the last finished one ({error}); "
+                "restore the records, or remove the directory to begin anew"
+            ) from error
+        replace_file(path, "".join(json.dumps(one) + "\n" for one in seals.values()).encode())
         for name in ("scores.jsonl", "cost.jsonl"):
             replace_file(self.path / name, kept.get(name, b""))
         for path in (self.path / "items").glob("*.npz"):

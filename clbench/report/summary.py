@@ -204,12 +204,8 @@ def _measures(records: Records, runs: pd.DataFrame, retention: pd.DataFrame, mat
     for metric in ("format_validity", "format_loss"):
         measures[metric] = by_run(last, MATRIX_PROBE, metric).agg(_mean)
     measures["base_accuracy"] = [matrix[0].mean() for matrix in matrices.values()]
-    for rate in (
-        "chance",
-        "majority",
-        "format_only",
-        "copy",
-    ):  # a task without one counts as 0, as its answers are free
+    # A task without one counts as 0, as its answers are free.
+    for rate in ("chance", "majority", "format_only", "copy"):
         measures[f"{rate}_accuracy"] = by_run(0, MATRIX_PROBE, rate).agg(sum) / runs["tasks"].map(len)
     return measures.join(records.costs.groupby("run").agg(COSTS))
 
