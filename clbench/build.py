@@ -1,25 +1,33 @@
 """The objects that a configuration names: tasks, probes, method, stream, model."""
 
 import copy
+import logging
 import os
 import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from inspect import isfunction, signature
 from pathlib import Path
-from typing import Any
+from pydoc import ErrorDuringImport, locate
+from types import UnionType
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import torch
 import transformers
 from hydra.utils import instantiate
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch.nn import Module
 
 from clbench.config import Config
 from clbench.data.encoder import Encoder
 from clbench.models.limits import check_length, check_read
 from clbench.models.sharding import is_sharded
-from clbench.protocols import Method, Probe, Stream, Task
+from clbench.protocols import Method, ModelSource, Probe, Stream, Task
 from clbench.stream import build_stream
 from clbench.types import UserMistake
 
+log = logging.getLogger("clbench")
+BUILT_IN = ("builtins", "collections.abc")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -48,6 +56,8 @@ def set_up_torch(config: Config) -> None:
 
 def build(config: Config) -> Parts:
     """Reads the rows and the tokenizer; no model is loaded."""
+    check_classes(config)
+    device = _device_of(config)
     tasks, probes = make_tasks(config), make_probes(config)
     # What is wrong with rows is said at once: the tokenizer of a model that is pretrained here is there when that is done.
     for task in tasks.values():
@@ -57,7 +67,9 @@ def build(config: Config) -> Parts:
     tokenizer = source.load_tokenizer(Path(config.cache_dir))
     train, positions = config.train, source.positions(Path(config.cache_dir))
     check_length(train.max_length, positions=positions)
-    encoder = Encoder(tokenizer, max_length=train.max_length, cut=train.cut, device=_device_of(config))
+    encoder = Encoder(tokenizer, max_length=train.max_length, cut=train.cut, device=device)
+    if (config.stream.limit or 0) > len(config.stream.tasks):
+        log.warning("stream.limit=%d, but the stream has %d tasks: all are trained", config.stream.limit, len(tasks))
     stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
     for probe in probes:
         check_read(probe.longest(encoder), positions=positions)
@@ -96,6 +108,8 @@ def wrap(config: Config, method: Method, model: Module) -> Module:
 
 def _device_of(config: Config) -> torch.device:
     has_gpu = torch.cuda.is_available()
+    if config.engine.device == "cuda" and not has_gpu:
+        raise UserMistake("engine.device=cuda, but torch finds no CUDA device here; choose auto or cpu")
     return torch.device(("cuda" if has_gpu else "cpu") if config.engine.device == "auto" else config.engine.device)
 
 
@@ -112,3 +126,83 @@ def make_probes(config: Config) -> tuple[Probe, ...]:
 def make_method(config: Config) -> Method:
     """The method; `name` is its label and no field of it."""
     return instantiate({key: value for key, value in config.method.items() if key != "name"}, _convert_="all")
+
+
+def check_classes(config: Config) -> None:
+    """Raises UserMistake where a group names what is not of its kind, or gives it what its fields do not allow; nothing is made or called."""
+    method = {key: value for key, value in config.method.items() if key != "name"}
+    check_value("method", method, Method)
+    check_value("model", config.model, ModelSource)
+    for name, task in config.tasks.items():
+        check_value(f"tasks.{name}", task, Task)
+    for name, probe in config.probe.probes.items():
+        check_value(f"probe.probes.{name}", {**probe, "name": name}, Probe)
+
+
+def check_value(key: str, value: Any, hint: Any) -> None:
+    """Raises UserMistake where `value`, which a configuration has at `key`, is not what the annotation `hint` says.
+
+    What names a `_target_` has to name a class of that kind, or a function that says it returns such a thing.
+    """
+    if isinstance(value, Mapping) and "_target_" in value:
+        return _check_target(key, value, hint)
+    inner = {list: get_args(hint)[:1], dict: get_args(hint)[1:]}.get(type(value), ())
+    if _names_target(value):
+        for name, one in value.items() if isinstance(value, Mapping) else enumerate(value):
+            check_value(f"{key}.{name}", one, inner[0] if inner else None)
+        return
+    try:
+        TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+    except ValidationError as error:
+        why = " or ".join(dict.fromkeys(one["msg"][0].lower() + one["msg"][1:] for one in error.errors()))
+        quote = "; yaml takes a bare yes, no or number for none, so quote it" if "valid string" in why else ""
+        raise UserMistake(
+            f"{key}={value!r} is not allowed, {why}{quote}; change it in conf/ or as {key}=VALUE"
+        ) from error
+
+
+def _check_target(key: str, settings: Mapping[str, Any], hint: Any) -> None:
+    target, kinds = settings["_target_"], list(_kinds(hint))
+    wanted = " or ".join(kind.__name__ for kind in kinds) or "nothing that is made of a _target_"
+    try:
+        found = locate(str(target))
+    except ErrorDuringImport as error:
+        raise UserMistake(f"{key}._target_={target} cannot be imported ({error})") from error
+    try:
+        makes = get_type_hints(found).get("return") if isfunction(found) else found
+    except NameError:  # annotations that are for type checkers alone
+        makes = None
+    # A class has to be of a kind that is somebody's own; text, numbers and lists are given as such, or made by a function that says so.
+    own = kinds if makes is not found else [kind for kind in kinds if kind.__module__ not in BUILT_IN]
+    if not any(issubclass(made, kind) for made in _kinds(makes) for kind in own):
+        what = "is not there" if found is None else "is none"
+        raise UserMistake(
+            f"{key}._target_={target} {what}; allowed there: {wanted}, or a function that says it returns one"
+        )
+    fields = signature(found).parameters
+    hints = get_type_hints(found.__init__ if isinstance(found, type) else found, include_extras=True)
+    given = {name: value for name, value in settings.items() if name != "_target_"}
+    for name in given.keys() - fields.keys():
+        raise UserMistake(f"{key}.{name} is no field of {target}; it has {', '.join(fields)}")
+    for name, field in fields.items():
+        if name in given:
+            check_value(f"{key}.{name}", given[name], hints.get(name, Any))
+        elif field.default is field.empty:
+            raise UserMistake(f"{key}.{name} is missing; {target} needs it: give {key}.{name}=VALUE")
+
+
+def _kinds(hint: Any) -> Iterator[type]:
+    """The classes that an annotation names, without what it says of their contents: Sequence of Sequence[str] | None."""
+    origin = get_origin(hint)
+    if origin is Annotated or origin is UnionType:
+        for inner in get_args(hint)[: 1 if origin is Annotated else None]:
+            yield from _kinds(inner)
+    elif isinstance(origin or hint, type) and hint is not type(None):
+        yield origin or hint
+
+
+def _names_target(value: Any) -> bool:
+    """Whether something within nested values is to be made of a `_target_`."""
+    if isinstance(value, Mapping):
+        return "_target_" in value or any(map(_names_target, value.values()))
+    return isinstance(value, list) and any(map(_names_target, value))

@@ -22,7 +22,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from clbench.config import Config, check, from_plain, writable
+from clbench.config import Config, from_plain
+from clbench.config.checks import check, writable
 from clbench.types import RankFailed, UserMistake
 
 _HERE = Path(__file__).resolve().parent
@@ -157,14 +158,19 @@ def compose(overrides: Sequence[str]) -> Config:
 
 def resolve(composed: DictConfig) -> Config:
     """The typed configuration: the method's settings and the stream's tasks filled in, interpolations resolved."""
-    choices = HydraConfig.get().runtime.choices
+    choices, overridden = HydraConfig.get().runtime.choices, _overridden()
+    for group in [name for name, value in composed.items() if isinstance(value, DictConfig) and name in overridden]:
+        if group not in choices:  # Hydra has merged a list of options into one
+            raise UserMistake(
+                f"{group} is not to be given so; name one option of conf/{group}, or with -m several runs"
+            )
     with open_dict(composed):
         if settings := composed.pop("settings"):
             _put_in(composed, settings, name=choices["settings"])
         composed.tasks = _tasks(composed.stream.tasks)
         if not composed.experiment:
             composed.experiment = (choices.get("experiment") or composed.stream.name).replace("/", "-")
-        if "method._target_" in _overridden() and "method.name" not in _overridden():
+        if "method._target_" in overridden and "method.name" not in overridden:
             raise UserMistake("method._target_ was given on the command line: give its label too, method.name=NAME")
     plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict), type(plain)

@@ -1,4 +1,4 @@
-"""What clbench is made of: Task, Stage and Stream, Method, Engine, Probe. What implements them is elsewhere.
+"""What clbench is made of: ModelSource, Task, Stage and Stream, Method, Engine, Probe. What implements them is elsewhere.
 
 A method never meets DeepSpeed: before and after a stage it sees the model's weights, during it the engine's tensors, always whole.
 The order of calls in one stage:
@@ -13,18 +13,42 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from clbench.models.loss import answer_loss
 from clbench.types import Batch, Example, Score, Source, Unusable
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
     from torch import Tensor
     from torch.nn import Module, Parameter
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
     from clbench.data.encoder import Encoder
     from clbench.data.rows import DatasetSpec
     from clbench.examine.student import Student
+
+
+@runtime_checkable
+class ModelSource(Protocol):
+    """Where a pretrained model comes from: what the group `model` of a configuration names. Its field `label` names it in tables."""
+
+    def fingerprint(self) -> str:
+        """A hash of what decides the weights."""
+
+    def load(self, cache_dir: Path, *, dtype: torch.dtype = ...) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        """The model in `dtype` on the CPU, in eval mode, and its tokenizer."""
+
+    def configuration(self, cache_dir: Path) -> PretrainedConfig:
+        """The model's configuration, which is enough to count its parameters."""
+
+    def positions(self, cache_dir: Path) -> int:
+        """The longest input in tokens."""
+
+    def load_tokenizer(self, cache_dir: Path) -> PreTrainedTokenizerFast:
+        """The tokenizer alone."""
 
 
 class Task(ABC):

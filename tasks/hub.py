@@ -17,6 +17,8 @@ from dataclasses import dataclass, field, replace
 from string import Formatter
 from typing import Any
 
+from pydantic import PositiveInt
+
 from clbench.data.rows import DatasetSpec, load_rows, place
 from clbench.protocols import Task
 from clbench.types import Example, UserMistake
@@ -44,10 +46,10 @@ class HubTask(Task):
     metric: str
     metric_version: int
     licence: str
-    max_train: int | None
-    max_test: int | None
+    max_train: PositiveInt | None
+    max_test: PositiveInt | None
     sample_seed: int = 0
-    max_new_tokens: int | None = None
+    max_new_tokens: PositiveInt | None = None
     max_words: Mapping[str, int] = field(default_factory=dict)
     where: Mapping[str, Any] = field(default_factory=dict)
     group_by: str | None = None

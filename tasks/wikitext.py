@@ -20,6 +20,11 @@ DATASET = DatasetSpec(
 PRETRAINING_ARTICLES = 50
 
 
+def dataset() -> DatasetSpec:
+    """Where they come from, for a yaml to name."""
+    return DATASET
+
+
 def articles(*, data_dir: str | None, split: str) -> list[str]:
     """The articles of `split`: "train" (the first 50), "heldout" (the rest) or "all"."""
     pages = [row.get("page") for row in load_rows(DATASET, split="test", data_dir=data_dir)]

@@ -8,6 +8,8 @@
 import random
 from collections.abc import Sequence
 
+from pydantic import PositiveInt
+
 from clbench.protocols import Task
 from clbench.types import Example, UserMistake
 from tasks.world import world
@@ -24,7 +26,7 @@ class WorldTask(Task):
     Where there are fewer different questions than rows asked for, the split has them all.
     """
 
-    def __init__(self, *, skill: str, seed: int, train_rows: int = 400, test_rows: int = 40) -> None:
+    def __init__(self, *, skill: str, seed: int, train_rows: PositiveInt = 400, test_rows: PositiveInt = 40) -> None:
         if skill not in FORMS:
             raise UserMistake(f"skill={skill!r} is unknown; choose one of {sorted(FORMS)} in conf/task")
         form, here = FORMS[skill], world(seed)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from clbench.data.encoder import Encoder, Ids
@@ -48,9 +49,9 @@ class Text(Probe):
     name: str
     task: str
     texts: Sequence[str]
-    window: int
-    tokens: int | None = None
-    positions: int = 256
+    window: PositiveInt
+    tokens: PositiveInt | None = None
+    positions: PositiveInt = 256
     text_loss: bool = False
     dataset: DatasetSpec | None = None
     read: list[str] = field(default_factory=list, init=False)

@@ -1,9 +1,12 @@
 """LoRA and DoRA through PEFT."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from annotated_types import Ge, Lt
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from pydantic import PositiveInt
 from torch import nn
 from torch.nn import Module
 from transformers.pytorch_utils import Conv1D
@@ -17,15 +20,20 @@ from clbench.types import UserMistake
 class Lora:
     """Low-rank adapters (arXiv 2106.09685): a weight's update is `alpha / rank * B A`, A [rank, in], B [out, rank]."""
 
-    rank: int
+    rank: PositiveInt
     alpha: float
     targets: list[str] | str
-    dropout: float = 0.0
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     dora: bool = False
 
     def add(self, model: Module, *, seed: int) -> PeftModel:
         """`model` with its weights frozen and fresh adapters on every layer whose name ends in one of `targets`, of which each must name one."""
         layers = targeted(model, self.targets, kinds=(nn.Linear, nn.Embedding, Conv1D))
+        for name, layer in layers.items():
+            if self.rank > (most := min(layer.weight.shape)):
+                raise UserMistake(
+                    f"method.lora.rank={self.rank} is more than the smaller side of {name}; set it to {most} at most (conf/method)"
+                )
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,

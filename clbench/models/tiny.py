@@ -7,9 +7,10 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -29,6 +30,7 @@ from clbench.types import UserMistake
 BOS, EOS, PAD, UNKNOWN = SPECIAL_TOKENS = ("<s>", "</s>", "<pad>", "<unk>")
 
 
+@runtime_checkable
 class Corpus(Protocol):
     """Text that a recipe's model is pretrained on."""
 
@@ -52,13 +54,13 @@ class Recipe:
     corpus: Corpus
     tokenizer: str
     architecture: dict[str, int | bool | float]
-    steps: int
-    batch_size: int
-    length: int
-    lr: float
+    steps: NonNegativeInt
+    batch_size: PositiveInt
+    length: PositiveInt
+    lr: PositiveFloat
     seed: int
     world_seed: int = 0
-    vocabulary_size: int = 0
+    vocabulary_size: NonNegativeInt = 0
     note: str = ""
 
     def __post_init__(self) -> None:

@@ -1,14 +1,13 @@
 """The configuration's shape: typed, checked once at the edge, plain values from there on.
 
-Hydra composes `conf/` onto these classes, which refuses unknown keys and wrong types; `check` refuses impossible values. The groups `method`,
-`model` and each entry of `tasks` and `probe.probes` are free-form: they name a class (`_target_`) whose fields are their schema.
+Hydra composes `conf/` onto these classes, which refuses unknown keys and wrong types; `checks` refuses impossible values. The groups `method`,
+`model` and each entry of `tasks` and `probe.probes` are free-form: they name a class (`_target_`) whose fields are their schema (`build`).
 No torch here: the command line must answer at once.
 """
 
 import hashlib
 import json
-import os
-import re
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -22,16 +21,23 @@ OFFLOADS = {"none": 0, "optimizer": 1, "all": 3}
 MESSAGE = 50_000_000
 """Most entries of one message between ranks, and of the buffer for it, unless one tensor has more."""
 
-ORDER = r"default|reversed|latin:\d+|random:\d+"
-CADENCE = r"all|quarters|ends|every:[1-9]\d*"
 PLACES = ("results_dir", "cache_dir", "data_dir")
 BLOCK_KEYS = ("order", "seed", "method.seed")
 """What a method's replicates, called blocks, differ in."""
 
 
-def key(default: Any, *, least: float | None = None, among: Iterable[str] = (), identity: bool = True) -> Any:
-    """A key of the configuration: its smallest value, or all its values; without `identity` no score depends on it."""
-    return field(default=default, metadata={"least": least, "among": tuple(among), "identity": identity})
+def key(
+    default: Any,
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+    among: Iterable[str] = (),
+    identity: bool = True,
+) -> Any:
+    """A key of the configuration: its range (`below` is no part of it), or all its values; without `identity` no score depends on it."""
+    bounds = {"least": least, "most": most, "below": below}
+    return field(default=default, metadata=bounds | {"among": tuple(among), "identity": identity})
 
 
 @dataclass
@@ -42,8 +48,8 @@ class EngineConfig:
     processes: int = key(1, least=1, identity=False)
     zero_stage: int = key(0, identity=False)
     dtype: str = key("float32", among=("float32", "bfloat16"))
-    device: str = "auto"
-    threads: int | None = key(None, least=1, identity=False)
+    device: str = key("auto", among=("auto", "cpu", "cuda"))
+    threads: int | None = key(None, least=1, most=1024, identity=False)
     offload: str = key("none", among=OFFLOADS, identity=False)
     activation_checkpointing: bool = key(False, identity=False)
     shard_base: bool = key(False, identity=False)
@@ -62,10 +68,10 @@ class TrainConfig:
     cut: str = key("left", among=("left", "middle"))
     lr: float = key(1e-3, least=0)
     schedule: str = key("linear", among=("linear", "cosine", "constant"))
-    warmup: float = key(0.1, least=0)
+    warmup: float = key(0.1, least=0, most=1)
     weight_decay: float = key(0.0, least=0)
-    beta1: float = 0.9
-    beta2: float = 0.999
+    beta1: float = key(0.9, least=0, below=1)
+    beta2: float = key(0.999, least=0, below=1)
     clip: float = key(1.0, least=0)
     carry_optimizer: bool = False
     checkpoint_steps: int | None = key(None, least=1, identity=False)
@@ -106,7 +112,7 @@ class TrackingConfig:
     """What a person sees while it runs."""
 
     progress: bool = key(True, identity=False)
-    wandb: str = key("disabled", identity=False)
+    wandb: str = key("disabled", among=("disabled", "offline", "online"), identity=False)
     project: str = key("clbench", identity=False)
 
 
@@ -122,7 +128,7 @@ class Config:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    seed: int = key(0, least=0)
+    seed: int = key(0, least=0, below=2**63)
     results_dir: str = key("results", identity=False)
     data_dir: str | None = key(None, identity=False)
     cache_dir: str = key("", identity=False)
@@ -160,14 +166,14 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     Left out are places on one machine and what changes no score; a path that stands inside another value reads "<path>". The ZeRO stage counts
     below float32, where it changes the numbers.
     """
-    leaves = dict(_leaves(config))
+    values = dict(leaves(config))
     dropped = {name for name, facts in keys().items() if not facts.get("identity", True)}
-    if leaves.get("engine.dtype", "float32") != "float32":
+    if values.get("engine.dtype", "float32") != "float32":
         dropped -= {"engine.name", "engine.zero_stage"}
-    places = {leaves.get(name) for name in PLACES} - {None, ""}
+    places = {values.get(name) for name in PLACES} - {None, ""}
     return {
         name: "<path>" if isinstance(value, str) and value in places else value
-        for name, value in leaves.items()
+        for name, value in values.items()
         if name not in dropped
     }
 
@@ -182,10 +188,11 @@ def variant(config: Mapping[str, Any]) -> str:
     return _sha256({name: value for name, value in identity(config).items() if name not in BLOCK_KEYS})[:8]
 
 
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested ones by dotted key; a list is a value."""
     for name, value in config.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
@@ -209,66 +216,6 @@ def run_directory(config: Config) -> Path:
     return Path(config.results_dir) / "runs" / run_name(config)
 
 
-def check(config: Config) -> None:
-    """Raises UserMistake, in one line, for the first value that cannot be meant."""
-    train, stream = config.train, config.stream
-    values = dict(_leaves(asdict(config)))
-    for name, facts in keys().items():
-        if facts.get("among"):
-            one_of(name, values[name], facts["among"])
-        if facts.get("least") is not None and values[name] is not None and values[name] < facts["least"]:
-            raise UserMistake(f"{name}={values[name]} is too small; the least allowed is {facts['least']}")
-    if not re.fullmatch(ORDER, config.order):
-        raise UserMistake(
-            f"order={config.order!r} is unknown; choose one of default, reversed, latin:K (rotated by K places), random:SEED"
-        )
-    check_engine(config.engine)
-    for name, cadence in config.probe.cadence.items():
-        if name not in config.probe.probes or not re.fullmatch(CADENCE, str(cadence)):
-            raise UserMistake(
-                f"probe.cadence.{name}={cadence!r}: name a probe ({', '.join(config.probe.probes)}) and give all, quarters, ends or every:K"
-            )
-    if (train.steps is None) == (train.epochs is None):
-        raise UserMistake(
-            f"train.steps={train.steps} and train.epochs={train.epochs}: give exactly one, the other is null (conf/train)"
-        )
-    if not stream.tasks:
-        raise UserMistake("stream.tasks is empty; name at least one task of conf/task")
-    if config.data_dir is not None and not Path(config.data_dir).is_dir():
-        raise UserMistake(
-            f"data_dir={config.data_dir!r} is not a directory; give the folder that holds <dataset>/<split>.jsonl"
-        )
-    for name in ("results_dir", "cache_dir"):
-        writable(name, values[name])
-
-
-def check_engine(engine: EngineConfig) -> None:
-    """Raises UserMistake where the engine cannot do what is asked of it."""
-    is_local, given = engine.name == "local", f"engine={engine.name} with engine.zero_stage={engine.zero_stage}"
-    if engine.zero_stage not in range(4):
-        raise UserMistake(f"engine.zero_stage={engine.zero_stage} is unknown; choose one of 0, 1, 2, 3")
-    if is_local and (engine.processes, engine.zero_stage) != (1, 0):
-        raise UserMistake(
-            f"{given}, engine.processes={engine.processes}: it is one process and shards nothing; choose engine=deepspeed"
-        )
-    if engine.offload != "none" and (is_local or engine.zero_stage < OFFLOADS[engine.offload]):
-        raise UserMistake(
-            f"{given}, engine.offload={engine.offload}: "
-            "optimizer needs engine=deepspeed and engine.zero_stage 1 to 3, all needs 3"
-        )
-    if engine.shard_base and (is_local or engine.zero_stage < 3 or engine.processes < 2):
-        raise UserMistake(
-            f"{given}, engine.processes={engine.processes}, engine.shard_base=true: "
-            "it needs engine=deepspeed, engine.zero_stage=3 and at least 2 processes"
-        )
-
-
-def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
-    """Raises UserMistake where `value` is not among the allowed."""
-    if value not in allowed:
-        raise UserMistake(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
-
-
 def is_due(cadence: str, stage: int, last: int) -> bool:
     """Whether a probe of this cadence measures after `stage` of `last`: always the untouched model and the last stage.
 
@@ -281,15 +228,3 @@ def is_due(cadence: str, stage: int, last: int) -> bool:
     if kind == "quarters":
         return stage in {round(last * quarter / 4) for quarter in (1, 2, 3)}
     return kind == "every" and stage % int(number) == 0
-
-
-def writable(name: str, value: str) -> None:
-    """Makes the folder; raises UserMistake when it cannot be made or written to."""
-    try:
-        Path(value).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserMistake(
-            f"{name}={value!r} cannot be made ({error.strerror}); give a folder that you may write to"
-        ) from error
-    if not os.access(value, os.W_OK):
-        raise UserMistake(f"{name}={value!r} cannot be written to; give a folder that you may write to")

@@ -1,0 +1,187 @@
+"""What a configuration may say: every number finite and in its range, every name plain, every class of the kind that stands there."""
+
+import copy
+from dataclasses import asdict, fields
+from typing import Any
+
+import pytest
+
+from clbench.build import check_classes
+from clbench.cli import compose
+from clbench.config import Config, from_plain
+from clbench.config.checks import check
+from clbench.types import UserMistake
+from tests.conftest import TINY_MODEL
+
+
+@pytest.fixture(scope="module")
+def configured(tmp_path_factory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("values")
+    return asdict(compose([*TINY_MODEL, "method=ewc", f"results_dir={folder}", f"cache_dir={folder}"]))
+
+
+def changed(configured: dict[str, Any], key: str, value: Any) -> Config:
+    """The configuration with another value at a dotted key."""
+    plain = copy.deepcopy(configured)
+    *path, last = key.split(".")
+    group = plain
+    for name in path:
+        group = group[name]
+    group[last] = value
+    return from_plain(plain)
+
+
+def refused(configured: dict[str, Any], key: str, value: Any) -> str:
+    """The line that refuses a value; it names the key."""
+    config = changed(configured, key, value)
+    with pytest.raises(UserMistake) as mistake:
+        check(config)
+        check_classes(config)
+    line = str(mistake.value)
+    assert line.startswith(key) and "\n" not in line
+    return line
+
+
+NUMBERS = [
+    *(f"train.{name}" for name in ("lr", "epochs", "warmup", "weight_decay", "clip", "beta1", "beta2")),
+    *(
+        "method.strength",
+        "method.decay",
+        "method.lora.alpha",
+        "method.lora.dropout",
+        "model.lr",
+        "model.architecture.x",
+    ),
+]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_number_that_is_not_finite_is_refused_wherever_it_stands(configured, key, value):
+    assert f"{key}={value}" in refused(configured, key, value)
+
+
+def test_a_number_within_lists_is_looked_at_too(configured):
+    assert refused(configured, "probe.shots", {"mmlu": [1, [float("nan")]]})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.warmup", 1.1),
+        ("train.beta1", 1.0),
+        ("train.beta2", -0.1),
+        ("train.lr", -1e-9),
+        ("engine.threads", 100_000),
+        ("engine.device", "tpu"),
+        ("tracking.wandb", "perhaps"),
+        ("seed", 2**63),
+        ("method.lora.rank", 0),
+        ("method.lora.dropout", 1.0),
+        ("model.steps", -1),
+        ("model.batch_size", 0),
+        ("probe.probes.perplexity.window", 0),
+        ("tasks.world_total.train_rows", 0),
+    ],
+)
+def test_a_number_or_word_outside_what_is_allowed_is_refused(configured, key, value):
+    refused(configured, key, value)
+
+
+@pytest.mark.parametrize(("key", "value"), [("train.warmup", 1), ("train.beta1", 0), ("method.lora.dropout", 0)])
+def test_the_edges_of_a_range_that_belong_to_it_are_allowed(configured, key, value):
+    config = changed(configured, key, value)
+    check(config)
+    check_classes(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("method.strength", "abc"),
+        ("method.lora.rank", 1.5),
+        ("method.lora.rank", True),
+        ("method.lora.targets", 3),
+        ("model.corpus.lines", "many"),
+        ("method.fisher_examples", None),
+    ],
+)
+def test_a_value_of_another_type_is_refused(configured, key, value):
+    assert "is not allowed" in refused(configured, key, value)
+
+
+def test_what_a_class_has_no_field_for_is_refused_and_what_it_needs_is_asked_for(configured):
+    assert "no field of baselines.ewc.Ewc" in refused(configured, "method.strenght", 1.0)
+    plain = copy.deepcopy(configured)
+    del plain["method"]["strength"]
+    with pytest.raises(UserMistake, match="method.strength is missing"):
+        check_classes(from_plain(plain))
+
+
+@pytest.mark.parametrize(
+    ("key", "target"),
+    [
+        ("method", "pandas.read_pickle"),
+        ("method", "baselines.ewc.penalty_value"),
+        ("method", "tasks.world_task.WorldTask"),
+        ("method", "baselines.ewc.Nonesuch"),
+        ("method.lora", "os.system"),
+        ("method.lora", "baselines.seq.Seq"),
+        ("model", "baselines.seq.Seq"),
+        ("model.corpus", "subprocess.check_output"),
+        ("tasks.world_total", "clbench.examine.matrix.Matrix"),
+        ("probe.probes.stream", "tasks.world_task.WorldTask"),
+        ("probe.probes.perplexity.texts", "os.listdir"),
+    ],
+)
+def test_a_target_of_another_kind_is_refused_and_never_called(configured, monkeypatch, key, target):
+    monkeypatch.setattr("os.system", lambda *given: pytest.fail("it was called"))
+    assert target in refused(configured, f"{key}._target_", target)
+
+
+def test_a_target_where_a_plain_value_is_due_is_refused(configured):
+    assert "is none" in refused(configured, "method.strength", {"_target_": "builtins.float", "_args_": [3]})
+    assert "is none" in refused(configured, "model.architecture", {"hidden_size": {"_target_": "os.getpid"}})
+
+
+@pytest.mark.parametrize("key", ["experiment", "method.name", "model.label", "stream.name"])
+@pytest.mark.parametrize("name", ["../../x", "a/b", "", ".hidden", "=cmd", "$x", "<b>", "a|b", "a b", "n" * 65, "é"])
+def test_a_name_that_becomes_a_folder_is_a_plain_name(configured, key, name):
+    config = changed(configured, key, name)
+    with pytest.raises(UserMistake, match="plain name"):
+        check(config)
+
+
+def test_names_of_tasks_and_probes_are_plain(configured):
+    with pytest.raises(UserMistake, match="plain name"):
+        check(changed(configured, "stream.tasks", ["../world_total"]))
+    with pytest.raises(UserMistake, match="plain name"):
+        check(changed(configured, "probe.probes", {"a|b": {}}))
+
+
+def test_a_graphics_card_that_is_not_there_is_a_mistake(configured, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    from clbench.build import build
+
+    with pytest.raises(UserMistake, match="engine.device=cuda"):
+        build(changed(configured, "engine.device", "cuda"))
+
+
+def test_every_number_of_a_fixed_group_has_a_range():
+    for group in fields(Config):
+        shape = group.default_factory if isinstance(group.default_factory, type) else None
+        for own in fields(shape) if shape not in (None, dict, list) else ():
+            numeric = {"int", "float", "int | None", "float | None"}
+            described = own.type if isinstance(own.type, str) else str(own.type).replace("<class '", "").rstrip("'>")
+            if described in numeric and own.name != "zero_stage":
+                assert own.metadata.get("least", float("-inf")) > float("-inf"), f"{group.name}.{own.name}"
+
+
+def test_an_adapter_wider_than_a_layer_is_a_mistake():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from clbench.models.lora import Lora
+
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=11)
+    with pytest.raises(UserMistake, match="16 at most"):
+        Lora(rank=17, alpha=1, targets=["q_proj"]).add(LlamaForCausalLM(LlamaConfig(**small)), seed=0)
