@@ -77,7 +77,7 @@ def _run(composed: DictConfig) -> None:
     if HydraConfig.get().mode == RunMode.RUN:
         show_leaderboard(Path(config.results_dir))
     else:
-        print(f"{path.name} is complete")
+        print(f"{path.name} is {(path / 'status').read_text().strip()}")
 
 
 def _experiment(config: Config, *, command: str) -> Path | None:

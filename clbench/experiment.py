@@ -29,10 +29,10 @@ from clbench.examine.together import reads_together
 from clbench.models.folding import folded
 from clbench.models.loss import causal_lm
 from clbench.models.sharding import gathering
-from clbench.models.weights import count_parameters, load_trainable_state, trainable, trainable_state
+from clbench.models.weights import check_trained, count_parameters, load_trainable_state, trainable, trainable_state
 from clbench.protocols import Engine, Method, Probe, Stage, Stream
 from clbench.record.forecast import Forecast, seconds_of
-from clbench.record.ledger import COMPLETE, Checkpoint, Ledger, status_of
+from clbench.record.ledger import COMPLETE, DIVERGED, Checkpoint, Ledger, status_of
 from clbench.record.manifest import describe, failed_canaries
 from clbench.record.overlaps import check_data
 from clbench.record.runs import CANARIES, FAILED
@@ -44,7 +44,7 @@ from clbench.train.local import LocalEngine
 from clbench.train.loop import Plan, Trained, plan_stage, train_stage
 from clbench.train.pace import seconds_a_token, tokens_of
 from clbench.train.ranks import Ranks
-from clbench.types import Cost, Score, Source
+from clbench.types import Cost, Diverged, Score, Source, UserMistake
 
 log = logging.getLogger("clbench")
 
@@ -80,16 +80,22 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
         | {"cut_prompts": {name: asdict(cut) for name, cut in cuts.items()}}
         | {"model_fingerprint": parts.source.fingerprint()}
     )
-    if ranks.share(status_of(path, manifest, resume=config.resume) if ranks.is_first else "") == COMPLETE:
-        log.info("%s is complete already", path)
+    status = ranks.share(status_of(path, manifest, resume=config.resume) if ranks.is_first else "")
+    if status in (COMPLETE, DIVERGED):
+        log.info("%s has %s already", path, {COMPLETE: "been completed", DIVERGED: "diverged"}[status])
         return path
     model = load_model(config, parts.source)
     check_method(config, model)
     shown = Tracker(config, parts.stream.stages, silent=not ranks.is_first)
     with written_to(path if ranks.is_first else None), shown as tracker:
         with gathering(model):
-            parts.encoder.together = reads_together(model, parts.encoder)
-            untouched = measure_untouched(config, parts, model, manifest=manifest, ranks=ranks, tracker=tracker)
+            try:
+                parts.encoder.together = reads_together(model, parts.encoder)
+                untouched = measure_untouched(config, parts, model, manifest=manifest, ranks=ranks, tracker=tracker)
+            except FloatingPointError as error:
+                raise UserMistake(
+                    f"model={parts.source.label} untrained, engine.dtype={config.engine.dtype}: {error}; choose another"
+                ) from error
         model = wrap(config, parts.method, model)
         # A polite kill counts as an interruption, like Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -112,8 +118,11 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
             ranks=ranks,
             overlapping=data.overlapping,
         )
-        with ledger or nullcontext():
-            run_stages(started, untouched, tracker)
+        try:
+            with ledger or nullcontext():
+                run_stages(started, untouched, tracker)
+        except Diverged as result:
+            log.warning("%s diverged in %s; it keeps the stages before and is not ranked", path.name, result)
     return path
 
 
@@ -204,16 +213,20 @@ def record_untouched(run: Run, untouched: Untouched, tracker: Tracker) -> None:
 def run_stage(
     run: Run, stage: Stage, tracker: Tracker, *, moments: Mapping[str, Tensor], within: Checkpoint | None
 ) -> dict[str, Tensor]:
-    """Trains, examines and records `stage`; gives the optimizer's state after it, where that is carried."""
+    """Trains, examines and records `stage`; gives the optimizer's state after it, where that is carried.
+
+    Raises Diverged, on every rank, where the loss, a trained tensor or what the model says is no longer finite.
+    """
     started = time.perf_counter() - (within.seconds if within else 0.0)
-    sources, trained, moments = train(run, stage, tracker, moments=moments, within=within)
-    after_training = time.perf_counter()
-    examined, tokens = examine(run, stage.index, tracker)
-    scores = [
-        *replay_scores(run, stage, sources[1:]),
-        *examined,
-        *(check_own_model(run, 1, before=trained.said) if stage.index == 1 else ()),
-    ]
+    try:
+        sources, trained, moments = train(run, stage, tracker, moments=moments, within=within)
+        after_training = time.perf_counter()
+        examined, tokens = examine(run, stage.index, tracker)
+        own = check_own_model(run, 1, before=trained.said) if stage.index == 1 else []
+    except FloatingPointError as error:
+        where = f"stage {stage.index} of {len(run.stream.stages)} ({stage.name})"
+        raise Diverged(f"{where}, {error}") from error
+    scores = [*replay_scores(run, stage, sources[1:]), *examined, *own]
     cost = _cost_of(
         run,
         stage.index,
@@ -289,6 +302,10 @@ def train(
     method.end_stage(stage, engine)
     carried = engine.moments() if config.train.carry_optimizer else {}
     engine.close()
+    try:
+        check_trained(run.model)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"step {plan.total}: {error}") from error
     if stage.index == 1 and method.keeps:
         with gathering(run.model.eval()):
             trained = replace(trained, said=tuple(said(run.model, run.encoder, run.stream)))

@@ -24,6 +24,10 @@ class RankFailed(RuntimeError):
     """A process of a run of many ended before its time; the message is its own error, or the signal that killed it."""
 
 
+class Diverged(FloatingPointError):
+    """Training or what came of it is no longer finite: a result of the method, not a failure. The message says in which stage and step."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Example:
     """One question of a task and its answer, as text.

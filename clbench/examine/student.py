@@ -7,6 +7,7 @@ for which this is not exact (`together`) reads one sequence at a time. All score
 Shape suffixes: T tokens of a row, S tokens it sees, N scored positions, V vocabulary.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -85,10 +86,17 @@ class Student:
 
     @torch.inference_mode()
     def read(self, requests: Sequence[Request], *, max_length: int | None = None) -> list[tuple[float, bool, Tensor]]:
-        """As `log_likelihoods`, and log-probabilities in nats of all tokens that could stand at places of a continuation, [places, V] on the CPU."""
+        """As `log_likelihoods`, and log-probabilities in nats of all tokens that could stand at places of a continuation, [places, V] on the CPU.
+
+        Raises FloatingPointError where the model's numbers are not finite: a greedy answer would still be some answer.
+        """
         longest, clip = (max_length, clip_left) if max_length else (self.encoder.max_length, self.encoder.clipped)
         score = partial(self._read, longest=longest, clip=clip)
-        return self.ranks.shared(score, requests, by=[context for context, *_ in requests])
+        found = self.ranks.shared(score, requests, by=[context for context, *_ in requests])
+        # On every rank alike, after all have what any has read.
+        if not all(math.isfinite(value) for value, *_ in found):
+            raise FloatingPointError("a log-likelihood of the examination is not finite")
+        return found
 
     def _read(
         self, requests: Sequence[Request], *, longest: int, clip: Callable[[Ids, int], Ids]

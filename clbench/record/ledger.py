@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 
 from clbench.record.runs import read_lines, replace_file
 from clbench.record.seals import SEALED, SEALS, seal, sealed
-from clbench.types import Cost, Score, UserMistake
+from clbench.types import Cost, Diverged, Score, UserMistake
 
-RUNNING, COMPLETE, FAILED, INTERRUPTED = "running", "complete", "failed", "interrupted"
+RUNNING, COMPLETE, FAILED, INTERRUPTED, DIVERGED = "running", "complete", "failed", "interrupted", "diverged"
 STAGE, WITHIN = "stage.safetensors", "within.safetensors"
 
 
@@ -106,8 +106,8 @@ class Ledger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        self.set_status(COMPLETE if kind is None else INTERRUPTED if interrupted else FAILED)
+        ends = {KeyboardInterrupt: INTERRUPTED, Diverged: f"{DIVERGED}: {error}"}
+        self.set_status(ends.get(kind, FAILED) if kind else COMPLETE)
         self._lock.close()
 
     def _records(self) -> dict[str, bytes]:
@@ -147,7 +147,7 @@ class Ledger:
 
 
 def status_of(path: Path, manifest: Mapping[str, Any], *, resume: str) -> str:
-    """How far the run at `path` is: "" where it is not begun, else one word (running, complete, failed, interrupted).
+    """How far the run at `path` is: "" where it is not begun, else one word (running, complete, failed, interrupted, diverged).
 
     Raises UserMistake where `resume` does not allow what is there, or where the run was begun on other data or another model than `manifest`.
     """
@@ -155,7 +155,7 @@ def status_of(path: Path, manifest: Mapping[str, Any], *, resume: str) -> str:
         if resume == "must":
             raise UserMistake(f"resume=must, but there is no run at {path}; use resume=auto to start it")
         return ""
-    status = (path / "status").read_text().strip() if (path / "status").is_file() else RUNNING
+    status = (path / "status").read_text().strip().partition(":")[0] if (path / "status").is_file() else RUNNING
     if resume == "never":
         raise UserMistake(f"resume=never, but {path} holds this very run ({status}); remove it, or use resume=auto")
     before = json.loads((path / "manifest.json").read_text())
@@ -172,7 +172,7 @@ def status_of(path: Path, manifest: Mapping[str, Any], *, resume: str) -> str:
 def mark_interrupted(path: Path) -> None:
     """Records at `path` that a run's processes ended before it was complete; for the parent that outlived them."""
     status = path / "status"
-    if status.is_file() and status.read_text().strip() != COMPLETE:
+    if status.is_file() and not status.read_text().startswith((COMPLETE, DIVERGED)):
         replace_file(status, f"{INTERRUPTED}\n".encode())
 
 

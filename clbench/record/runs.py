@@ -39,7 +39,7 @@ class Records:
     """What all runs of a results directory recorded. The column `run` is the name of a run's directory.
 
     `runs`: one row per run, by name: `state` (its status, or "unreadable"), `problem` (why it cannot be read, or may not be ranked
-    although it is complete), `commit`, `dirty`, and of its manifest NEEDED and OPTIONAL; all but the first three are empty
+    although it is complete, or where it diverged), `commit`, `dirty`, and of its manifest NEEDED and OPTIONAL; all but the first three are empty
     where it cannot be read. `scores` and `costs`: one row per Score and Cost, as written. `files`: FILES of each run.
     """
 
@@ -147,7 +147,8 @@ def _manifest(files: Mapping[str, bytes]) -> dict[str, Any]:
     """What Records.runs say of a run that can be read."""
     if missing := {"manifest.json", "status"} - {*files}:
         raise ValueError(f"no readable {', '.join(sorted(missing))}")
-    manifest, state = json.loads(files["manifest.json"]), files["status"].decode().strip()
+    manifest = json.loads(files["manifest.json"])
+    state, _, where = files["status"].decode().strip().partition(": ")
     if missing := {*NEEDED} - {*manifest} | {*manifest["tasks"]} - {*manifest["metrics"]}:
         raise ValueError(f"manifest.json lacks {', '.join(sorted(missing))}")
     problem = "" if "canaries" in manifest else "no canaries in its manifest"
@@ -155,7 +156,7 @@ def _manifest(files: Mapping[str, bytes]) -> dict[str, Any]:
         problem = f"failed canaries: {', '.join(failed)}"
     git = manifest["git"] or {}
     known = {"state": state, "commit": git.get("commit") or "", "dirty": bool(git.get("dirty"))}
-    return OPTIONAL | manifest | known | {"problem": problem if state == "complete" else ""}
+    return OPTIONAL | manifest | known | {"problem": problem if state == "complete" else where}
 
 
 def _whole(files: Mapping[str, bytes]) -> dict[str, bytes]:

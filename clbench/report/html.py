@@ -13,6 +13,7 @@ import pandas as pd
 
 from clbench.record.runs import read_runs, replace_file
 from clbench.report.figures import as_script, of_setting
+from clbench.report.measures import SETTING
 from clbench.report.published import NOTE, as_text, beside
 from clbench.report.summary import Summary, summarise
 from clbench.report.tables import LEGEND, readable, references, settings, unranked
@@ -79,7 +80,8 @@ def _page(body: str, figures: str) -> str:
 
 
 def _setting(summary: Summary, rows: pd.DataFrame) -> Iterator[str]:
-    board = f"<p>{references(rows)}</p>{_table(readable(rows, spread=False))}"
+    shown = summary.listed[(summary.listed[SETTING] == rows.iloc[0][SETTING]).all(axis=1)]
+    board = f"<p>{references(rows)}</p>{_table(readable(shown, spread=False))}"
     yield _card("Leaderboard", board, note=LEGEND, kind="leaderboard")
     if len(published := beside(summary, rows)):
         yield _card("Published numbers", _table(as_text(published)), note=NOTE, kind="text")

@@ -49,7 +49,8 @@ class Summary:
     probes.csv. `matrices`: by the name of a ranked run, each task's primary score after each stage, (stages + 1, tasks). `measures`: one row per
     ranked run, by name, the measures of the leaderboard. `leaderboard`: the ranked runs by setting, method and variant, best average accuracy first
     within a setting: the columns of leaderboard.csv, `label` (the method's name, with the variant where it has several) and `runs` (their names).
-    `differences`: one row per measure and pair of its rows, the columns of differences.csv.
+    `diverged`: the runs that diverged, in such rows with no measures. `differences`: one row per measure and pair of the leaderboard's rows, the
+    columns of differences.csv.
     """
 
     records: Records
@@ -58,7 +59,17 @@ class Summary:
     matrices: Matrices
     measures: pd.DataFrame
     leaderboard: pd.DataFrame
+    diverged: pd.DataFrame
     differences: pd.DataFrame
+
+    @property
+    def listed(self) -> pd.DataFrame:
+        """All rows of the table: those of the leaderboard, and below them within a setting those that diverged, which have no rank."""
+        if self.diverged.empty:
+            return self.leaderboard
+        # As objects: a count stays a whole number beside rows that have none.
+        both = pd.concat([self.leaderboard.astype(object), self.diverged.astype(object)])
+        return both.sort_values(SETTING, kind="stable", ignore_index=True)
 
 
 def summarise(records: Records) -> Summary:
@@ -72,7 +83,8 @@ def summarise(records: Records) -> Summary:
     pairs, ranks = compare(records, ranked, measured=measures, rows=rows)
     rows[RANKS] = ranks
     own = {"retention": retention, "probes": probes, "matrices": matrices, "measures": measures}
-    return Summary(records=records, **own, leaderboard=rows, differences=pairs)
+    diverged = _diverged(runs[runs["state"] == "diverged"], columns=rows.columns)
+    return Summary(records=records, **own, leaderboard=rows, diverged=diverged, differences=pairs)
 
 
 def marks(rows: pd.DataFrame, measure: str) -> dict[str, str]:
@@ -230,6 +242,22 @@ def _leaderboard(runs: pd.DataFrame, measures: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).sort_values(
         list(order), ascending=list(order.values()), ignore_index=True
     )
+
+
+def _diverged(runs: pd.DataFrame, columns: pd.Index) -> pd.DataFrame:
+    """A row of the leaderboard's `columns` for the runs that diverged of each setting, method and variant: where they did, and nothing else."""
+    rows = []
+    for _, own in runs.groupby([*SETTING, "method", "variant"]):
+        row = own.iloc[0][[*SETTING, "method", "variant"]].to_dict() | {"n_blocks": len(own.drop_duplicates(BLOCK))}
+        row |= {f"n_{name}s": own[name].nunique() for name in BLOCK}
+        ends = [f"order {one.order}, seed {one.seed}: {one.problem}" for one in own.itertuples()]
+        row |= {
+            "notes": f"diverged, not ranked ({'; '.join(ends)})",
+            "label": f"{row['method']} (diverged)",
+            "runs": [],
+        }
+        rows.append(row)
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _order_sensitivity(values: pd.Series, blocks: pd.DataFrame) -> float:

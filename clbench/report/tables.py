@@ -51,12 +51,12 @@ def refresh(results_dir: Path) -> Table:
     summary = summarise(read_runs(results_dir))
     for name, content in generated(summary).items():
         replace_file(results_dir / name, content)
-    return _terminal(summary.leaderboard, unranked(summary.records.runs))
+    return _terminal(summary.listed, unranked(summary.records.runs))
 
 
 def generated(summary: Summary) -> dict[str, bytes]:
     """The content of every table by the name of its file."""
-    runs, rows = summary.records.runs, summary.leaderboard
+    runs, rows = summary.records.runs, summary.listed
     board = rows.drop(columns=["label", "runs"])
     stages = summary.records.scores.merge(runs, on="run").sort_values([*STAGE_KEYS, "run"])
     tables = {

@@ -113,9 +113,7 @@ def train_stage(
             mean = float(torch.stack(losses).mean())
             losses.clear()
             if not math.isfinite(mean):
-                raise FloatingPointError(
-                    f"loss is {mean} within steps {step + 2 - LOG_EVERY}..{step + 1} of stage {stage.index} ({stage.name})"
-                )
+                raise FloatingPointError(f"step {step + 1} at the latest: the loss is {mean}")
         report(step + 1, plan.total, mean)
         if config.checkpoint_steps and (step + 1) % config.checkpoint_steps == 0:
             save(step + 1)
