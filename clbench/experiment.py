@@ -78,7 +78,7 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
     manifest |= (
         data.record
         | {"cut_prompts": {name: asdict(cut) for name, cut in cuts.items()}}
-        | {"model_fingerprint": parts.source.fingerprint()}
+        | ranks.share(parts.source.record(Path(config.cache_dir)) if ranks.is_first else {})
     )
     status = ranks.share(status_of(path, manifest, resume=config.resume) if ranks.is_first else "")
     if status in (COMPLETE, DIVERGED):

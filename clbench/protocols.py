@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 class ModelSource(Protocol):
     """Where a pretrained model comes from: what the group `model` of a configuration names. Its field `label` names it in tables."""
 
-    def fingerprint(self) -> str:
-        """A hash of what decides the weights."""
+    def record(self, cache_dir: Path) -> dict[str, str]:
+        """What the manifest says of the weights that are there now: `model_fingerprint`, their hash."""
 
     def load(self, cache_dir: Path, *, dtype: torch.dtype = ...) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         """The model in `dtype` on the CPU, in eval mode, and its tokenizer."""

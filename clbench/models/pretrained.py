@@ -1,14 +1,18 @@
 """Models of the hub, or of a local folder."""
 
-import hashlib
-import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from peft import PeftConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
+from safetensors import SafetensorError
 from torch.nn import Module
 from transformers import (
     AutoConfig,
@@ -19,35 +23,46 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
+from clbench.hashes import of_folder, of_json, weights_in
 from clbench.models.limits import check_tokens, positions, rope_settings, settings
+from clbench.models.sharding import is_sharded, stored
 from clbench.types import UserMistake
 
-UNLOADABLE = (OSError, ValueError, ImportError)
-"""What transformers raises for folders that it cannot read, kinds of model that it does not know, and packages that a tokenizer lacks."""
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+UNLOADABLE = (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError)
+"""What libraries raise for folders and files that they cannot read, kinds of model that they do not know, and packages that a tokenizer lacks."""
+WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja", "*.py")
+"""What is downloaded of a model: no pickles."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """A model of the hub, or one in a local folder: `name` and `revision` as transformers takes them.
+    """A model of the hub, or one in a local folder: `name` and `revision` as transformers takes them. A PEFT adapter is merged into its base.
 
     `architecture` repeats what decides its size, as fields of its transformers configuration, so that its cost can be counted without it.
+    `trust_remote_code` lets Python files that lie beside the weights run; weights are read from safetensors alone, never from pickles.
     """
 
     label: str
     name: str
     revision: str | None = None
     architecture: Mapping[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool = False
 
-    def fingerprint(self) -> str:
-        return sha256(["pretrained", self.name, self.revision])
+    def record(self, cache_dir: Path) -> dict[str, str]:
+        """The hash of the weights, configuration and tokenizer that are there now, and of what base an adapter is, for the manifest."""
+        return record(self.name, revision=self.revision)
 
     def load(
         self, cache_dir: Path, *, dtype: torch.dtype = torch.float32
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         """The model in `dtype` on the CPU, in eval mode, and its tokenizer. Hugging Face keeps a download in its own cache, not in `cache_dir`."""
-        return load(self.name, revision=self.revision, dtype=dtype)
+        if self.trust_remote_code:
+            log.warning("model.trust_remote_code=true: Python code that lies beside the weights of %s runs", self.name)
+        return load(self.name, dtype=dtype, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
     def configuration(self, cache_dir: Path) -> PretrainedConfig:
         """The model's configuration, from `architecture` alone."""
@@ -57,37 +72,156 @@ class Pretrained:
 
     def positions(self, cache_dir: Path) -> int:
         """The longest input in tokens, as the model's own configuration has it."""
-        return positions(configuration(self.name, revision=self.revision))
+        return positions(configuration(self.name, revision=self.revision, trust_remote_code=self.trust_remote_code))
 
     def load_tokenizer(self, cache_dir: Path) -> PreTrainedTokenizerFast:
-        return load_tokenizer(self.name, revision=self.revision)
+        return load_tokenizer(self.name, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
 
-def sha256(value: object) -> str:
-    """SHA-256, in hexadecimal, of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+@contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """Raises UserMistake, in one line, where what is done inside cannot read the model `name`."""
+    try:
+        yield
+    except UNLOADABLE as error:
+        if isinstance(error, UserMistake):
+            raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserMistake(
+            f"model.name={name!r} could not be loaded ({reason}); name a local folder, or choose another model"
+        ) from error
+
+
+def folder_of(name: str, *, revision: str | None) -> Path:
+    """The folder of a model's weights: a local one, or that of its download; raises UserMistake where it has no safetensors file."""
+    with refusing(name):
+        is_local = Path(name).is_dir()
+        found = (
+            name
+            if is_local
+            else snapshot_download(name, revision=revision, allow_patterns=WANTED, ignore_patterns="*/*")
+        )
+        folder = Path(found)
+        if not weights_in(folder):
+            pickles = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
+            what = f"{', '.join(sorted(pickles))}, which may run code when read," if pickles else "no weights"
+            raise UserMistake(
+                f"model.name={name!r} has {what} and no model.safetensors; convert it with save_pretrained, or choose another model"
+            )
+    return folder
+
+
+def adapter_of(name: str, *, revision: str | None) -> PeftConfig | None:
+    """The configuration of the PEFT adapter that `name` is, None where it is a whole model; raises UserMistake where it is both."""
+    with refusing(name):
+        path = find_adapter_config_file(name, revision=revision)
+        if path is None:
+            return None
+        if Path(name).is_dir() and (Path(name) / "config.json").is_file():
+            raise UserMistake(
+                f"model.name={name!r} holds both a whole model (config.json) and an adapter (adapter_config.json); move one of them elsewhere"
+            )
+        adapter = PeftConfig.from_pretrained(str(Path(path).parent))
+    if not adapter.base_model_name_or_path:
+        raise UserMistake(f"model.name={name!r} is an adapter that names no base; add base_model_name_or_path to it")
+    return adapter
+
+
+def record(name: str, *, revision: str | None = None) -> dict[str, str]:
+    """`model_fingerprint`, the hash of a model's folder; of an adapter also that of its base, whose name is `model_adapter_of`."""
+    adapter, folder = adapter_of(name, revision=revision), folder_of(name, revision=revision)
+    with refusing(name):
+        own = of_folder(folder)
+    if adapter is None:
+        return {"model_fingerprint": own}
+    base = record(adapter.base_model_name_or_path, revision=adapter.revision)
+    both = of_json([own, base["model_fingerprint"]])
+    return {"model_fingerprint": both, "model_adapter_of": adapter.base_model_name_or_path}
 
 
 def load(
-    name: str, *, revision: str | None = None, dtype: torch.dtype
+    name: str, *, revision: str | None = None, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Model (in `dtype`, on the CPU, in eval mode) and tokenizer of a folder or hub id; raises UserMistake where there is none."""
-    tokenizer = load_tokenizer(name, revision=revision)
-    try:
-        config = without_dropout(configuration(name, revision=revision))
-        model = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, config=config)
-    except UNLOADABLE as error:
-        raise not_loaded(name, error) from error
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    model = weights(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    infinite = [key for key, parameter in model.named_parameters() if not stored(parameter).isfinite().all()]
+    if infinite:
+        raise UserMistake(
+            f"model.name={name!r} has numbers that are not finite in {first_of(infinite)}; choose another model"
+        )
     return prepared(model), tokenizer
 
 
-def configuration(name: str, *, revision: str | None = None) -> PretrainedConfig:
-    """The configuration of a folder or hub id; raises UserMistake where it is no causal language model's."""
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    except UNLOADABLE as error:
-        raise not_loaded(name, error) from error
-    if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
+def weights(name: str, *, revision: str | None, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """The model of a folder or hub id, an adapter merged into its base; raises UserMistake where a weight is missing or misfits."""
+    adapter, folder = adapter_of(name, revision=revision), folder_of(name, revision=revision)
+    if adapter is not None:
+        base = adapter.base_model_name_or_path
+        log.info("%s is an adapter: it is merged into %s", name, base)
+        loaded = weights(base, revision=adapter.revision, dtype=dtype, trust_remote_code=trust_remote_code)
+        return merged(loaded, folder, adapter)
+    config = without_dropout(configuration(str(folder), trust_remote_code=trust_remote_code))
+    with refusing(name):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+        )
+    check_complete(name, lacks=found["missing_keys"], others=found["unexpected_keys"], misfits=found["mismatched_keys"])
+    return model
+
+
+def merged(base: PreTrainedModel, folder: Path, adapter: PeftConfig) -> PreTrainedModel:
+    """The base with the adapter of a folder added to its weights; raises UserMistake where they do not belong together."""
+    if any(map(is_sharded, base.parameters())):
+        raise UserMistake(
+            f"model.name={str(folder)!r} is an adapter, which engine.shard_base=true cannot merge; merge it beforehand"
+        )
+    with refusing(str(folder)):
+        model = get_peft_model(base, adapter)
+        if not isinstance(model.base_model, BaseTuner):
+            raise UserMistake(
+                f"model.name={str(folder)!r} is an adapter of the kind {adapter.peft_type}, which cannot be merged; name one of LoRA"
+            )
+        found = model.load_adapter(str(folder), "default", use_safetensors=True)
+        check_complete(str(folder), lacks=found.missing_keys, others=found.unexpected_keys, misfits=())
+        return model.merge_and_unload(safe_merge=True).requires_grad_(True)
+
+
+def check_complete(
+    name: str, *, lacks: Iterable[str], others: Iterable[str], misfits: Iterable[tuple[Any, ...]]
+) -> None:
+    """Raises UserMistake where weights and configuration do not belong together: what is missing would be drawn at random."""
+    shapes = [f"{key} ({list(there)} instead of {list(wanted)})" for key, there, wanted in misfits]
+    faults = {"missing": lacks, "unknown": others, "of another shape": shapes}
+    said = "; ".join(f"{what}: {first_of(keys)}" for what, keys in faults.items() if keys)
+    if said:
+        raise UserMistake(
+            f"model.name={name!r} has weights that are not those of its configuration ({said}); restore the folder"
+        )
+
+
+def first_of(keys: Iterable[str]) -> str:
+    """The first three of some names, and how many more there are."""
+    ordered = sorted(keys)
+    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
+
+
+def configuration(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a folder or hub id, of an adapter its base's; raises UserMistake where it is no causal language model's."""
+    adapter = adapter_of(name, revision=revision)
+    if adapter is not None:
+        base = adapter.base_model_name_or_path
+        return configuration(base, revision=adapter.revision, trust_remote_code=trust_remote_code)
+    with refusing(name):
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    known = trust_remote_code or type(config) in AutoModelForCausalLM._model_mapping
+    if config.is_encoder_decoder or not known:
         raise UserMistake(
             f"model.name={name!r} is a {config.model_type}, no decoder that continues text; name a causal language model"
         )
@@ -124,25 +258,23 @@ def unstretched(rotary: Module, inputs: object) -> None:
     rotary.inv_freq = rotary.original_inv_freq
 
 
-def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder or hub id, with the special tokens that it lacks taken from its EOS."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="right")
-    except UNLOADABLE as error:
-        raise not_loaded(name, error) from error
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder or hub id, with the special tokens that it lacks taken from its EOS; of an adapter without one its base's."""
+    adapter = adapter_of(name, revision=revision)
+    if adapter is not None and not any(folder_of(name, revision=revision).glob("tokenizer*")):
+        base = adapter.base_model_name_or_path
+        return load_tokenizer(base, revision=adapter.revision, trust_remote_code=trust_remote_code)
+    with refusing(name):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, padding_side="right", trust_remote_code=trust_remote_code
+        )
     if tokenizer.eos_token is None:
         raise UserMistake(f"model.name={name!r} has a tokenizer without an end-of-text token; choose another model")
     if tokenizer.bos_token is None:
         tokenizer.bos_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    check_tokens(configuration(name, revision=revision), tokenizer)
+    check_tokens(configuration(name, revision=revision, trust_remote_code=trust_remote_code), tokenizer)
     return tokenizer
-
-
-def not_loaded(name: str, error: Exception) -> UserMistake:
-    """The one line for a model that cannot be had."""
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return UserMistake(
-        f"model.name={name!r} could not be loaded ({reason}); name a local folder, or choose another model"
-    )

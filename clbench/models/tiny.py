@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from clbench.data.sampling import generator
+from clbench.hashes import of_folder, of_json
 from clbench.models.limits import positions
-from clbench.models.pretrained import load, load_tokenizer, log, sha256
+from clbench.models.pretrained import load, load_tokenizer, log
 from clbench.models.pretraining import pretrain
 from clbench.types import UserMistake
 
@@ -69,15 +70,20 @@ class Recipe:
 
     def settings(self) -> dict[str, object]:
         """Everything that determines the weights, as JSON values; the corpus by the SHA-256 of its text and vocabulary."""
-        corpus = sha256([*self.corpus.vocabulary(), "", *self.corpus.texts()])
+        corpus = of_json([*self.corpus.vocabulary(), "", *self.corpus.texts()])
         return {key: value for key, value in asdict(self).items() if key not in ("label", "note")} | {"corpus": corpus}
 
-    def fingerprint(self) -> str:
-        return sha256([self.settings()])
+    def settings_hash(self) -> str:
+        """The hash of everything that determines the weights."""
+        return of_json([self.settings()])
+
+    def record(self, cache_dir: Path) -> dict[str, str]:
+        """The hash of the weights, configuration and tokenizer, for the manifest."""
+        return {"model_fingerprint": of_folder(Path(self.folder(cache_dir)))}
 
     def folder(self, cache_dir: Path) -> str:
         """Where the model is kept; it is pretrained where `cache_dir` lacks it."""
-        folder = cache_dir / "models" / f"{self.label}-{self.fingerprint()[:12]}"
+        folder = cache_dir / "models" / f"{self.label}-{self.settings_hash()[:12]}"
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Of several processes that need the same model one makes it, the others wait for it.
         with folder.with_suffix(".lock").open("w") as lock:

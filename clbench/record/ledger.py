@@ -164,7 +164,7 @@ def status_of(path: Path, manifest: Mapping[str, Any], *, resume: str) -> str:
         if before[key] != now:
             changed = sorted(k for k in now if before[key].get(k) != now[k]) if isinstance(now, dict) else [key]
             raise UserMistake(
-                f"{path} was begun on other data ({key} differs: {', '.join(changed)}); restore the data, or remove the directory"
+                f"{path} was begun on other data or weights ({key} differs: {', '.join(changed)}); restore them, or remove the directory"
             )
     return status
 
