@@ -18,7 +18,7 @@ from clbench.train.ranks import Ranks  # noqa: E402
 from tests import ranks  # noqa: E402
 from tests import test_methods as methods  # noqa: E402
 
-SAME = {"data": {}, "probe_data": {}, "model_fingerprint": ""}
+SAME = {"run": "toy", "data": {}, "probe_data": {}, "model_fingerprint": ""}
 KEEP = ("train.checkpoint_steps=2", "train.carry_optimizer=true")
 KILLED_AFTER = 2
 ARITHMETIC = (

@@ -358,7 +358,7 @@ def checkpoint(path: Path) -> tuple[dict, dict]:
     """Weights and the method's state at a run's end."""
     with safe_open(path / "checkpoint" / "stage.safetensors", framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        plain = json.loads(file.metadata()["state"])
+        plain = json.loads(file.metadata()["clbench"])["facts"]["state"]
     parts = {
         part: {k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)}
         for part in ("weights/", "state/")

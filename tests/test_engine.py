@@ -30,7 +30,7 @@ from clbench.types import UserMistake
 from tests import test_methods as methods
 from tests.test_run import elsewhere, run, scores
 
-SAME = {"data": {}, "probe_data": {}, "model_fingerprint": ""}
+SAME = {"run": "toy", "data": {}, "probe_data": {}, "model_fingerprint": ""}
 CONSTANT = TrainConfig(steps=1, lr=0.1, schedule="constant", warmup=0.0, weight_decay=0.1, clip=0.5)
 
 

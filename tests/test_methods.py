@@ -543,7 +543,7 @@ def test_the_first_view_after_stage_1_says_what_was_trained_unless_the_method_av
 def test_stopping_between_stages_changes_nothing(name, tmp_path):
     whole = lab(name)
     whole.train(1)
-    ledger = Ledger(tmp_path, manifest={})
+    ledger = Ledger(tmp_path, manifest={"run": "toy"})
     ledger.save(Checkpoint(stage=1, weights=trainable_state(whole.model), state=whole.method.state_dict(), moments={}))
     outputs = whole.logits()
     whole.train(2)

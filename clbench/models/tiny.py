@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -88,7 +90,10 @@ class Recipe:
         # Of several processes that need the same model one makes it, the others wait for it.
         with folder.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not folder.is_dir():
+            if folder.exists() and not is_whole(folder):
+                log.warning("%s is not what was made: it is made again", folder)
+                remove(folder)
+            if not folder.exists():
                 log.info("pretraining %s, once; it will be kept in %s", self.label, folder)
                 with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
                     made = Path(unfinished) / "model"
@@ -134,8 +139,24 @@ class Recipe:
         )
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        record = {**self.settings(), "last_loss": loss}
+        record = {**self.settings(), "last_loss": loss, "sha256": of_folder(folder)}
         (folder / "recipe.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a model's folder is as it was made."""
+    try:
+        return json.loads((folder / "recipe.json").read_text(encoding="utf-8"))["sha256"] == of_folder(folder)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return False
+
+
+def remove(path: Path) -> None:
+    """Removes a folder, or what lies in its place."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

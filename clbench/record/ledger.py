@@ -7,9 +7,11 @@ checkpoint, within the stage that follows, is there only until that one is finis
 
 import fcntl
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,15 +19,19 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from clbench.hashes import of_json, of_tensors
 from clbench.record.runs import read_lines, replace_file
 from clbench.record.seals import SEALED, SEALS, seal, sealed
 from clbench.types import Cost, Diverged, Score, UserMistake
 
 RUNNING, COMPLETE, FAILED, INTERRUPTED, DIVERGED = "running", "complete", "failed", "interrupted", "diverged"
 STAGE, WITHIN = "stage.safetensors", "within.safetensors"
+FACTS = "clbench"
+"""The one key of a checkpoint's metadata, as safetensors writes several in no fixed order: equal runs have equal bytes."""
+log = logging.getLogger("clbench")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +58,20 @@ class Ledger:
         (path / "items").mkdir(parents=True, exist_ok=True)
         (path / "checkpoint").mkdir(exist_ok=True)
         self._lock = (path / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserMistake(
-                f"{path} is being written by another process; wait for it, or change the seed or the configuration"
-            ) from error
-        if not (path / "manifest.json").is_file():
-            replace_file(path / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
-        self.finished = _stage(path / "checkpoint" / STAGE)
-        self._cut(self.finished)
+        self._run = str(manifest["run"])
+        with ExitStack() as unlock:
+            unlock.callback(self._lock.close)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserMistake(
+                    f"{path} is being written by another process; wait for it, or change the seed or the configuration"
+                ) from error
+            if not (path / "manifest.json").is_file():
+                replace_file(path / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
+            self.finished = self._stage(STAGE)
+            self._cut(self.finished)
+            unlock.pop_all()
 
     def set_status(self, status: str) -> None:
         replace_file(self.path / "status", f"{status}\n".encode())
@@ -84,20 +94,25 @@ class Ledger:
         """Replaces the checkpoint of its kind. After a stage: the stage is finished, and what was kept within it goes."""
         within = self.path / "checkpoint" / WITHIN
         if checkpoint.step:
-            return _write(within, checkpoint)
+            return _write(within, checkpoint, run=self._run)
         self._lines(SEALS, [seal(self._records(), stage=checkpoint.stage)])
-        _write(self.path / "checkpoint" / STAGE, checkpoint)
+        _write(self.path / "checkpoint" / STAGE, checkpoint, run=self._run)
         self.finished = checkpoint.stage
         within.unlink(missing_ok=True)
 
     def load(self) -> Checkpoint:
         """After the last finished stage."""
-        return _read(self.path / "checkpoint" / STAGE)
+        return _read(self.path / "checkpoint" / STAGE, run=self._run)
 
     def load_within(self) -> Checkpoint | None:
         """Within the stage that follows, if it was reached."""
         path = self.path / "checkpoint" / WITHIN
-        return _read(path) if path.is_file() else None
+        return _read(path, run=self._run) if path.is_file() else None
+
+    def _stage(self, name: str) -> int:
+        """The stage of the checkpoint of that name, which has to be whole; -1 where there is none."""
+        path = self.path / "checkpoint" / name
+        return _read(path, run=self._run).stage if path.is_file() else -1
 
     def __enter__(self) -> Self:
         self.set_status(RUNNING)
@@ -120,22 +135,26 @@ class Ledger:
         try:
             lines = read_lines(path.read_bytes()) if path.is_file() else []
             seals = {one["stage"]: one for one in lines if one["stage"] <= stage}
+            if stage >= 0 and stage not in seals:
+                raise ValueError("it has no line of that stage")
             kept = sealed(self._records(), seals[stage]) if stage >= 0 else {}
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserMistake(
                 f"{self.path}: {SEALS} does not fit stage {stage}, the last finished one ({error}); "
                 "restore the records, or remove the directory to begin anew"
             ) from error
+        if len(seals) < len(lines):
+            log.warning("%s: no checkpoint of what was recorded after stage %d, which is done again", self.path, stage)
         replace_file(path, "".join(json.dumps(one) + "\n" for one in seals.values()).encode())
         for name in ("scores.jsonl", "cost.jsonl"):
             replace_file(self.path / name, kept.get(name, b""))
-        for path in (self.path / "items").glob("*.npz"):
+        for path in (self.path / "items").glob("stage-*.npz"):
             if path.relative_to(self.path).as_posix() not in kept:
                 path.unlink()
         for left_by_a_kill in self.path.rglob("*.tmp"):
             left_by_a_kill.unlink()
         within = self.path / "checkpoint" / WITHIN
-        if _stage(within) != stage + 1:
+        if self._stage(WITHIN) != stage + 1:
             within.unlink(missing_ok=True)
 
     def _lines(self, name: str, rows: list[dict[str, Any]]) -> None:
@@ -152,13 +171,17 @@ def status_of(path: Path, manifest: Mapping[str, Any], *, resume: str) -> str:
     Raises UserMistake where `resume` does not allow what is there, or where the run was begun on other data or another model than `manifest`.
     """
     if not (path / "manifest.json").is_file():
+        if left := [name for name in (f"checkpoint/{STAGE}", "scores.jsonl", SEALS) if (path / name).exists()]:
+            raise UserMistake(
+                f"{path} has {', '.join(left)}, but no manifest.json; restore it, or remove the directory"
+            )
         if resume == "must":
             raise UserMistake(f"resume=must, but there is no run at {path}; use resume=auto to start it")
         return ""
     status = (path / "status").read_text().strip().partition(":")[0] if (path / "status").is_file() else RUNNING
     if resume == "never":
         raise UserMistake(f"resume=never, but {path} holds this very run ({status}); remove it, or use resume=auto")
-    before = json.loads((path / "manifest.json").read_text())
+    before = _manifest(path / "manifest.json", format=manifest["format"])
     for key in ("data", "probe_data", "model_fingerprint"):
         now = json.loads(json.dumps(manifest[key]))
         if before[key] != now:
@@ -176,9 +199,23 @@ def mark_interrupted(path: Path) -> None:
         replace_file(status, f"{INTERRUPTED}\n".encode())
 
 
-def _write(path: Path, checkpoint: Checkpoint) -> None:
-    """Tensors under `weights/`, `state/` and `moments/`, all else as metadata; the rename makes it count."""
-    plain = {name: value for name, value in checkpoint.state.items() if not isinstance(value, torch.Tensor)}
+def _manifest(path: Path, *, format: int) -> dict[str, Any]:
+    """A run's manifest as it was begun; raises UserMistake where that was by a version that wrote another format."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        is_of_ours = before["format"] == format
+    except (ValueError, KeyError, TypeError):
+        is_of_ours = False
+    if not is_of_ours:
+        raise UserMistake(
+            f"{path} is damaged, or of another version of clbench (this one writes format {format}); "
+            "restore it, finish the run with that version, or remove the directory"
+        )
+    return before
+
+
+def _write(path: Path, checkpoint: Checkpoint, *, run: str) -> None:
+    """Tensors under `weights/`, `state/` and `moments/`, all else and the hash of both as metadata; the rename makes it count."""
     parts = {"weights": checkpoint.weights, "state": checkpoint.state, "moments": checkpoint.moments}
     tensors = {
         f"{part}/{name}": value.detach().cpu().contiguous()
@@ -186,35 +223,40 @@ def _write(path: Path, checkpoint: Checkpoint) -> None:
         for name, value in values.items()
         if isinstance(value, torch.Tensor)
     }
-    facts = {"stage": checkpoint.stage, "step": checkpoint.step, "seconds": checkpoint.seconds}
+    facts = {
+        **{"run": run, "stage": checkpoint.stage, "step": checkpoint.step, "seconds": checkpoint.seconds},
+        "state": {name: value for name, value in checkpoint.state.items() if not isinstance(value, torch.Tensor)},
+    }
+    facts = json.loads(json.dumps(facts))  # as it will be read
+    text = json.dumps({"sha256": of_json([facts, of_tensors(tensors)]), "facts": facts})
     temporary = path.with_suffix(".tmp")
-    save_file(
-        tensors, temporary, metadata={key: str(value) for key, value in facts.items()} | {"state": json.dumps(plain)}
-    )
+    save_file(tensors, temporary, metadata={FACTS: text})
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
 
 
-def _read(path: Path) -> Checkpoint:
+def _read(path: Path, *, run: str) -> Checkpoint:
+    """The checkpoint of `run` at `path`; raises UserMistake where it is not as it was written."""
     parts: dict[str, dict[str, Any]] = {"weights": {}, "state": {}, "moments": {}}
-    with safe_open(path, framework="pt") as file:
-        facts = file.metadata()
-        parts["state"] |= json.loads(facts["state"])
-        for key in file.keys():  # noqa: SIM118 (not a dict)
-            part, _, name = key.partition("/")
-            parts[part][name] = file.get_tensor(key)
-    return Checkpoint(
-        stage=int(facts["stage"]), step=int(facts.get("step", 0)), seconds=float(facts.get("seconds", 0)), **parts
-    )
-
-
-def _stage(path: Path) -> int:
-    """The stage of the checkpoint at `path`, -1 where there is none."""
-    if not path.is_file():
-        return -1
-    with safe_open(path, framework="pt") as file:
-        return int(file.metadata()["stage"])
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads((file.metadata() or {})[FACTS])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        facts = record["facts"]
+        if record["sha256"] != of_json([facts, of_tensors(tensors)]):
+            raise ValueError("it is not what was written")
+        if facts["run"] != run:
+            raise ValueError(f"it is of {facts['run']}")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserMistake(
+            f"{path} is damaged ({error}); remove it, and the run continues from what was finished before"
+        ) from error
+    parts["state"] |= facts["state"]
+    for key, tensor in tensors.items():
+        part, _, name = key.partition("/")
+        parts[part][name] = tensor
+    return Checkpoint(stage=facts["stage"], step=facts["step"], seconds=facts["seconds"], **parts)
 
 
 def _null_nan(row: dict[str, Any]) -> dict[str, Any]:

@@ -20,10 +20,15 @@ VERSIONED = (
 )
 
 
+FORMAT = 1
+"""Goes up when a run's records can no longer be continued by a later version."""
+
+
 def describe(config: Config, stream: Stream, *, model_label: str, command: str) -> dict[str, Any]:
     """What was run, with which versions, on which machine."""
     plain = asdict(config)
     return {
+        "format": FORMAT,
         "run": run_name(config),
         "experiment": config.experiment,
         "stream": stream.name,

@@ -5,6 +5,7 @@ What is kept is a file in `cache_dir`, named by everything that the scores depen
 
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -12,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import clbench
+from clbench.hashes import of_json
 from clbench.record.runs import replace_file
 from clbench.types import Score
+
+log = logging.getLogger("clbench")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +36,16 @@ def kept_at(cache_dir: Path, depends_on: Mapping[str, Any]) -> Path:
 
 
 def find(path: Path) -> Untouched | None:
-    """What is kept there; None where nothing is."""
-    if not path.is_file():
+    """What is kept there; None where nothing is, or not what was."""
+    if not path.exists():
         return None
-    kept = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["sha256"] != of_json([path.stem, kept := record["kept"]]):
+            raise ValueError("its hash is another")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s is damaged (%s): the untouched model is measured again", path, error)
+        return None
     scores = tuple(Score(**{**score, "items": tuple(score["items"])}) for score in kept["scores"])
     return Untouched(run=kept["run"], tokens=kept["tokens"], scores=scores)
 
@@ -43,7 +53,8 @@ def find(path: Path) -> Untouched | None:
 def keep(path: Path, untouched: Untouched) -> None:
     """Writes it whole or not at all, whoever else does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps(asdict(untouched)).encode())
+    kept = asdict(untouched)
+    replace_file(path, json.dumps({"sha256": of_json([path.stem, kept]), "kept": kept}).encode())
 
 
 def source_hash(parts: Iterable[object]) -> str:
