@@ -24,12 +24,14 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from clbench.config import Config, from_plain
 from clbench.config.checks import check, writable
-from clbench.types import RankFailed, UserMistake
+from clbench.types import NotWritten, RankFailed, UserMistake
 
 _HERE = Path(__file__).resolve().parent
 CONF_DIR = next(path for path in (_HERE.parent / "conf", _HERE / "conf") if (path / "config.yaml").is_file())
 
 USERS_MISTAKES = (UserMistake, HydraException, OmegaConfBaseException)
+FAILURES = (RankFailed, NotWritten)
+"""Of these, too, a line is all that helps; exit code 1."""
 
 
 @dataclass
@@ -53,6 +55,9 @@ def main() -> None:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(_job)()
     except USERS_MISTAKES as error:
         refuse(error)
+    except FAILURES as error:
+        print(f"clbench: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def _job(composed: DictConfig) -> None:
@@ -63,7 +68,7 @@ def _job(composed: DictConfig) -> None:
         return _run(composed)
     except USERS_MISTAKES as error:
         refuse(error)
-    except RankFailed as error:
+    except FAILURES as error:
         print(f"clbench: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 

@@ -9,17 +9,20 @@ from rich.console import Console
 
 from clbench.record.runs import pack
 from clbench.report.tables import refresh
-from clbench.types import UserMistake
+from clbench.types import NotWritten, UserMistake
 
 
 def run_command(parser: ArgumentParser, action: Callable[[Namespace], int | None]) -> int:
-    """Runs `action` with what the command line says, results_dir included; the exit code is its own, 2 for a user's mistake."""
+    """Runs `action` with what the command line says, results_dir included; the exit code is its own, 2 for a user's mistake, 1 for a full disk."""
     parser.add_argument("results_dir", nargs="?", type=Path, default=Path("results"), help="holds the runs (results)")
     try:
         return action(parser.parse_args()) or 0
     except UserMistake as mistake:
         print(mistake, file=sys.stderr)
         return 2
+    except NotWritten as failure:
+        print(failure, file=sys.stderr)
+        return 1
 
 
 def _refresh_and_print(options: Namespace) -> None:

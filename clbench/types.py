@@ -24,6 +24,10 @@ class RankFailed(RuntimeError):
     """A process of a run of many ended before its time; the message is its own error, or the signal that killed it."""
 
 
+class NotWritten(RuntimeError):
+    """What had to be written could not be: no room, no permission, something in its place. One line; exit code 1, as nobody's mistake is known."""
+
+
 class Diverged(FloatingPointError):
     """Training or what came of it is no longer finite: a result of the method, not a failure. The message says in which stage and step."""
 

@@ -3,18 +3,23 @@
 import dataclasses
 import json
 import logging
+import os
+import resource
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
+from clbench import cli
 from clbench.cli import compose
 from clbench.experiment import run
 from clbench.record import ledger, untouched
 from clbench.record.ledger import Checkpoint, Ledger, status_of
 from clbench.record.manifest import FORMAT
-from clbench.types import Cost, Score, UserMistake
+from clbench.record.runs import remove_left
+from clbench.types import Cost, NotWritten, Score, UserMistake
 from tests.test_model import Text, recipe
 
 MANIFEST = {"format": FORMAT, "run": "demo-seq-s0", "data": {}, "probe_data": {}, "model_fingerprint": "f"}
@@ -230,3 +235,110 @@ def test_a_run_whose_kept_scores_were_touched_measures_them_again(overrides, cac
         [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in one] for one in (scores, again)
     ]
     assert values[0] == values[1]
+
+
+@contextmanager
+def room(size: int):
+    """No file may grow beyond `size` bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("size", [*range(0, 420, 35), 500, 700, 900, 1200])
+def test_a_disk_that_fills_up_is_one_line_and_costs_no_finished_stage(tmp_path, size):
+    path, whole = recorded(tmp_path / "filled", 0, within=False), recorded(tmp_path / "whole", 2, within=False)
+    failed = False
+    try:
+        with Ledger(path, manifest=MANIFEST) as record, room(size):
+            record.append([Score(stage=1, stage_name="sums", items=(1.0, 0.0), **AT)])
+            record.append_cost(Cost(**COST | {"stage": 1}))
+            record.save(checkpoint(2, step=1))
+            record.save(checkpoint(1))
+    except NotWritten as failure:
+        assert "\n" not in str(failure) and str(path) in str(failure) and "cannot be written" in str(failure)
+        failed = True
+    assert failed == (size < 900)
+    again = opened(path)
+    assert again.finished == (0 if failed else 1)
+    assert not [name for name in files(path) if "tmp" in name]
+    with Ledger(path, manifest=MANIFEST) as record:
+        for stage in range(again.finished + 1, 3):
+            record.append([Score(stage=stage, stage_name="sums", items=(1.0, 0.0), **AT)])
+            record.append_cost(Cost(**COST | {"stage": stage}))
+            record.save(checkpoint(stage))
+    assert files(path) | {"status": b""} == files(whole) | {"status": b""}
+
+
+def test_what_a_kill_left_half_written_is_removed_at_the_next_start(tmp_path):
+    path = recorded(tmp_path / "run")
+    expected = files(path)
+    for name in ("checkpoint/.tmpAbC123", "checkpoint/stage.tmp", ".status.4194999.tmp", "items/.stage-03.npz.1.tmp"):
+        (path / name).write_text("half")
+    opened(path)
+    assert files(path) == expected
+    (tmp_path / ".leaderboard.csv.4194999.tmp").write_text("half")  # beyond the highest process number
+    (tmp_path / f".stages.csv.{os.getpid()}.tmp").write_text("being written")
+    remove_left(tmp_path)
+    assert sorted(one.name for one in tmp_path.iterdir()) == [f".stages.csv.{os.getpid()}.tmp", "run"]
+    half = tmp_path / "models" / f".toy-{recipe().settings_hash()[:12]}-x"
+    half.mkdir(parents=True)
+    recipe().load(tmp_path)
+    assert not half.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lock",
+        "scores.jsonl",
+        "cost.jsonl",
+        "seals.jsonl",
+        "checkpoint/stage.safetensors",
+        "checkpoint/within.safetensors",
+    ]
+    + ["items/stage-01.npz", "manifest.json"],
+)
+def test_a_directory_where_a_file_should_be_is_one_line(tmp_path, name):
+    path = recorded(tmp_path)
+    (path / name).unlink()
+    (path / name).mkdir()
+    with pytest.raises((UserMistake, NotWritten)) as refusal:
+        opened(path)
+    assert "\n" not in str(refusal.value) and str(path) in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["items", "checkpoint", "../run"])
+def test_a_file_where_a_directory_should_be_is_one_line(tmp_path, name):
+    path = tmp_path / "run"
+    if name != "../run":
+        path.mkdir()
+    (path / name).resolve().write_text("")
+    with pytest.raises(NotWritten, match="cannot be written"):
+        Ledger(path, manifest=MANIFEST)
+
+
+def test_stray_files_among_the_records_are_left_alone(tmp_path):
+    path = recorded(tmp_path)
+    for name in ("notes.txt", "items/notes.txt", "checkpoint/notes.txt", "items/own.npz"):
+        (path / name).write_text("mine")
+    opened(path)
+    assert (path / "items" / "notes.txt").is_file() and (path / "items" / "own.npz").is_file()
+
+
+def test_a_full_disk_ends_the_command_with_one_line_and_exit_code_1(overrides, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "clbench.record.ledger.save_file", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space"))
+    )
+    monkeypatch.setattr("sys.argv", ["clbench", *overrides])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "cannot be written" in line]
+    assert end.value.code == 1 and len(lines) == 1 and "No space" in lines[0]

@@ -5,13 +5,16 @@ fields is checked where that is imported (`build`).
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from clbench.config import OFFLOADS, Config, EngineConfig, keys, leaves
-from clbench.types import UserMistake
+from clbench.types import NotWritten, UserMistake
 
 ORDER = r"default|reversed|latin:\d+|random:\d+"
 CADENCE = r"all|quarters|ends|every:[1-9]\d*"
@@ -134,3 +137,15 @@ def writable(name: str, value: str) -> None:
         ) from error
     if not os.access(value, os.W_OK):
         raise UserMistake(f"{name}={value!r} cannot be written to; give a folder that you may write to")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises NotWritten, in one line, where what is done inside at `path` finds no room, no permission, or something else in its place."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise NotWritten(
+            f"{path} cannot be written ({why}); make room there, or name another folder: what was finished is kept"
+        ) from error

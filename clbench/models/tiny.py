@@ -5,7 +5,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from clbench.config.checks import writing
 from clbench.data.sampling import generator
 from clbench.hashes import of_folder, of_json
 from clbench.models.limits import positions
@@ -86,10 +88,10 @@ class Recipe:
     def folder(self, cache_dir: Path) -> str:
         """Where the model is kept; it is pretrained where `cache_dir` lacks it."""
         folder = cache_dir / "models" / f"{self.label}-{self.settings_hash()[:12]}"
-        folder.parent.mkdir(parents=True, exist_ok=True)
         # Of several processes that need the same model one makes it, the others wait for it.
-        with folder.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with writing(folder), locked(folder.with_suffix(".lock")):
+            for left_by_a_kill in folder.parent.glob(f".{folder.name}-*"):
+                remove(left_by_a_kill)
             if folder.exists() and not is_whole(folder):
                 log.warning("%s is not what was made: it is made again", folder)
                 remove(folder)
@@ -141,6 +143,15 @@ class Recipe:
         tokenizer.save_pretrained(folder)
         record = {**self.settings(), "last_loss": loss, "sha256": of_folder(folder)}
         (folder / "recipe.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time is inside."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def is_whole(folder: Path) -> bool:

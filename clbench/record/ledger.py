@@ -11,8 +11,9 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,10 +23,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from clbench.config.checks import writing
 from clbench.hashes import of_json, of_tensors
 from clbench.record.runs import read_lines, replace_file
 from clbench.record.seals import SEALED, SEALS, seal, sealed
-from clbench.types import Cost, Diverged, Score, UserMistake
+from clbench.types import Cost, Diverged, NotWritten, Score, UserMistake
 
 RUNNING, COMPLETE, FAILED, INTERRUPTED, DIVERGED = "running", "complete", "failed", "interrupted", "diverged"
 STAGE, WITHIN = "stage.safetensors", "within.safetensors"
@@ -55,11 +57,11 @@ class Ledger:
 
     def __init__(self, path: Path, *, manifest: dict[str, Any]) -> None:
         self.path = path
-        (path / "items").mkdir(parents=True, exist_ok=True)
-        (path / "checkpoint").mkdir(exist_ok=True)
-        self._lock = (path / "lock").open("w")
         self._run = str(manifest["run"])
-        with ExitStack() as unlock:
+        with writing(path), ExitStack() as unlock:
+            (path / "items").mkdir(parents=True, exist_ok=True)
+            (path / "checkpoint").mkdir(exist_ok=True)
+            self._lock = (path / "lock").open("w")
             unlock.callback(self._lock.close)
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,10 +83,9 @@ class Ledger:
         scores = list(scores)
         items = {f"{s.probe}|{s.task}|{s.metric}": np.asarray(s.items, dtype=np.float32) for s in scores if s.items}
         if items:
-            path = self.path / "items" / f"stage-{scores[0].stage:02d}.npz"
-            with path.with_suffix(".tmp").open("wb") as file:
-                np.savez_compressed(file, **items)
-            path.with_suffix(".tmp").replace(path)
+            content = BytesIO()
+            np.savez_compressed(content, **items)
+            replace_file(self.path / "items" / f"stage-{scores[0].stage:02d}.npz", content.getvalue())
         self._lines("scores.jsonl", [{k: v for k, v in asdict(score).items() if k != "items"} for score in scores])
 
     def append_cost(self, cost: Cost) -> None:
@@ -95,10 +96,11 @@ class Ledger:
         within = self.path / "checkpoint" / WITHIN
         if checkpoint.step:
             return _write(within, checkpoint, run=self._run)
-        self._lines(SEALS, [seal(self._records(), stage=checkpoint.stage)])
-        _write(self.path / "checkpoint" / STAGE, checkpoint, run=self._run)
-        self.finished = checkpoint.stage
-        within.unlink(missing_ok=True)
+        with writing(self.path):
+            self._lines(SEALS, [seal(self._records(), stage=checkpoint.stage)])
+            _write(self.path / "checkpoint" / STAGE, checkpoint, run=self._run)
+            self.finished = checkpoint.stage
+            within.unlink(missing_ok=True)
 
     def load(self) -> Checkpoint:
         """After the last finished stage."""
@@ -107,12 +109,12 @@ class Ledger:
     def load_within(self) -> Checkpoint | None:
         """Within the stage that follows, if it was reached."""
         path = self.path / "checkpoint" / WITHIN
-        return _read(path, run=self._run) if path.is_file() else None
+        return _read(path, run=self._run) if path.exists() else None
 
     def _stage(self, name: str) -> int:
         """The stage of the checkpoint of that name, which has to be whole; -1 where there is none."""
         path = self.path / "checkpoint" / name
-        return _read(path, run=self._run).stage if path.is_file() else -1
+        return _read(path, run=self._run).stage if path.exists() else -1
 
     def __enter__(self) -> Self:
         self.set_status(RUNNING)
@@ -122,8 +124,12 @@ class Ledger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         ends = {KeyboardInterrupt: INTERRUPTED, Diverged: f"{DIVERGED}: {error}"}
-        self.set_status(ends.get(kind, FAILED) if kind else COMPLETE)
-        self._lock.close()
+        try:
+            # Where nothing can be written, that is what is said, and not that its status cannot be either.
+            with suppress(NotWritten) if kind else nullcontext():
+                self.set_status(ends.get(kind, FAILED) if kind else COMPLETE)
+        finally:
+            self._lock.close()
 
     def _records(self) -> dict[str, bytes]:
         paths = [path for pattern in SEALED for path in sorted(self.path.glob(pattern))]
@@ -151,7 +157,7 @@ class Ledger:
         for path in (self.path / "items").glob("stage-*.npz"):
             if path.relative_to(self.path).as_posix() not in kept:
                 path.unlink()
-        for left_by_a_kill in self.path.rglob("*.tmp"):
+        for left_by_a_kill in [*self.path.rglob("*.tmp"), *(self.path / "checkpoint").glob(".tmp*")]:
             left_by_a_kill.unlink()
         within = self.path / "checkpoint" / WITHIN
         if self._stage(WITHIN) != stage + 1:
@@ -159,7 +165,7 @@ class Ledger:
 
     def _lines(self, name: str, rows: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(_null_nan(row)) + "\n" for row in rows)
-        with (self.path / name).open("a", encoding="utf-8") as file:
+        with writing(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -230,10 +236,11 @@ def _write(path: Path, checkpoint: Checkpoint, *, run: str) -> None:
     facts = json.loads(json.dumps(facts))  # as it will be read
     text = json.dumps({"sha256": of_json([facts, of_tensors(tensors)]), "facts": facts})
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={FACTS: text})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(path):
+        save_file(tensors, temporary, metadata={FACTS: text})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 def _read(path: Path, *, run: str) -> Checkpoint:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from clbench.config.checks import writing
 from clbench.record.seals import SEALED, SEALS, sealed
 from clbench.types import Cost, Score, UserMistake
 
@@ -101,16 +102,33 @@ def pack(results_dir: Path) -> None:
 def replace_file(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all; the temporary name is this process's own, as runs end side by side."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def remove_left(folder: Path) -> None:
+    """Removes what `replace_file` left in a folder when its process was killed."""
+    for path in folder.glob(".*.tmp"):
+        _, _, process = path.stem.rpartition(".")
+        if process.isdecimal() and _is_gone(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _is_gone(process: int) -> bool:
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserMistake(
-            f"{path} cannot be written ({error.strerror}); make room there, or name another folder"
-        ) from error
+        os.kill(process, 0)  # which asks, and sends nothing
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # somebody else's
+    return False
 
 
 def read_lines(content: bytes) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from clbench.config import Config, run_name
+from clbench.config.checks import writing
 from clbench.progress import Line, spoken
 from clbench.protocols import Stage
 from clbench.record.forecast import Asked, Forecast
@@ -122,14 +123,22 @@ def _wandb_run(config: Config, *, run: str) -> Any:
     return wandb.init(mode=tracking.wandb, config=asdict(config), **where)
 
 
+class LogFile(logging.FileHandler):
+    """A log that goes on without the lines that cannot be written: the record that cannot be either ends the run, in one line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (its name there)
+        return
+
+
 @contextmanager
 def written_to(path: Path | None) -> Iterator[None]:
     """All that is logged inside, and what a live line would say elsewhere, is added to a file of the folder `path` (None: to none)."""
     if path is None:
         yield
         return
-    path.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path / LOG, encoding="utf-8")
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        handler = LogFile(path / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     before = log.level
     log.addHandler(handler)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import clbench
+from clbench.config.checks import writing
 from clbench.hashes import of_json
-from clbench.record.runs import replace_file
+from clbench.record.runs import remove_left, replace_file
 from clbench.types import Score
 
 log = logging.getLogger("clbench")
@@ -37,6 +38,7 @@ def kept_at(cache_dir: Path, depends_on: Mapping[str, Any]) -> Path:
 
 def find(path: Path) -> Untouched | None:
     """What is kept there; None where nothing is, or not what was."""
+    remove_left(path.parent)
     if not path.exists():
         return None
     try:
@@ -52,7 +54,8 @@ def find(path: Path) -> Untouched | None:
 
 def keep(path: Path, untouched: Untouched) -> None:
     """Writes it whole or not at all, whoever else does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     kept = asdict(untouched)
     replace_file(path, json.dumps({"sha256": of_json([path.stem, kept]), "kept": kept}).encode())
 

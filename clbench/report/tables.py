@@ -8,7 +8,7 @@ import pandas as pd
 from rich.table import Column, Table
 from rich.text import Text
 
-from clbench.record.runs import read_runs, replace_file
+from clbench.record.runs import read_runs, remove_left, replace_file
 from clbench.report.columns import legend
 from clbench.report.measures import SETTING
 from clbench.report.search import search
@@ -49,6 +49,7 @@ All columns: leaderboard.csv. What they mean: results/COLUMNS.md.
 def refresh(results_dir: Path) -> Table:
     """Writes every table from the runs of `results_dir`: the FILES of columns, leaderboard.json and leaderboard.md; gives the table to print."""
     summary = summarise(read_runs(results_dir))
+    remove_left(results_dir)
     for name, content in generated(summary).items():
         replace_file(results_dir / name, content)
     return _terminal(summary.listed, unranked(summary.records.runs))

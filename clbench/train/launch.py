@@ -24,7 +24,7 @@ from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 from clbench.config import Config, run_directory
 from clbench.record.ledger import mark_interrupted
 from clbench.train.ranks import Ranks
-from clbench.types import RankFailed, UserMistake
+from clbench.types import NotWritten, RankFailed, UserMistake
 
 # How long a rank waits for another, which may be pretraining or loading. A rank that died is the launcher's to notice, not a timeout's.
 PATIENCE = timedelta(days=1)
@@ -81,7 +81,7 @@ def leave() -> None:
 def launch(work: Callable[..., Path | None], config: Config, *, command: str) -> Path:
     """Does `work(config, command=command)` in `config.engine.processes` ranks on this machine; gives the run's directory.
 
-    Raises UserMistake or RankFailed as the rank says that failed first, KeyboardInterrupt on SIGINT or SIGTERM; by then no rank is left.
+    Raises UserMistake, NotWritten or RankFailed as the rank says that failed first, KeyboardInterrupt on SIGINT or SIGTERM; by then no rank is left.
     """
     path, size = run_directory(config), config.engine.processes
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -140,4 +140,7 @@ def failure(error: ProcessException, reports: Sequence[str]) -> Exception:
         how = by if error.exit_code < 0 else f"ended with exit code {error.exit_code}"
         return RankFailed(f"rank {error.error_index} {how}")
     kind, _, mistake = text.strip().rpartition("\n")[2].partition(": ")
-    return UserMistake(mistake) if kind.endswith(".UserMistake") else RankFailed(text)
+    for known in (UserMistake, NotWritten):
+        if kind.endswith(f".{known.__name__}"):
+            return known(mistake)
+    return RankFailed(text)
