@@ -1,9 +1,12 @@
 """The objects that a configuration names: tasks, probes, method, stream, model."""
 
+import builtins
 import copy
 import logging
 import os
+import sys
 import warnings
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from inspect import isfunction, signature
@@ -168,10 +171,7 @@ def _check_target(key: str, settings: Mapping[str, Any], hint: Any) -> None:
         found = locate(str(target))
     except ErrorDuringImport as error:
         raise UserMistake(f"{key}._target_={target} cannot be imported ({error})") from error
-    try:
-        makes = get_type_hints(found).get("return") if isfunction(found) else found
-    except NameError:  # annotations that are for type checkers alone
-        makes = None
+    makes = _hints(found).get("return") if isfunction(found) else found
     # A class has to be of a kind that is somebody's own; text, numbers and lists are given as such, or made by a function that says so.
     own = kinds if makes is not found else [kind for kind in kinds if kind.__module__ not in BUILT_IN]
     if not any(issubclass(made, kind) for made in _kinds(makes) for kind in own):
@@ -180,7 +180,7 @@ def _check_target(key: str, settings: Mapping[str, Any], hint: Any) -> None:
             f"{key}._target_={target} {what}; allowed there: {wanted}, or a function that says it returns one"
         )
     fields = signature(found).parameters
-    hints = get_type_hints(found.__init__ if isinstance(found, type) else found, include_extras=True)
+    hints = _hints(found.__init__, *found.__mro__) if isinstance(found, type) else _hints(found)
     given = {name: value for name, value in settings.items() if name != "_target_"}
     for name in given.keys() - fields.keys():
         raise UserMistake(f"{key}.{name} is no field of {target}; it has {', '.join(fields)}")
@@ -189,6 +189,22 @@ def _check_target(key: str, settings: Mapping[str, Any], hint: Any) -> None:
             check_value(f"{key}.{name}", given[name], hints.get(name, Any))
         elif field.default is field.empty:
             raise UserMistake(f"{key}.{name} is missing; {target} needs it: give {key}.{name}=VALUE")
+
+
+class _Unknown(dict[str, Any]):
+    """Stands for names that are there for type checkers alone."""
+
+    def __missing__(self, name: str) -> Any:
+        return Any
+
+
+def _hints(function: Any, *classes: type) -> dict[str, Any]:
+    """The annotations of a function, those in quotes looked up where it and the `classes` that it makes are written."""
+    modules = [vars(sys.modules[one.__module__]) for one in classes]
+    known = ChainMap(
+        *modules, vars(sys.modules[function.__module__]) if isfunction(function) else {}, vars(builtins), _Unknown()
+    )
+    return get_type_hints(function, localns=known, include_extras=True)
 
 
 def _kinds(hint: Any) -> Iterator[type]:

@@ -24,6 +24,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from clbench.config import Config, from_plain
 from clbench.config.checks import check, writable
+from clbench.config.secrets import masked
 from clbench.types import NotWritten, RankFailed, UserMistake
 
 _HERE = Path(__file__).resolve().parent
@@ -215,7 +216,7 @@ def _overridden() -> set[str]:
 
 def refuse(error: Exception) -> NoReturn:
     """Ends the command as for every mistake of the user's: one line on standard error, exit code 2."""
-    print(f"clbench: {' '.join(_message(error).split())}", file=sys.stderr)
+    print(f"clbench: {masked(' '.join(_message(error).split()))}", file=sys.stderr)
     raise SystemExit(2)
 
 

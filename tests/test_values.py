@@ -144,6 +144,41 @@ def test_a_target_where_a_plain_value_is_due_is_refused(configured):
     assert "is none" in refused(configured, "model.architecture", {"hidden_size": {"_target_": "os.getpid"}})
 
 
+PLUGIN = """
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from baselines.seq import Seq
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(kw_only=True)
+class Own(Seq):
+    strength: Annotated[float, Field(ge=0, le=1)]
+    kept: dict[str, Tensor] = field(default_factory=dict)
+"""
+
+
+def test_a_method_of_somebody_elses_states_its_ranges_where_it_declares_its_fields(configured, tmp_path, monkeypatch):
+    (tmp_path / "own_method.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plain = configured["method"]
+    method = {key: plain[key] for key in ("name", "seed", "lora")} | {"_target_": "own_method.Own", "strength": 0.5}
+    check_classes(changed(configured, "method", method))
+    with pytest.raises(
+        UserMistake, match="method.strength=1.5 is not allowed, input should be less than or equal to 1"
+    ):
+        check_classes(changed(configured, "method", method | {"strength": 1.5}))
+    with pytest.raises(UserMistake, match="method.lora._target_=os.system"):
+        check_classes(changed(configured, "method", method | {"lora": {"_target_": "os.system"}}))
+
+
 @pytest.mark.parametrize("key", ["experiment", "method.name", "model.label", "stream.name"])
 @pytest.mark.parametrize("name", ["../../x", "a/b", "", ".hidden", "=cmd", "$x", "<b>", "a|b", "a b", "n" * 65, "é"])
 def test_a_name_that_becomes_a_folder_is_a_plain_name(configured, key, name):

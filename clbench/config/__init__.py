@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from clbench.config.secrets import masked
 from clbench.types import UserMistake
 
 OFFLOADS = {"none": 0, "optimizer": 1, "all": 3}
@@ -163,10 +164,10 @@ def from_plain(plain: dict[str, Any]) -> Config:
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """Every value that decides a run's scores, by dotted key, of a configuration as nested values.
 
-    Left out are places on one machine and what changes no score; a path that stands inside another value reads "<path>". The ZeRO stage counts
-    below float32, where it changes the numbers.
+    Left out are places on one machine and what changes no score; a path that stands inside another value reads "<path>", a secret "***". The ZeRO
+    stage counts below float32, where it changes the numbers.
     """
-    values = dict(leaves(config))
+    values = dict(leaves(masked(config)))
     dropped = {name for name, facts in keys().items() if not facts.get("identity", True)}
     if values.get("engine.dtype", "float32") != "float32":
         dropped -= {"engine.name", "engine.zero_stage"}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from clbench.config import Config, run_hash, run_name, variant
+from clbench.config.secrets import masked
 from clbench.protocols import Stream
 
 VERSIONED = (
@@ -26,7 +27,7 @@ FORMAT = 1
 
 def describe(config: Config, stream: Stream, *, model_label: str, command: str) -> dict[str, Any]:
     """What was run, with which versions, on which machine."""
-    plain = asdict(config)
+    plain = masked(asdict(config))
     return {
         "format": FORMAT,
         "run": run_name(config),
@@ -44,7 +45,7 @@ def describe(config: Config, stream: Stream, *, model_label: str, command: str) 
         "git": git_state(),
         "versions": versions(),
         "hardware": hardware(),
-        "command": command,
+        "command": masked(command),
     }
 
 

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from clbench.config import Config, run_name
 from clbench.config.checks import writing
+from clbench.config.secrets import masked, masking
 from clbench.progress import Line, spoken
 from clbench.protocols import Stage
 from clbench.record.forecast import Asked, Forecast
@@ -120,7 +121,7 @@ def _wandb_run(config: Config, *, run: str) -> Any:
     import wandb
 
     where = {"project": tracking.project, "name": run, "dir": config.results_dir}
-    return wandb.init(mode=tracking.wandb, config=asdict(config), **where)
+    return wandb.init(mode=tracking.wandb, config=masked(asdict(config)), **where)
 
 
 class LogFile(logging.FileHandler):
@@ -140,6 +141,7 @@ def written_to(path: Path | None) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
         handler = LogFile(path / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+    handler.addFilter(masking)
     before = log.level
     log.addHandler(handler)
     log.setLevel(logging.DEBUG)
@@ -156,6 +158,7 @@ def set_up_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.setLevel(logging.INFO)
+    handler.addFilter(masking)
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False

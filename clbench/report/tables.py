@@ -1,10 +1,12 @@
 """The leaderboard: CSV files and tables that need no help to read. Equal ledgers give equal bytes."""
 
 import json
+import re
 from math import isnan
 from pathlib import Path
 
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -29,6 +31,7 @@ KEY_COLUMNS = (
     ("train s", "seconds_train", ".0f"),
     ("parameters", "trainable_parameters", ",.0f"),
 )
+FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 MARKED = ("average_accuracy", "retention")
 ON_TERMINAL = ["method", "blocks", "accuracy", "BWT", "retention", "perplexity", "train s"]
 REFERENCES = (
@@ -69,14 +72,30 @@ def generated(summary: Summary) -> dict[str, bytes]:
         "search.csv": search(summary),
         "leaderboard.csv": board,
     }
-    files = {name: table.to_csv(index=False, lineterminator="\n").encode() for name, table in tables.items()}
+    files = {name: inert(table).to_csv(index=False, lineterminator="\n").encode() for name, table in tables.items()}
     # By rows, so that counts stay whole numbers; what does not exist is null.
-    plain = [
+    objects = [
         {name: None if pd.isna(value) else value for name, value in row.items()} for row in board.to_dict("records")
     ]
-    files["leaderboard.json"] = (json.dumps(plain, indent=1) + "\n").encode()
+    files["leaderboard.json"] = (json.dumps(objects, indent=1) + "\n").encode()
     files["leaderboard.md"] = _markdown(rows, unranked(runs)).encode()
     return files
+
+
+def inert(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with an apostrophe before text that a spreadsheet would take for a formula."""
+    texts = {name: column for name, column in table.items() if not is_numeric_dtype(column)}
+    safe = {
+        name: [f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULAS) else cell for cell in column]
+        for name, column in texts.items()
+    }
+    # As objects: a column of counts and gaps would else become one of fractions.
+    return table.assign(**{name: pd.Series(cells, index=table.index, dtype=object) for name, cells in safe.items()})
+
+
+def plain(text: str) -> str:
+    """Text that stands in a page of Markdown: no tag begins in it, no cell of a table ends."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text).replace("|", "\\|")
 
 
 def unranked(runs: pd.DataFrame) -> str:
@@ -117,12 +136,13 @@ def readable(rows: pd.DataFrame, *, spread: bool) -> pd.DataFrame:
 
 
 def _markdown(rows: pd.DataFrame, left: str) -> str:
-    lines = ["# Leaderboard", "", left, ""]
+    lines = ["# Leaderboard", "", plain(left), ""]
     for setting, own in settings(rows):
         shown = readable(own, spread=True)
         rule = ["---", *["---:"] * (shown.shape[1] - 2), "---"]
-        lines += [f"## {setting}", "", references(own), ""]
-        lines += [f"| {' | '.join(cells)} |" for cells in (shown.columns, rule, *shown.to_numpy())]
+        lines += [f"## {plain(setting)}", "", references(own), ""]
+        cells = shown.map(plain)
+        lines += [f"| {' | '.join(row)} |" for row in (shown.columns, rule, *cells.to_numpy())]
         lines.append("")
     return "\n".join(lines) + "\n" + LEGEND
 
