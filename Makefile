@@ -35,7 +35,7 @@ run: setup ## the main job: every core method over the embedded 16-task stream, 
 
 tune: setup ## the search that chose learning rates and strengths, on another world, order and seeds
 	for search in $(basename $(notdir $(wildcard conf/experiment/tune/*.yaml))); do \
-	  case $$search in common|rates) continue;; esac; \
+	  case $$search in common|rates|optuna) continue;; esac; \
 	  $(PY) -m clbench +experiment=tune/$$search model.world_seed=100 results_dir=$(RESULTS)/tuning tracking.progress=false $(LAUNCH) || exit 1; \
 	done
 	$(PY) -m clbench.leaderboard $(RESULTS)/tuning

@@ -4,12 +4,16 @@ The only place that sees a DictConfig. What the user got wrong is one line on st
 traceback and exit code 1. Heavy imports wait until a run really starts, so `--help` answers at once.
 """
 
+import json
+import math
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import hydra
@@ -22,8 +26,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from clbench.config import Config, from_plain
-from clbench.config.checks import check, writable
+from clbench.config import Config, from_plain, run_directory
+from clbench.config.checks import check, one_of, writable
 from clbench.config.secrets import masked
 from clbench.types import NotWritten, RankFailed, UserMistake
 
@@ -31,8 +35,32 @@ _HERE = Path(__file__).resolve().parent
 CONF_DIR = next(path for path in (_HERE.parent / "conf", _HERE / "conf") if (path / "config.yaml").is_file())
 
 USERS_MISTAKES = (UserMistake, HydraException, OmegaConfBaseException)
-FAILURES = (RankFailed, NotWritten)
-"""Of these, too, a line is all that helps; exit code 1."""
+FAILED = (RankFailed, NotWritten)
+FAILURES = (*USERS_MISTAKES, *FAILED)
+"""What ends one job of a sweep and leaves the others alone; exit code 2 for the user's mistakes, else 1."""
+SWEEP = "CLBENCH_SWEEP"
+"""The variable that tells the jobs of a sweep, in whatever process, which file they say in how they ended."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked this process to end, `number`; its text says where the run was."""
+
+    number = signal.SIGINT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a job of a sweep ended: its run's directory ("" where there is none), what went wrong in one line, the exit code of that."""
+
+    path: str = ""
+    error: str = ""
+    code: int = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Also where another process completed it."""
+        status = Path(self.path) / "status"
+        return not self.error or (self.path != "" and status.is_file() and status.read_text() == "complete\n")
 
 
 @dataclass
@@ -54,36 +82,79 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(_job)()
-    except USERS_MISTAKES as error:
-        refuse(error)
     except FAILURES as error:
-        print(f"clbench: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        refuse(error)
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        print(f"clbench: {stop or 'interrupted'}; the same command continues", file=sys.stderr)
+        raise SystemExit(128 + number) from None
+    finally:
+        if SWEEP in os.environ:
+            Path(os.environ[SWEEP]).unlink(missing_ok=True)
 
 
-def _job(composed: DictConfig) -> None:
-    """One Hydra job. In a multirun a mistake is left to Hydra, which runs the other jobs before it stops."""
+def _job(composed: DictConfig) -> float | None:
+    """One Hydra job. In a sweep what ends it is kept for the end, unless the sweeper is to hear of it, which `optimize` says."""
+    heed_signals()
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return _run(composed)
+        return _run(resolve(composed)) if composed.optimize else _swept(composed)
     try:
-        return _run(composed)
-    except USERS_MISTAKES as error:
-        refuse(error)
+        return _run(resolve(composed))
     except FAILURES as error:
-        print(f"clbench: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        refuse(error)
 
 
-def _run(composed: DictConfig) -> None:
-    config = resolve(composed)
+def heed_signals() -> None:
+    """SIGTERM and a scheduler's warning, SIGUSR1 where nobody else waits for it, end a run as Ctrl-C does."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        stopped = Stopped()
+        stopped.number = signal.Signals(number)
+        raise stopped
+
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, stop)
+
+
+def _swept(composed: DictConfig) -> None:
+    """A job of a sweep: says how it ended, on the screen and in the sweep's file."""
+    path = ""
+    try:
+        config = resolve(composed)
+        path = str(run_directory(config))
+        _run(config)
+        ended = Ended(path=path)
+    except FAILURES as error:
+        message = _one_line(error)
+        ended = Ended(path=path, error=message, code=2 if isinstance(error, USERS_MISTAKES) else 1)
+        print(f"clbench: {message}", file=sys.stderr)
+    with Path(os.environ[SWEEP]).open("a") as file:
+        file.write(json.dumps(asdict(ended)) + "\n")
+
+
+def _run(config: Config) -> float | None:
+    """Runs it; gives the measure that `optimize` names, for a sweeper that looks for its best."""
     check(config)
+    if config.optimize is not None:
+        from clbench.report.columns import MEASURES
+
+        one_of("optimize", config.optimize, MEASURES)
     path = _experiment(config, command=shlex.join(["python", "-m", "clbench", *HydraConfig.get().overrides.task]))
     if path is None:
-        return
+        return None
     if HydraConfig.get().mode == RunMode.RUN:
         show_leaderboard(Path(config.results_dir))
     else:
         print(f"{path.name} is {(path / 'status').read_text().strip()}")
+    if config.optimize is None:
+        return None
+    from clbench.report.summary import measured
+
+    value = measured(path, config.optimize)
+    if math.isnan(value):
+        raise UserMistake(f"{path.name} has no {config.optimize}; name another measure in optimize")
+    return value
 
 
 def _experiment(config: Config, *, command: str) -> Path | None:
@@ -124,7 +195,7 @@ def take_part(config: Config, *, command: str) -> Path | None:
 
 
 class Hooks(Callback):
-    """What Hydra calls around jobs: a look at results_dir before Hydra itself writes there, the leaderboard after a multirun's last job."""
+    """What Hydra calls around jobs: a look at results_dir before Hydra itself writes there, the tables after a sweep's last job."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuses a results_dir that cannot be written to."""
@@ -133,10 +204,24 @@ class Hooks(Callback):
         except UserMistake as error:
             refuse(error)  # SystemExit: Hydra turns any other exception of a callback into a warning
 
-    on_multirun_start = on_run_start
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Opens the file in which jobs say how they ended; they may run in other processes, on other machines."""
+        self.on_run_start(config)
+        file = Path(config.results_dir).resolve() / f".sweep-{os.uname().nodename}-{os.getpid()}.jsonl"
+        file.write_text("")
+        os.environ[SWEEP] = str(file)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Writes the tables, and exits with the code of what failed: 2 for mistakes of the user's, else 1."""
+        lines = Path(os.environ[SWEEP]).read_text().splitlines()
+        jobs = [Ended(**json.loads(line)) for line in lines]
         show_leaderboard(Path(config.results_dir))
+        failed = [job for job in jobs if not job.is_complete]
+        if failed:
+            print(f"{len(jobs) - len(failed)} of {len(jobs)} jobs are complete", file=sys.stderr)
+            for job in failed:
+                print(f"failed: {Path(job.path).name or 'a job'}: {job.error}", file=sys.stderr)
+            raise SystemExit(2 if all(job.code == 2 for job in failed) else 1)
 
 
 def show_leaderboard(results_dir: Path) -> None:
@@ -215,9 +300,15 @@ def _overridden() -> set[str]:
 
 
 def refuse(error: Exception) -> NoReturn:
-    """Ends the command as for every mistake of the user's: one line on standard error, exit code 2."""
-    print(f"clbench: {masked(' '.join(_message(error).split()))}", file=sys.stderr)
-    raise SystemExit(2)
+    """Ends the command with one line on standard error; exit code 2 for every mistake of the user's, 1 for a failure that is none."""
+    # What a rank says may be our own mistake, of which every line helps.
+    text = masked(str(error)) if isinstance(error, RankFailed) else _one_line(error)
+    print(f"clbench: {text}", file=sys.stderr)
+    raise SystemExit(1 if isinstance(error, FAILED) else 2)
+
+
+def _one_line(error: Exception) -> str:
+    return masked(" ".join(_message(error).split()))
 
 
 def _message(error: Exception) -> str:

@@ -6,7 +6,6 @@ the student; then the ledger. A kill at any point costs at most the stage it fel
 
 import logging
 import resource
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -97,8 +96,6 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
                     f"model={parts.source.label} untrained, engine.dtype={config.engine.dtype}: {error}; choose another"
                 ) from error
         model = wrap(config, parts.method, model)
-        # A polite kill counts as an interruption, like Ctrl-C.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         ledger = None
         if ranks.is_first:
             data.warn()

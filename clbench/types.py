@@ -38,7 +38,8 @@ class Example:
 
     `prompt` is everything the model reads; `answer` is what it is trained to write after it (one separating space is added
     by the encoder). `choices` are the allowed answers of a closed task (empty: the task is generative). `references` are
-    further accepted answers besides `answer`. `source` is the text to be transformed, for metrics that need it.
+    further accepted answers besides `answer`. `source` is the text to be transformed, for metrics that need it. `ids`, where a row to be
+    replayed is not made from text: the token ids of prompt (the first) and answer in their place.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Example:
     choices: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
     source: str = ""
+    ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,7 +93,17 @@ def fact_rows(seed: int, *, frequency: int) -> list[dict[str, object]]:
 
 def heldout_texts(seed: int, *, texts: int = 400) -> list[str]:
     """Statements of the pretraining kind that are not in the pretraining text, facts and skills 60:40."""
-    here, rng = world(seed), random.Random(f"{seed}/held-out text")
+    return _statements(seed, texts, purpose="held-out text", kept=False)
+
+
+def general_texts(seed: int, *, texts: int) -> list[str]:
+    """Statements that the pretraining text may hold, facts and skills 60:40; none is about a person whom the fact probe asks about."""
+    return _statements(seed, texts, purpose="general text", kept=True)
+
+
+def _statements(seed: int, texts: int, *, purpose: str, kept: bool) -> list[str]:
+    """Different statements about the people of the tasks and of skills, that the pretraining text may hold (`kept`) or does not."""
+    here, rng = world(seed), random.Random(f"{seed}/{purpose}")
     known = [*here.people_of("train"), *here.people_of("test")]
     stated = (
         phrase.format(name=name, value=here.facts[name][kind])
@@ -101,12 +111,12 @@ def heldout_texts(seed: int, *, texts: int = 400) -> list[str]:
         for kind in PHRASES
         for phrase in PHRASES[kind][1:]
     )
-    facts = [text for text in stated if held_out(text, seed)]
+    facts = [text for text in stated if held_out(text, seed) != kept]
     chosen = rng.sample(facts, min(len(facts), texts * 6 // 10))
     skills: dict[str, None] = {}
     while len(skills) < texts - len(chosen):
         text = skill_statement(here, rng)
-        if held_out(text, seed):
+        if held_out(text, seed) != kept:
             skills[text] = None
     result = [*chosen, *skills]
     rng.shuffle(result)

@@ -64,6 +64,16 @@ CASES = {
     "seq_merge": ("method=seq_merge",),
     "olora": ("method=olora",),
     "l2": ("method=l2",),
+    "kl_base": ("method=kl_base", "method.strength=1"),
+    "kl_base_prompt": ("method=kl_base", "method.strength=1", "method.tokens=all"),
+    "lwf": ("method=lwf",),
+    "self_replay": ("method=self_replay", "method.rows=20"),
+    "self_replay_text": ("method=self_replay_text", "method.rows=20"),
+    "er_general": ("method=er_general",),
+    "agem": ("method=agem", "method.fraction=0.5"),
+    "slao": ("method=slao",),
+    "lines": ("method=lines",),
+    "osf": ("method=osf",),
 }
 KEPT_IN_OUT = {
     f"{method}_gpt2": (f"method={method}", "method.lora.targets=all-linear")

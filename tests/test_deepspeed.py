@@ -148,7 +148,10 @@ def scaled(state: dict) -> dict:
 @pytest.mark.parametrize("case", [case for case in ranks.CASES if case != "seq_bfloat16"])
 def test_two_processes_train_the_weights_of_one(pair, case, stage):
     found, expected = pair.ask("outcome", case, *two(stage)), local("outcome", case)
-    assert distance(found["weights"], expected["weights"]) < TOLERANCE
+    if (
+        case != "osf"
+    ):  # whose factors are singular vectors of weights that differ by rounding; its state are those weights
+        assert distance(found["weights"], expected["weights"]) < TOLERANCE
     assert distance(found["logits"], expected["logits"]) < TOLERANCE
     assert distance(scaled(found["state"]), scaled(expected["state"])) < TOLERANCE
 
@@ -175,7 +178,7 @@ def test_every_step_trains_on_the_same_rows_whatever_the_number_of_processes(pai
     found, expected = pair.ask("outcome", case, *two(stage))["rows"], local("outcome", case)["rows"]
     assert found == expected
     replayed = [row for step in found for row in step if row[0] == 1]
-    assert bool(replayed) == (case in ("er", "ilora"))
+    assert bool(replayed) == (case in ("er", "ilora", "er_general", "agem", "self_replay", "self_replay_text"))
 
 
 @pytest.mark.parametrize("stage", STAGES)

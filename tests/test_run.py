@@ -2,7 +2,6 @@
 
 import csv
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -194,11 +193,3 @@ def test_a_run_killed_outright_continues_to_the_same_bytes(overrides, tmp_path):
     path = run(killed, "method=er", "resume=auto")
     assert (path / "status").read_text() == "complete\n"
     assert (tmp_path / "killed" / "stages.csv").read_bytes() == (tmp_path / "whole" / "stages.csv").read_bytes()
-
-
-def test_a_polite_kill_is_recorded_as_an_interruption(overrides, monkeypatch):
-    monkeypatch.setattr(Ledger, "append", lambda self, rows: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(KeyboardInterrupt):
-        run(overrides)
-    (path,) = Path(next(item for item in overrides if item.startswith("results_dir")).partition("=")[2]).glob("runs/*")
-    assert (path / "status").read_text() == "interrupted\n"

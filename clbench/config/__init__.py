@@ -119,7 +119,10 @@ class TrackingConfig:
 
 @dataclass
 class Config:
-    """One run, whole. `tasks` holds each stream task's own configuration; the command line fills it from `conf/task/`."""
+    """One run, whole. `tasks` holds each stream task's own configuration; the command line fills it from `conf/task/`.
+
+    `optimize`: the column of leaderboard.csv that a job returns to Hydra's sweeper, which looks for the best.
+    """
 
     method: Any = None
     model: Any = None
@@ -135,6 +138,7 @@ class Config:
     cache_dir: str = key("", identity=False)
     resume: str = key("auto", among=("auto", "never", "must"), identity=False)
     experiment: str = ""
+    optimize: str | None = key(None, identity=False)
     tasks: dict[str, Any] = field(default_factory=dict)
 
 

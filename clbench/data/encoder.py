@@ -88,6 +88,8 @@ class Encoder:
 
     def example(self, example: Example) -> Encoded:
         """The example's ids with EOS at the end, the prompt cut so that they are at most `max_length`."""
+        if example.ids:
+            return Encoded(ids=example.ids, answer_start=1)
         key = (example.prompt, example.answer)
         if key not in self._encoded:
             answer = (*self.answer(example.answer), self.tokenizer.eos_token_id)

@@ -61,6 +61,6 @@ class Memory:
         record = json.loads(state)
         self.seen = record["seen"]
         self.examples = [
-            Example(**{**row, "choices": tuple(row["choices"]), "references": tuple(row["references"])})
+            Example(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
             for row in record["examples"]
         ]

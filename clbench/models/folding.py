@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.osf import OSFLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.nn import Module
@@ -66,6 +67,8 @@ def unmerge(layer: BaseTunerLayer | CurLinear) -> None:
     """Marks the layer as not merged; its weight is the caller's to put back."""
     if isinstance(layer, CurLinear):
         layer.folded = False
+    elif isinstance(layer, OSFLayer):
+        layer.merged_adapters.clear()  # PEFT cannot take its update out again
     else:
         layer.unmerge()
 

@@ -37,27 +37,53 @@ class Reading:
     hidden_states: tuple[Tensor, ...]
 
 
-def read(model: Module, batch: Batch, *, hidden_states: bool = False) -> Reading:
-    """One forward of all rows of `batch`."""
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows of a batch as one, without padding.
+
+    `ids`, `rows` [M]: its tokens, and which row each is of; `positions`: what tells the model where rows begin; `places`, `labels` [N]: the tokens
+    after which an answer's token comes, and those.
+    """
+
+    ids: Tensor
+    rows: Tensor
+    positions: dict[str, Tensor]
+    places: Tensor
+    labels: Tensor
+
+
+def end_to_end(batch: Batch) -> Rows:
+    """The attended tokens of a batch, row after row."""
     attended_BT = batch.attention_mask.bool()
     rows_BT = torch.arange(len(attended_BT), device=attended_BT.device)[:, None].expand_as(attended_BT)
     positions_BT = torch.arange(attended_BT.shape[1], device=attended_BT.device).expand_as(attended_BT)
-    rows_M, labels_M = rows_BT[attended_BT], batch.labels[attended_BT]
+    labels_M = batch.labels[attended_BT]
     # No row begins with an answer, so a label's predecessor is always of its own row.
     places_N = (labels_M[1:] != IGNORED).nonzero()[:, 0]
-    several = {"position_ids": positions_BT[attended_BT][None]} if len(attended_BT) > 1 else {}
+    return Rows(
+        ids=batch.input_ids[attended_BT],
+        rows=rows_BT[attended_BT],
+        positions={"position_ids": positions_BT[attended_BT][None]} if len(attended_BT) > 1 else {},
+        places=places_N,
+        labels=labels_M[places_N + 1],
+    )
+
+
+def read(model: Module, batch: Batch, *, hidden_states: bool = False) -> Reading:
+    """One forward of all rows of `batch`."""
+    rows = end_to_end(batch)
     output = causal_lm(model)(
-        input_ids=batch.input_ids[attended_BT][None],
+        input_ids=rows.ids[None],
         use_cache=False,
-        logits_to_keep=places_N,
+        logits_to_keep=rows.places,
         output_hidden_states=hidden_states,
-        **several,
+        **rows.positions,
     )
     return Reading(
         logits=output.logits[0],
-        labels=labels_M[places_N + 1],
-        rows=rows_M,
-        answer_rows=rows_M[places_N],
+        labels=rows.labels,
+        rows=rows.rows,
+        answer_rows=rows.rows[rows.places],
         hidden_states=tuple(layer[0] for layer in output.hidden_states) if hidden_states else (),
     )
 

@@ -123,11 +123,10 @@ class Ledger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        ends = {KeyboardInterrupt: INTERRUPTED, Diverged: f"{DIVERGED}: {error}"}
         try:
             # Where nothing can be written, that is what is said, and not that its status cannot be either.
             with suppress(NotWritten) if kind else nullcontext():
-                self.set_status(ends.get(kind, FAILED) if kind else COMPLETE)
+                self.set_status(_status_after(error))
         finally:
             self._lock.close()
 
@@ -169,6 +168,14 @@ class Ledger:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _status_after(error: BaseException | None) -> str:
+    if error is None:
+        return COMPLETE
+    if isinstance(error, Diverged):
+        return f"{DIVERGED}: {error}"
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
 
 
 def status_of(path: Path, manifest: Mapping[str, Any], *, resume: str) -> str:

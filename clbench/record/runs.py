@@ -49,6 +49,14 @@ class Records:
     costs: pd.DataFrame
     files: Mapping[str, Mapping[str, bytes]]
 
+    def only(self, run: str) -> "Records":
+        """The records of one run."""
+        tables = {
+            name: table[table["run"] == run]
+            for name, table in (("runs", self.runs), ("scores", self.scores), ("costs", self.costs))
+        }
+        return Records(**tables, files={run: self.files[run]})
+
     def outcomes(self, run: str, *, stage: int, of: str) -> dict[str, np.ndarray]:
         """Per-item outcomes that `run` measured after `stage`, by those "probe|task|metric" that begin with `of`; empty where none were kept."""
         name = f"items/stage-{stage:02d}.npz"

@@ -33,6 +33,7 @@ class Tracker:
         self.stages = stages
         self._forecast: Forecast | None = None
         self._loss = math.nan
+        self._stage = 0
         self._examined: dict[tuple[str, Asked], float] = {}
         self._line = Line(self.run, total=1, quiet=silent or not config.tracking.progress)
         self._wandb = None if silent else _wandb_run(config, run=self.run)
@@ -44,6 +45,12 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            where = (
+                f"stage {self._stage}/{len(self.stages)}" if self._stage else "the examination of the untouched model"
+            )
+            error.args = (f"{self.run} is interrupted in {where}",)
+            log.debug("%s", error)
         self._line.__exit__()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
@@ -82,6 +89,7 @@ class Tracker:
 
     def _show(self, index: int, text: str, *, trained: float) -> None:
         forecast, done = self._forecast or Forecast(), 0.0
+        self._stage = index
         if self._forecast:
             done = forecast.until(index - 1) + trained * forecast.training[index - 1]
             done += sum(share * forecast.examining.get(asked, 0.0) for (_, asked), share in self._examined.items())

@@ -108,6 +108,9 @@ LEADERBOARD = (
     Column("notes", "text", "what must be known before a row is trusted"),
 )
 
+MEASURES = tuple(column.name for column in LEADERBOARD if column.bounds)
+"""What a run amounts to: the columns of leaderboard.csv that have an interval over blocks."""
+
 DIFFERENCES = (
     *(STREAM, MODEL, HASH),
     Column("measure", "name", "what the two rows are compared by: a column of leaderboard.csv, or log_perplexity_ratio, the logarithm of perplexity_ratio; lower is better for that and for kl_to_base"),

@@ -6,6 +6,7 @@ Applies the formulas of metrics to the records of runs. Not here: the files made
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import isnan, nan
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from clbench.config import BLOCK_KEYS, identity
-from clbench.record.runs import Records
+from clbench.record.runs import Records, read_runs
 from clbench.report import differences, metrics
 from clbench.report.measures import (
     BLOCK,
@@ -85,6 +86,12 @@ def summarise(records: Records) -> Summary:
     own = {"retention": retention, "probes": probes, "matrices": matrices, "measures": measures}
     diverged = _diverged(runs[runs["state"] == "diverged"], columns=rows.columns)
     return Summary(records=records, **own, leaderboard=rows, diverged=diverged, differences=pairs)
+
+
+def measured(path: Path, measure: str) -> float:
+    """The `measure` of the run recorded at `path`, NaN where it is not ranked."""
+    measures = summarise(read_runs(path.parents[1]).only(path.name)).measures
+    return float(measures[measure].get(path.name, nan))
 
 
 def marks(rows: pd.DataFrame, measure: str) -> dict[str, str]:

@@ -81,10 +81,9 @@ def leave() -> None:
 def launch(work: Callable[..., Path | None], config: Config, *, command: str) -> Path:
     """Does `work(config, command=command)` in `config.engine.processes` ranks on this machine; gives the run's directory.
 
-    Raises UserMistake, NotWritten or RankFailed as the rank says that failed first, KeyboardInterrupt on SIGINT or SIGTERM; by then no rank is left.
+    Raises UserMistake, NotWritten or RankFailed as the rank says that failed first, KeyboardInterrupt on SIGINT; by then no rank is left.
     """
     path, size = run_directory(config), config.engine.processes
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Children of a process that joblib started would otherwise look for a way of starting that they do not know.
     multiprocessing.set_start_method("spawn", force=True)
     try:
@@ -111,8 +110,6 @@ def launch(work: Callable[..., Path | None], config: Config, *, command: str) ->
         if isinstance(error, ProcessExitedException):
             mark_interrupted(path)
         raise failure(error, ranks.error_files) from None
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     return path
 
 
@@ -123,6 +120,7 @@ def be_rank(number: int, work: Callable[[], Path | None], common: Mapping[str, o
     if os.getppid() != parent:
         raise SystemExit("the parent is gone already")
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill is an interruption
     if number:
         logging.disable()
     os.environ |= {key: str(value) for key, value in {**common, "RANK": number, "LOCAL_RANK": number}.items()}

@@ -13,6 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import utils
+from peft.tuners.osf import OSFLayer
 from torch import Tensor, distributed
 from torch.nn import Module, ParameterList
 from torch.optim import AdamW
@@ -120,9 +121,12 @@ class DeepSpeedEngine(Engine):
         )
         if self._stage == 3:
             patches.multiply(keep_weights=False)
+            # Layers whose forward reads parameters of layers inside them.
             for layer in model.modules():
-                if isinstance(layer, CurLinear):
-                    deepspeed.zero.register_external_parameter(layer, layer.base.weight)
+                inner = [layer.base.weight] if isinstance(layer, CurLinear) else []
+                inner += layer.osf_svd_params.parameters() if isinstance(layer, OSFLayer) else []
+                for parameter in inner:
+                    deepspeed.zero.register_external_parameter(layer, parameter)
         if self._stage == 0:
             set_moments(optimizer, self._parameters, moments)
         elif moments:

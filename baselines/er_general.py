@@ -1,0 +1,43 @@
+"""ER with general text: experience replay whose memory also holds rows of a general dataset, from the first stage on.
+
+Loss and memory as in ER; beside the rows of past tasks the memory holds `texts`, of which every token after the first is an answer. So the base's
+own kind of text is rehearsed with the tasks. TRACE's replay (arXiv 2310.06762, section 4.3.1) mixes its alignment data (LIMA) in this way, once
+after the task; here rows are drawn in every step, as in ER. The text must not be what a probe reads.
+
+Official code: BeyonderXX/TRACE. Deviations: interleaved; the text's share of the memory follows from its number of rows.
+
+Card:
+- paper: arXiv 2310.06762 section 4.3.1
+- trainable: rank (in + out) per layer
+- memory: fraction of each task's rows and the general rows, as text
+- compute: 1 + ratio times the rows per step
+- deviations: interleaved
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.nn import Module
+
+from baselines.er import Er
+from clbench.types import Example
+
+
+def general_rows(texts: Sequence[str], *, words: int) -> tuple[Example, ...]:
+    """The first `words` words of each text as an example that has no prompt, so that all of it is trained on."""
+    beginnings = (" ".join(text.split()[:words]) for text in texts)
+    return tuple(
+        Example(id=f"general/{number}", prompt="", answer=text) for number, text in enumerate(beginnings) if text
+    )
+
+
+@dataclass(kw_only=True)
+class ErGeneral(Er):
+    """ER with the beginnings of `texts`, of at most `words` words each, in its memory."""
+
+    texts: Sequence[str]
+    words: int
+
+    def wrap(self, model: Module) -> Module:
+        self.memory.examples += general_rows(self.texts, words=self.words)
+        return super().wrap(model)

@@ -1,0 +1,60 @@
+"""KL to the base: fine-tuning whose predictions on the current task are held to those of the untouched model.
+
+    loss = CE + strength * mean over answer tokens of KL( p_base(. | x, y_<t) || p_theta(. | x, y_<t) ),      whole vocabulary, nats.
+
+p_base is the same model with its adapter off, without dropout or gradient, so nothing is kept of it. With `tokens` "all" the mean is over every
+token of the prompt, too. At the first step the adapter adds nothing, and the penalty and its gradient are 0.
+
+Official code: hiyouga/LlamaFactory (Apache-2.0), train/trainer_utils.py, `asft`, there with strengths of 0.05 to 0.1; paper: arXiv 2509.23753, which
+reweights the cross-entropy besides: not followed, so that strength 0 is plain fine-tuning. Deviation: the divergence is (base || model) as in
+that code; the vocabulary is read in slices.
+
+Card:
+- paper: arXiv 2509.23753 (its anchor alone)
+- trainable: rank (in + out) per layer
+- memory: none
+- compute: one forward without adapter per step
+- deviations: cross-entropy is not reweighted
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from baselines.seq import Seq
+from clbench.models.divergence import divergence, nll, states, untouched
+from clbench.models.loss import answer_loss
+from clbench.types import Batch, UserMistake
+
+TOKENS = ("answers", "all")
+
+
+@dataclass(kw_only=True)
+class KlBase(Seq):
+    """LoRA with `strength` times the divergence of the untouched model's predictions from its own at `tokens`, one of TOKENS."""
+
+    strength: float
+    tokens: str
+
+    def __post_init__(self) -> None:
+        if self.tokens not in TOKENS:
+            raise UserMistake(f"method.tokens={self.tokens!r} is unknown; choose one of {', '.join(TOKENS)}")
+
+    def loss(self, model: Module, batch: Batch) -> Tensor:
+        """CE + strength * KL in nats, this micro-batch's share."""
+        if self.strength == 0:
+            return answer_loss(model, batch)
+        reference = partial(untouched, model)
+        with reference():
+            before = states(model, batch).hidden
+        now = states(model, batch)
+        of_row = batch.weights[now.rows]
+        if self.tokens == "all":
+            weights = (of_row > 0) / batch.source_tokens[0]
+        else:
+            weights = torch.zeros_like(of_row).index_copy(0, now.places, of_row[now.places])
+        kl = divergence(model, now.hidden, before, weights, reference=reference)
+        return nll(model, now, of_row[now.places]) + self.strength * kl

@@ -1,0 +1,123 @@
+"""Self-replay: text that the untouched model wrote is replayed, and predictions on it are held to the untouched model's. No data is needed.
+
+    loss = CE(task) + strength * R,      R = mean over the tokens of replayed rows of KL(p_base || p_theta)   (`kl`, whole vocabulary, nats)
+                                         or of -log p_theta(token)                                            (`ce`).
+
+Before the first stage `rows` rows of `length` tokens are drawn from the untouched model at temperature 1, from BOS on, and not stopped at EOS. They
+are kept as token ids with the method's state, so neither resuming nor the number of processes changes them. Each step draws `ratio` of them per
+task row, with replacement. p_base is the same model with its adapter off; at the first step the `kl` form is 0.
+
+Paper: arXiv 2605.26097 (only the abstract could be read); code: martin-marek/forgetting, without a licence, so only its equations are followed.
+Deviation: one buffer for the whole stream, theirs is drawn anew; rows are `length` tokens as the yaml says (theirs: 512).
+
+Card:
+- paper: arXiv 2605.26097 (abstract)
+- trainable: rank (in + out) per layer
+- memory: rows * length token ids
+- compute: 1 + ratio times the rows per step, and a forward of the replayed ones without adapter
+- deviations: the buffer is drawn once
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from transformers import DynamicCache
+
+from baselines.seq import Seq
+from clbench.data.sampling import generator
+from clbench.models.divergence import divergence, nll, states, untouched
+from clbench.models.limits import settings
+from clbench.models.loss import answer_loss, rows_of
+from clbench.models.sharding import gathering
+from clbench.protocols import Stage
+from clbench.types import Batch, Example, Source, UserMistake
+
+FORMS = ("kl", "ce")
+AT_ONCE = 64
+"""Rows that are written side by side."""
+
+
+@torch.inference_mode()
+def written(model: Module, *, rows: int, length: int, draws: torch.Generator) -> Tensor:
+    """int64 [rows, 1 + length] on the CPU: BOS and what `model` draws after it, token by token, at temperature 1."""
+    begin = settings(model)["bos_token_id"]
+    if begin is None:
+        raise UserMistake("the model's configuration names no bos_token_id to write from; use method=self_replay_text")
+    parts = []
+    for first in range(0, rows, AT_ONCE):
+        ids, cache = torch.full((min(AT_ONCE, rows - first), 1), begin), DynamicCache()
+        for _ in range(length):
+            last = ids[:, -1:].to(model.device)
+            logits = model(input_ids=last, past_key_values=cache, use_cache=True).logits[:, -1]
+            ids = torch.cat([ids, torch.multinomial(logits.float().cpu().softmax(-1), 1, generator=draws)], 1)
+        parts.append(ids)
+    return torch.cat(parts)
+
+
+@dataclass(kw_only=True)
+class SelfReplay(Seq):
+    """LoRA with `strength` times R on `rows` rows of `length` tokens that the untouched model wrote; `form` one of FORMS."""
+
+    strength: float
+    form: str
+    ratio: float
+    rows: int
+    length: int
+    replay: tuple[Example, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise UserMistake(f"method.form={self.form!r} is unknown; choose one of {', '.join(FORMS)}")
+
+    def wrap(self, model: Module) -> Module:
+        """Draws the rows, then adds the adapter. A run that continues takes the rows back from its checkpoint."""
+        if self.strength:
+            draws = generator(self.seed, "self replay")
+            with gathering(model.eval()):
+                self.replay = as_examples(written(model, rows=self.rows, length=self.length, draws=draws))
+        return super().wrap(model)
+
+    def training_set(self, stage: Stage) -> Sequence[Source]:
+        current = Source(examples=stage.train)
+        if self.strength == 0 or self.ratio == 0:
+            return (current,)
+        return (current, Source(examples=self.replay, share=self.ratio, weight=self.strength))
+
+    def loss(self, model: Module, batch: Batch) -> Tensor:
+        """CE + strength * R in nats, this micro-batch's share; the batch's weights add to 1 over both, so they are stretched by 1 + strength."""
+        if len(batch.source_tokens) == 1:
+            return answer_loss(model, batch)
+        if self.form == "ce":
+            return (1 + self.strength) * answer_loss(model, batch)
+        # Every rank makes the same forwards, so a micro-batch without replayed rows reads one row and masks it.
+        rows = torch.nonzero(batch.sources == 1)[:, 0]
+        picked = rows if len(rows) else torch.zeros_like(batch.sources[:1])
+        replayed = rows_of(batch, picked)
+        reference = partial(untouched, model)
+        with reference():
+            before = states(model, replayed)
+        now = states(model, batch)
+        after = now.hidden[torch.isin(now.rows, picked)]
+        weights = (replayed.weights * (replayed.sources == 1))[before.rows[before.places]]
+        kl = divergence(model, after[before.places], before.hidden[before.places], weights, reference=reference)
+        current = (batch.weights * (batch.sources == 0))[now.rows[now.places]]
+        return (1 + self.strength) * (nll(model, now, current) + kl)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"replay": torch.tensor([example.ids for example in self.replay])}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.replay = as_examples(state["replay"])
+
+
+def as_examples(ids: Tensor) -> tuple[Example, ...]:
+    """Rows of token ids as examples, of which all but the first token are trained on."""
+    return tuple(
+        Example(id=f"self_replay/{number}", prompt="", answer="", ids=tuple(row))
+        for number, row in enumerate(ids.tolist())
+    )

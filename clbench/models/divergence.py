@@ -1,0 +1,135 @@
+"""How far a model's predictions are from another's: KL divergence over the whole vocabulary, and its gradient.
+
+Both predictions are kept as hidden states. Logits are made of them by the model's own head, which may scale or cap them, a slice of tokens at a
+time and once more in the backward pass, so that no tensor of [tokens, vocabulary] outlives its slice.
+
+Shape suffixes: M attended tokens of a batch, N answer tokens, P some tokens, H hidden, V vocabulary.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.nn import Module
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from clbench.models.limits import settings
+from clbench.models.loss import causal_lm, end_to_end
+from clbench.models.sharding import is_sharded
+from clbench.types import Batch
+
+SLICE = 2**24
+"""Logits that are made at once, of either model: 64 MiB in float32."""
+Reference = Callable[[], AbstractContextManager[None]]
+"""Opens a context in which forwards are those of the model that is compared with, without gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """What a model's layers made of a batch, its rows one after another: the input of its head.
+
+    `hidden` [M, H]; `rows` [M]: which row a token is of; `places` [N]: the tokens after which an answer's token comes, and `labels` [N] those.
+    """
+
+    hidden: Tensor
+    rows: Tensor
+    places: Tensor
+    labels: Tensor
+
+
+@dataclass
+class _Output(BaseModelOutputWithPastAndCrossAttentions):
+    """What heads ask of the layers' output, whatever the architecture."""
+
+    router_logits: object = None
+    cache_params: object = None
+
+
+class _Hidden(Module):
+    """Stands where a model's layers stand, and gives the hidden states that it is given."""
+
+    def forward(self, *unused: object, inputs_embeds: Tensor, **others: object) -> _Output:
+        return _Output(last_hidden_state=inputs_embeds)
+
+    @property
+    def decoder(self) -> Module:
+        """What OPT's head asks for its layers."""
+        return self
+
+
+def states(model: Module, batch: Batch) -> States:
+    """One forward of all rows of `batch`, without the head."""
+    rows = end_to_end(batch)
+    output = causal_lm(model).base_model(input_ids=rows.ids[None], use_cache=False, **rows.positions)
+    return States(hidden=output.last_hidden_state[0], rows=rows.rows, places=rows.places, labels=rows.labels)
+
+
+def project(model: Module, hidden_PH: Tensor) -> Tensor:
+    """Logits [P, V] in float32 of hidden states, as the model itself makes them."""
+    model = causal_lm(model)
+    head = copy.copy(model)
+    head.__dict__["_modules"] = {**dict(model.named_children()), model.base_model_prefix: _Hidden()}
+    return head(inputs_embeds=hidden_PH[None], use_cache=False).logits[0].float()
+
+
+def nll(model: Module, states: States, weights_N: Tensor) -> Tensor:
+    """Weighted sum of the negative log-likelihoods of the answer tokens, in nats; only those with a weight are projected, and one at least."""
+    wanted = weights_N.nonzero()[:, 0] if weights_N.any() else torch.arange(1, device=weights_N.device)
+    logits_PV = project(model, states.hidden[states.places[wanted]])
+    return (F.cross_entropy(logits_PV, states.labels[wanted], reduction="none") * weights_N[wanted]).sum()
+
+
+def divergence(
+    model: Module,
+    hidden_PH: Tensor,
+    reference_PH: Tensor,
+    weights_P: Tensor,
+    *,
+    reference: Reference,
+    temperature: float = 1.0,
+) -> Tensor:
+    """sum_p weight_p T^2 KL( softmax(z_ref / T) || softmax(z / T) ) in nats, of tokens' hidden states; weight 0 is no work.
+
+    T^2 keeps the gradient's size independent of T (arXiv 1503.02531, section 2).
+    """
+    wanted = weights_P.nonzero()[:, 0]
+    size = max(1, SLICE // settings(model)["vocab_size"])
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        # Ranks gather the head's weights together, so each of them makes one forward of it, whatever its tokens.
+        wanted, size = (wanted, len(wanted)) if len(wanted) else (torch.zeros_like(weights_P[:1], dtype=torch.int64), 1)
+    part = partial(_divergence, model, reference, temperature)
+    total = hidden_PH.sum() * 0
+    for places in wanted.split(size):
+        total = total + checkpoint(
+            part, hidden_PH[places], reference_PH[places], weights_P[places], use_reentrant=False
+        )
+    return total
+
+
+def _divergence(
+    model: Module, reference: Reference, temperature: float, hidden_PH: Tensor, reference_PH: Tensor, weights_P: Tensor
+) -> Tensor:
+    with reference():
+        reference_PV = (project(model, reference_PH) / temperature).log_softmax(-1)
+    log_probs_PV = (project(model, hidden_PH) / temperature).log_softmax(-1)
+    kl_P = F.kl_div(log_probs_PV, reference_PV, reduction="none", log_target=True).sum(-1)
+    return temperature**2 * (kl_P * weights_P).sum()
+
+
+@contextmanager
+def untouched(model: PeftModel) -> Iterator[None]:
+    """Forwards inside are those of the model without its adapters, without dropout or gradient."""
+    was_training = model.training
+    with torch.no_grad(), model.disable_adapter():
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(was_training)
