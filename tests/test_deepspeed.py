@@ -148,7 +148,9 @@ def scaled(state: dict) -> dict:
 @pytest.mark.parametrize("case", [case for case in ranks.CASES if case != "seq_bfloat16"])
 def test_two_processes_train_the_weights_of_one(pair, case, stage):
     found, expected = pair.ask("outcome", case, *two(stage)), local("outcome", case)
-    if case != "osf":  # whose factors are singular vectors of weights that differ by rounding; its state are those weights
+    if (
+        case != "osf"
+    ):  # whose factors are singular vectors of weights that differ by rounding; its state are those weights
         assert distance(found["weights"], expected["weights"]) < TOLERANCE
     assert distance(found["logits"], expected["logits"]) < TOLERANCE
     assert distance(scaled(found["state"]), scaled(expected["state"])) < TOLERANCE

@@ -46,6 +46,8 @@ Outcomes = Mapping[str, metrics.Floats]
 class Summary:
     """What the runs of a results directory amount to; scores are fractions of 1, NaN where a number does not exist.
 
+    A secondary view of a run's weights counts as a run RUN@VIEW of a method METHOD@VIEW everywhere but in `records`.
+
     `retention`: one row per run and stage, the columns of retention.csv. `probes`: one row per run, stage and base-knowledge task, the columns of
     probes.csv. `matrices`: by the name of a ranked run, each task's primary score after each stage, (stages + 1, tasks). `measures`: one row per
     ranked run, by name, the measures of the leaderboard. `leaderboard`: the ranked runs by setting, method and variant, best average accuracy first
@@ -64,6 +66,7 @@ class Summary:
 
 def summarise(records: Records) -> Summary:
     """Works everything out, once."""
+    whole, records = records, records.by_view()
     runs, (retention, probes) = records.runs, _retention(records)
     ranked = runs[(runs["state"] == "complete") & (runs["problem"] == "")].set_index("run")
     matrices = dict(_matrices(records.scores, ranked))
@@ -73,7 +76,7 @@ def summarise(records: Records) -> Summary:
     pairs, ranks = compare(records, ranked, measured=measures, rows=rows)
     rows[RANKS] = ranks
     own = {"retention": retention, "probes": probes, "matrices": matrices, "measures": measures}
-    return Summary(records=records, **own, leaderboard=rows, differences=pairs)
+    return Summary(records=whole, **own, leaderboard=rows, differences=pairs)
 
 
 def measured(path: Path, measure: str) -> float:
