@@ -71,6 +71,8 @@ def stage_scores(stage, row):
     yield Score(**at, **drift, metric="nll_token", value=nll, items=(200 * nll, 700 * nll))  # two texts
     kl = {"probe": "divergence", "task": "heldout", "metric": "kl_token", "n": 2, "stderr": 0.0}
     yield Score(**at, **kl, value=0.1 * stage, items=(0.0, 0.2 * stage))
+    weights = {"probe": "update", "task": "weights", "metric": "relative_norm", "n": 7, "stderr": float("nan")}
+    yield Score(**at, **weights, value=0.02 * stage)
     yield Score(**at, **drift, metric="bits_per_byte", value=0.75 if stage == 3 else 0.5)
 
 
@@ -216,6 +218,7 @@ KNOWN = {
     "retention_min": 0.35 / 0.55,
     "perplexity_ratio": 2.0,
     "kl_to_base": 0.3,
+    "update_norm": 0.06,
     "bits_per_byte_drift": 0.25,
     "format_validity": 0.9,
     "base_accuracy": 0.2,
@@ -259,8 +262,8 @@ def test_stages_csv_is_long_and_sorted(results):
     assert keys == sorted(keys) and len(set(keys)) == len(keys)
     one = next(r for r in rows if (r["method"], r["seed"], r["stage"], r["task"]) == ("alpha", "1", "2", "food"))
     assert (one["value"], one["stage_name"], one["n"]) == ("0.71", "food", "40")
-    assert {r["probe"] for r in rows} == {"stream", "knowledge", "perplexity", "divergence"}
-    assert all(r["stderr"] == "" for r in rows if r["probe"] == "perplexity")
+    assert {r["probe"] for r in rows} == {"stream", "knowledge", "perplexity", "divergence", "update"}
+    assert all(r["stderr"] == "" for r in rows if r["probe"] in ("perplexity", "update"))
 
 
 def test_a_secondary_view_of_the_weights_is_a_row_of_its_own(tmp_path):
@@ -273,8 +276,8 @@ def test_a_secondary_view_of_the_weights_is_a_row_of_its_own(tmp_path):
     assert rows["alpha"]["tokens_trained"] == rows["alpha@fast"]["tokens_trained"]
     (accuracy, *_) = read(tmp_path, "differences.csv")
     assert (accuracy["method"], accuracy["other"], accuracy["n_items"]) == ("alpha", "alpha@fast", "120")
-    probes = {row["probe"] for row in read(tmp_path, "stages.csv")}
-    assert {"stream", "stream@fast", "knowledge@fast"} <= probes
+    methods = {(row["method"], row["probe"]) for row in read(tmp_path, "stages.csv")}
+    assert {("alpha", "stream"), ("alpha@fast", "stream"), ("alpha@fast", "knowledge")} <= methods
     assert "All 1 runs are complete" in (tmp_path / "leaderboard.md").read_text()
 
 

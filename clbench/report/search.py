@@ -27,7 +27,7 @@ def search(summary: Summary) -> pd.DataFrame:
 
 
 def _of_method(rows: pd.DataFrame, configs: pd.Series) -> pd.DataFrame:
-    tried = pd.DataFrame([identity(configs[runs[0].partition("@")[0]]) for runs in rows["runs"]], index=rows.index)
+    tried = pd.DataFrame([identity(configs[runs[0]]) for runs in rows["runs"]], index=rows.index)
     tried = tried.drop(columns=[key for key in BLOCK_KEYS if key in tried])
     swept = tried.loc[:, tried.astype(str).nunique() > 1]
     value = (rows["average_accuracy"] + rows["retention_probability"].clip(upper=1.0)) / 2

@@ -25,6 +25,7 @@ from clbench.report.measures import (
     PROBABILITY,
     RANKS,
     SETTING,
+    UPDATE_PROBE,
     compare,
     knowledge_tasks,
 )
@@ -46,7 +47,7 @@ Outcomes = Mapping[str, metrics.Floats]
 class Summary:
     """What the runs of a results directory amount to; scores are fractions of 1, NaN where a number does not exist.
 
-    A secondary view of a run's weights counts as a run RUN@VIEW of a method METHOD@VIEW everywhere but in `records`.
+    A secondary view of a run's weights counts as a run RUN@VIEW of a method METHOD@VIEW.
 
     `retention`: one row per run and stage, the columns of retention.csv. `probes`: one row per run, stage and base-knowledge task, the columns of
     probes.csv. `matrices`: by the name of a ranked run, each task's primary score after each stage, (stages + 1, tasks). `measures`: one row per
@@ -66,7 +67,7 @@ class Summary:
 
 def summarise(records: Records) -> Summary:
     """Works everything out, once."""
-    whole, records = records, records.by_view()
+    records = records.by_view()
     runs, (retention, probes) = records.runs, _retention(records)
     ranked = runs[(runs["state"] == "complete") & (runs["problem"] == "")].set_index("run")
     matrices = dict(_matrices(records.scores, ranked))
@@ -76,7 +77,7 @@ def summarise(records: Records) -> Summary:
     pairs, ranks = compare(records, ranked, measured=measures, rows=rows)
     rows[RANKS] = ranks
     own = {"retention": retention, "probes": probes, "matrices": matrices, "measures": measures}
-    return Summary(records=whole, **own, leaderboard=rows, differences=pairs)
+    return Summary(records=records, **own, leaderboard=rows, differences=pairs)
 
 
 def measured(path: Path, measure: str) -> float:
@@ -211,6 +212,7 @@ def _measures(records: Records, runs: pd.DataFrame, retention: pd.DataFrame, mat
     )
     last = scores["run"].map(runs["stages"])
     measures["kl_to_base"] = by_run(last, DIVERGENCE_PROBE, "kl_token").agg(_mean)
+    measures["update_norm"] = by_run(last, UPDATE_PROBE, "relative_norm").agg(_mean)
     for metric in ("format_validity", "format_loss"):
         measures[metric] = by_run(last, MATRIX_PROBE, metric).agg(_mean)
     measures["base_accuracy"] = [matrix[0].mean() for matrix in matrices.values()]
