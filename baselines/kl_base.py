@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from baselines.seq import Seq
-from clbench.models.divergence import divergence, nll, states, untouched
 from clbench.models.loss import answer_loss
+from clbench.models.outputs import divergence, nll, states, untouched
 from clbench.types import Batch, UserMistake
 
 TOKENS = ("answers", "all")

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from baselines.seq import Seq
-from clbench.models.divergence import divergence, nll, states
 from clbench.models.loss import answer_loss
+from clbench.models.outputs import divergence, nll, states
 from clbench.models.pairs import Pair, lora_pairs, using
 from clbench.protocols import Stage
 from clbench.types import Batch

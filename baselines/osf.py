@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from torch.nn import Module
 
 from clbench.models.limits import check_unshared
-from clbench.models.sharding import is_sharded
-from clbench.models.targets import targeted
+from clbench.models.lora import targeted
 from clbench.protocols import Method
 from clbench.types import UserMistake
 
@@ -56,7 +55,7 @@ class Osf(Method):
                 f"method.targets={self.targets}: none is a torch.nn.Linear, which PEFT's OSF needs; choose another method"
             )
         check_unshared(model, list(found))
-        if any(is_sharded(layer.weight) for layer in found.values()):
+        if any(not layer.weight.numel() for layer in found.values()):
             raise UserMistake(
                 "method=osf decomposes whole weights, which engine.shard_base=true keeps in slices; set it to false"
             )

@@ -26,37 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
-from transformers import DynamicCache
 
 from baselines.seq import Seq
 from clbench.data.sampling import generator
-from clbench.models.divergence import divergence, nll, states, untouched
-from clbench.models.limits import settings
 from clbench.models.loss import answer_loss, rows_of
-from clbench.models.sharding import gathering
+from clbench.models.outputs import divergence, nll, states, untouched, written
 from clbench.protocols import Stage
 from clbench.types import Batch, Example, Source, UserMistake
 
 FORMS = ("kl", "ce")
-AT_ONCE = 64
-"""Rows that are written side by side."""
-
-
-@torch.inference_mode()
-def written(model: Module, *, rows: int, length: int, draws: torch.Generator) -> Tensor:
-    """int64 [rows, 1 + length] on the CPU: BOS and what `model` draws after it, token by token, at temperature 1."""
-    begin = settings(model)["bos_token_id"]
-    if begin is None:
-        raise UserMistake("the model's configuration names no bos_token_id to write from; use method=self_replay_text")
-    parts = []
-    for first in range(0, rows, AT_ONCE):
-        ids, cache = torch.full((min(AT_ONCE, rows - first), 1), begin), DynamicCache()
-        for _ in range(length):
-            last = ids[:, -1:].to(model.device)
-            logits = model(input_ids=last, past_key_values=cache, use_cache=True).logits[:, -1]
-            ids = torch.cat([ids, torch.multinomial(logits.float().cpu().softmax(-1), 1, generator=draws)], 1)
-        parts.append(ids)
-    return torch.cat(parts)
 
 
 @dataclass(kw_only=True)
@@ -78,8 +56,7 @@ class SelfReplay(Seq):
         """Draws the rows, then adds the adapter. A run that continues takes the rows back from its checkpoint."""
         if self.strength:
             draws = generator(self.seed, "self replay")
-            with gathering(model.eval()):
-                self.replay = as_examples(written(model, rows=self.rows, length=self.length, draws=draws))
+            self.replay = as_examples(written(model, rows=self.rows, length=self.length, draws=draws))
         return super().wrap(model)
 
     def training_set(self, stage: Stage) -> Sequence[Source]:

@@ -102,6 +102,7 @@ def test_an_experiment_runs_to_its_end_offline(experiment, offline, tmp_path):
         "perplexity",
         "text_loss",
         "divergence",
+        "update",
         "stream",
         "canaries",
     }

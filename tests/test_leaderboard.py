@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,6 @@ def stage_scores(stage, row):
     for task, value in zip(TASKS, row, strict=True):
         spread = tuple(value + 0.1 * (-1) ** item for item in range(40))  # their mean is the value
         yield Score(**at, probe="stream", task=task, metric="accuracy", value=value, n=40, stderr=0.05, items=spread)
-        yield Score(**at, probe="stream@fast", task=task, metric="accuracy", value=0.0, n=40, stderr=float("nan"))
         yield Score(**at, probe="stream", task=task, metric="format_validity", value=0.9, n=40, stderr=0.0)
     if stage == 0:
         for task, chance, majority in (("sums", 0.0, 0.1), ("food", 0.25, 0.4)):
@@ -71,6 +71,8 @@ def stage_scores(stage, row):
     yield Score(**at, **drift, metric="nll_token", value=nll, items=(200 * nll, 700 * nll))  # two texts
     kl = {"probe": "divergence", "task": "heldout", "metric": "kl_token", "n": 2, "stderr": 0.0}
     yield Score(**at, **kl, value=0.1 * stage, items=(0.0, 0.2 * stage))
+    weights = {"probe": "update", "task": "weights", "metric": "relative_norm", "n": 7, "stderr": float("nan")}
+    yield Score(**at, **weights, value=0.02 * stage)
     yield Score(**at, **drift, metric="bits_per_byte", value=0.75 if stage == 3 else 0.5)
 
 
@@ -87,8 +89,9 @@ def write_run(
     name="",
     dirty=False,
     failed=(),
+    fast=(),
 ):
-    """One run directory as the ledger writes it."""
+    """One run directory as the ledger writes it; `fast`: the matrix of a secondary view of that name."""
     run = name or f"demo-{method}-s{seed}-{order.replace(':', '')}{steps:08x}"
     folder = results / "runs" / run
     (folder / "items").mkdir(parents=True)
@@ -118,6 +121,8 @@ def write_run(
         for stage in range(stages + 1):
             row = [value + 0.01 * seed * (stage > 0) for value in matrix[stage]]
             scores = list(stage_scores(stage, row))
+            if fast:
+                scores += [replace(one, probe=f"{one.probe}@fast") for one in stage_scores(stage, fast[stage])]
             for score in scores:
                 record = {
                     key: None if value != value else value for key, value in vars(score).items() if key != "items"
@@ -213,6 +218,7 @@ KNOWN = {
     "retention_min": 0.35 / 0.55,
     "perplexity_ratio": 2.0,
     "kl_to_base": 0.3,
+    "update_norm": 0.06,
     "bits_per_byte_drift": 0.25,
     "format_validity": 0.9,
     "base_accuracy": 0.2,
@@ -248,7 +254,7 @@ def test_the_json_twin_has_the_rows_of_the_leaderboard(blocks):
     assert [{name: "" if value is None else str(value) for name, value in row.items()} for row in twin] == rows
 
 
-def test_stages_csv_is_long_and_sorted_and_keeps_secondary_views(results):
+def test_stages_csv_is_long_and_sorted(results):
     rows = refreshed(results, "stages.csv")
     header = (results / "stages.csv").read_text().split("\n")[0]
     assert header == "stream,order,model,method,seed,stage,stage_name,probe,task,metric,value,n,stderr,run"
@@ -256,8 +262,23 @@ def test_stages_csv_is_long_and_sorted_and_keeps_secondary_views(results):
     assert keys == sorted(keys) and len(set(keys)) == len(keys)
     one = next(r for r in rows if (r["method"], r["seed"], r["stage"], r["task"]) == ("alpha", "1", "2", "food"))
     assert (one["value"], one["stage_name"], one["n"]) == ("0.71", "food", "40")
-    assert {r["probe"] for r in rows} == {"stream", "stream@fast", "knowledge", "perplexity", "divergence"}
-    assert all(r["stderr"] == "" for r in rows if r["probe"] == "perplexity")
+    assert {r["probe"] for r in rows} == {"stream", "knowledge", "perplexity", "divergence", "update"}
+    assert all(r["stderr"] == "" for r in rows if r["probe"] in ("perplexity", "update"))
+
+
+def test_a_secondary_view_of_the_weights_is_a_row_of_its_own(tmp_path):
+    write_run(tmp_path, "alpha", seed=0, matrix=ALPHA, fast=BETA)
+    rows = {row["method"]: row for row in refreshed(tmp_path)}
+    assert rows.keys() == {"alpha", "alpha@fast"}
+    assert float(rows["alpha"]["average_accuracy"]) == approx(2 / 3)
+    assert float(rows["alpha@fast"]["average_accuracy"]) == approx(0.4)
+    assert rows["alpha"]["retention"] == rows["alpha@fast"]["retention"] != ""
+    assert rows["alpha"]["tokens_trained"] == rows["alpha@fast"]["tokens_trained"]
+    (accuracy, *_) = read(tmp_path, "differences.csv")
+    assert (accuracy["method"], accuracy["other"], accuracy["n_items"]) == ("alpha", "alpha@fast", "120")
+    methods = {(row["method"], row["probe"]) for row in read(tmp_path, "stages.csv")}
+    assert {("alpha", "stream"), ("alpha@fast", "stream"), ("alpha@fast", "knowledge")} <= methods
+    assert "All 1 runs are complete" in (tmp_path / "leaderboard.md").read_text()
 
 
 def test_retention_csv_has_one_row_per_run_and_stage(results):

@@ -20,9 +20,9 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from baselines import agem, base_interpolation, lines, self_replay, slao
+from baselines import agem, base_interpolation, lines, slao
 from clbench.data.sampling import generator
-from clbench.models import divergence as outputs
+from clbench.models import outputs
 from clbench.models.folding import folded
 from clbench.models.loss import answer_loss, rows_of
 from clbench.models.weights import trainable, trainable_state
@@ -128,7 +128,7 @@ PEAK = """
 import resource, sys, torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
-from clbench.models.divergence import divergence, states, untouched
+from clbench.models.outputs import divergence, states, untouched
 from clbench.models.loss import causal_lm
 from clbench.types import Batch
 V, T = 131072, 1024
@@ -222,7 +222,7 @@ def test_lwf_at_temperature_1_is_kl_base_in_the_first_stage_and_not_in_the_secon
 
 def test_the_model_writes_what_its_own_probabilities_say():
     model = llama(tokenizer()).eval()
-    ids = self_replay.written(model, rows=2000, length=2, draws=generator(0, "test"))
+    ids = outputs.written(model, rows=2000, length=2, draws=generator(0, "test"))
     assert ids.shape == (2000, 3) and set(ids[:, 0].tolist()) == {model.config.bos_token_id}
     with torch.no_grad():
         first = model(input_ids=ids[:1, :1]).logits[0, -1].softmax(-1)

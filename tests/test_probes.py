@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -13,6 +14,11 @@ from clbench.examine.matrix import Matrix, choose, examine, floors
 from clbench.examine.scores import mean
 from clbench.examine.student import Student
 from clbench.examine.text import Text, beginnings
+from clbench.examine.update import Update
+from clbench.models.folding import folded
+from clbench.models.lora import Lora
+from clbench.models.loss import causal_lm
+from clbench.models.pairs import lora_pairs
 from clbench.protocols import Stage, Stream, Task
 from clbench.types import Example, UserMistake
 from tasks.wikitext import DATASET, articles
@@ -338,3 +344,50 @@ def test_a_text_probe_names_its_dataset_and_its_texts():
     probe = Text(name="p", task="t", texts=TEXTS, window=8, dataset=spec)
     assert list(probe.datasets()) == [spec] and list(probe.documents()["t"]) == TEXTS
     assert Text(name="p", task="t", texts=TEXTS, window=8).datasets() == ()
+
+
+def test_the_size_of_an_update_is_that_of_all_linear_layers_together(moved):
+    probe = Update(name="update")
+    probe.begin(moved)
+    layers = {name: part for name, part in moved.model.named_modules() if isinstance(part, torch.nn.Linear)}
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+
+    def found() -> float:
+        (score,) = probe.measure(moved, STREAM, 1)
+        assert (score.task, score.metric, score.n) == ("weights", "relative_norm", len(layers))
+        return score.value
+
+    assert found() == 0
+    with torch.no_grad():
+        for name, layer in layers.items():
+            if "q_proj" in name or "down_proj" in name:
+                noise = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(len(name)))
+                layer.weight.add_(noise, alpha=0.1)
+    moved_by = sum(float((layer.weight - before[name]).square().sum()) for name, layer in layers.items())
+    expected = math.sqrt(moved_by / sum(float(weight.square().sum()) for weight in before.values()))
+    assert found() == pytest.approx(expected, rel=0.1)
+
+
+def test_an_adapter_counts_folded_or_not(moved):
+    probe = Update(name="update")
+    probe.begin(moved)
+    moved.model = Lora(rank=2, alpha=4, targets=["q_proj", "o_proj"]).add(moved.model, seed=0).eval()
+    pairs = lora_pairs(moved.model)
+    with torch.no_grad():
+        for pair in pairs:
+            pair.live()[pair.B].normal_(generator=torch.Generator().manual_seed(0))
+    size = sum(float((given @ weight_of(moved, name).T).square().sum()) for name, given in probe.inputs.items())
+    # ||D R^T||^2 by hand, of the very inputs that the probe has.
+    moved_by = 0.0
+    for pair in pairs:
+        given = probe.inputs[pair.A.removeprefix("base_model.model.").partition(".lora_A")[0]]
+        moved_by += float((given @ pair.update(pair.live()).T).square().sum())
+    (plain,) = probe.measure(moved, STREAM, 1)
+    with folded(moved.model):
+        (score,) = probe.measure(moved, STREAM, 1)
+    assert plain.value == pytest.approx(math.sqrt(moved_by / size), rel=1e-4) == pytest.approx(score.value, rel=1e-4)
+
+
+def weight_of(student: Student, name: str) -> torch.Tensor:
+    layer = causal_lm(student.model).get_submodule(name)
+    return (layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer).weight.detach()

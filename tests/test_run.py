@@ -40,7 +40,7 @@ def test_a_run_leaves_a_whole_ledger(overrides, method):
     assert (path / "status").read_text() == "complete\n"
     rows = scores(path)
     assert {row["stage"] for row in rows} == {0, 1, 2, 3}
-    examined = {"stream", "knowledge", "perplexity", "divergence", "canaries"}
+    examined = {"stream", "knowledge", "perplexity", "divergence", "update", "canaries"}
     assert {row["probe"] for row in rows} == examined | ({"data"} if method == "er" else set())
     assert len([line for line in (path / "cost.jsonl").read_text().splitlines()]) == 4
     manifest = json.loads((path / "manifest.json").read_text())

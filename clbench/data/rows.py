@@ -57,12 +57,16 @@ def _path(spec: DatasetSpec, split: str, data_dir: str) -> Path:
 
 
 def _numbered(spec: DatasetSpec, split: str, data_dir: str) -> list[tuple[int, dict[str, Any]]]:
-    """The rows of a file with their line numbers, counted from 1; blank lines are none."""
     path = _path(spec, split, data_dir)
     if not path.is_file():
         raise UserMistake(
             f"data_dir={data_dir!r} has no {spec.name}/{split}.jsonl, which {spec.hub!r} needs; point data_dir at it"
         )
+    return numbered_rows(path)
+
+
+def numbered_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The rows of a .jsonl file with their line numbers, counted from 1; blank lines are none. Raises UserMistake for a line that holds no row."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

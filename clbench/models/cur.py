@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from clbench.models.lora import targeted
 from clbench.models.sharding import copied, whole
-from clbench.models.targets import targeted
 from clbench.types import UserMistake
 
 Divisor = Callable[[Tensor, Tensor], Tensor]

@@ -1,19 +1,26 @@
-"""LoRA and DoRA through PEFT."""
+"""LoRA and DoRA through PEFT, and the layers that adapters go on."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from annotated_types import Ge, Lt
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from pydantic import PositiveInt
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Module
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from clbench.data.sampling import seeded
-from clbench.models.targets import targeted
+from clbench.models.limits import settings
+from clbench.models.sharding import gathering
 from clbench.types import UserMistake
+
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer but the output embedding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,3 +65,78 @@ class Lora:
                 "which cannot be folded; name the layers of attention, e.g. [q_proj, k_proj, v_proj, o_proj] (conf/method)"
             )
         return adapted
+
+
+def targeted(model: Module, targets: Sequence[str] | str, *, kinds: tuple[type[Module], ...]) -> dict[str, Module]:
+    """The layers whose full names end in one of `targets`, by name, as PEFT finds them; raises UserMistake where one cannot be adapted.
+
+    Besides `kinds` descendants of Linear are allowed, as some models have their own (Falcon).
+    """
+    names = {name: module for name, module in model.named_modules() if name}
+    fitting = {name: module for name, module in names.items() if type(module) in kinds or isinstance(module, nn.Linear)}
+    if isinstance(targets, str):
+        if targets != ALL_LINEAR:
+            raise UserMistake(f"targets={targets!r} is unknown; give a list of layers' names, or {ALL_LINEAR}")
+        head = model.get_output_embeddings()
+        chosen = {
+            name: module
+            for name, module in fitting.items()
+            if isinstance(module, nn.Linear | Conv1D) and module is not head
+        }
+    else:
+        found = {target: [name for name in names if f".{name}".endswith(f".{target}")] for target in targets}
+        allowed = ", ".join(sorted({role(name) for name in fitting}))
+        for target, members in found.items():
+            refused = sorted({type(names[name]).__name__ for name in members if name not in fitting})
+            if not members or refused:
+                what = f"is a {', '.join(refused)}" if refused else "is in no layer's name"
+                listed = " or ".join(kind.__name__ for kind in kinds)
+                raise UserMistake(
+                    f"target {target!r} {what}; choose layers of type {listed}: {allowed}, or {ALL_LINEAR} (conf/method)"
+                )
+        together = {name for members in found.values() for name in members}
+        chosen = {name: module for name, module in names.items() if name in together}
+    check_reached(model, chosen)
+    return chosen
+
+
+def role(name: str) -> str:
+    """What layers of a kind are called in every block.
+
+    >>> role("model.layers.0.self_attn.q_proj")
+    'q_proj'
+    """
+    return name.rpartition(".")[2]
+
+
+def check_reached(model: Module, layers: Mapping[str, Module]) -> None:
+    """Raises UserMistake where a forward in training takes a layer's weight past the layer, or the layer gives more than one tensor.
+
+    An adapter there would do nothing, or break. Of experts some may not be called, so a role counts as reached if one of its layers is.
+    """
+    if not isinstance(model, PreTrainedModel) or any(parameter.is_meta for parameter in model.parameters()):
+        return
+    reached: set[str] = set()
+
+    def note(name: str, output: object) -> None:
+        if isinstance(output, Tensor):
+            reached.add(role(name))
+
+    hooks = [
+        layer.register_forward_hook(lambda _, __, output, name=name: note(name, output))
+        for name, layer in layers.items()
+    ]
+    was_training, device = model.training, next(model.parameters()).device
+    ids = torch.arange(8, device=device)[None] % settings(model)["vocab_size"]
+    with seeded(0, "reached"), gathering(model), torch.no_grad():
+        model.train()(input_ids=ids, use_cache=False)
+    model.train(was_training)
+    for hook in hooks:
+        hook.remove()
+    passed_by = sorted({role(name) for name in layers} - reached)
+    if passed_by:
+        kept = ", ".join(sorted({role(name) for name in layers} & reached))
+        raise UserMistake(
+            f"a {model.config.model_type} model computes past its layers {', '.join(passed_by)}, so adapters on them would not act; "
+            f"leave them out: targets [{kept}] (conf/method)"
+        )

@@ -8,7 +8,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from io import BytesIO
 from lzma import LZMAError
 from operator import itemgetter
@@ -57,13 +57,40 @@ class Records:
         }
         return Records(**tables, files={run: self.files[run]})
 
+    def by_view(self) -> "Records":
+        """The same records, in which what a run measured of a secondary view of its weights (I-LoRA's fast adapter, a shrunk update) is a run
+        RUN@VIEW of the method METHOD@VIEW, at the costs of RUN."""
+        if not self.scores["probe"].str.contains("@").any():
+            return self
+        probes = self.scores["probe"].str.partition("@")
+        pairs = self.scores[["run"]].assign(view=probes[2])[probes[1] == "@"].drop_duplicates()
+        runs, costs = pairs.merge(self.runs, on="run"), pairs.merge(self.costs, on="run")
+        runs["method"] += "@" + runs["view"]
+        runs["run"] += "@" + runs["view"]
+        costs["run"] += "@" + costs["view"]
+        return replace(
+            self,
+            runs=pd.concat([self.runs, runs[self.runs.columns]], ignore_index=True),
+            scores=self.scores.assign(probe=probes[0], run=self.scores["run"] + probes[1] + probes[2]),
+            costs=pd.concat([self.costs, costs[self.costs.columns]], ignore_index=True),
+        )
+
     def outcomes(self, run: str, *, stage: int, of: str) -> dict[str, np.ndarray]:
-        """Per-item outcomes that `run` measured after `stage`, by those "probe|task|metric" that begin with `of`; empty where none were kept."""
-        name = f"items/stage-{stage:02d}.npz"
+        """Per-item outcomes that `run` measured after `stage`, by those "probe|task|metric" that begin with `of`; empty where none were kept.
+
+        `run` may be RUN@VIEW: then of that view of its weights.
+        """
+        run, _, view = run.partition("@")
+        name, found = f"items/stage-{stage:02d}.npz", {}
         if name not in self.files[run]:
             return {}
         with np.load(BytesIO(self.files[run][name])) as archive:
-            return {key: archive[key].astype(np.float64) for key in archive.files if key.startswith(of)}
+            for key in archive.files:
+                probe, task, metric = key.split("|", 2)
+                probe, _, seen = probe.partition("@")
+                if seen == view and (own := f"{probe}|{task}|{metric}").startswith(of):
+                    found[own] = archive[key].astype(np.float64)
+        return found
 
 
 def read_runs(results_dir: Path) -> Records:

@@ -83,6 +83,7 @@ LEADERBOARD = (
     _measure(*PERPLEXITY),
     _measure(*DRIFT),
     _measure("kl_to_base", "nats per token", "divergence of the predictions on fixed text from those of the untouched model", "mean over positions of KL(untouched || now)", "probe divergence"),
+    _measure("update_norm", "ratio", "size of the update of all linear layers, relative to the untouched weights", "||W - W_0||_F / ||W_0||_F, estimated on 16 random inputs a layer", "probe update"),
     _measure("format_validity", "fraction of 1", "share of answers that have the form their task asks for", source="probe stream"),
     _measure("format_loss", "fraction of 1", "accuracy by likelihood less accuracy of the written answer, on closed tasks", source="probe stream"),
     _measure("base_accuracy", "fraction of 1", "average accuracy of the untouched model", "mean over j of R[0, j]", "probe stream"),
@@ -178,7 +179,7 @@ PROBES = (
 
 STAGES = (
     *(STREAM, ORDER, MODEL, METHOD, SEED, STAGE, STAGE_NAME),
-    Column("probe", "name", "what measured; `PROBE@VIEW` is a second view of the method's weights", source="scores.jsonl"),
+    Column("probe", "name", "what measured; a second view of a method's weights is a method METHOD@VIEW", source="scores.jsonl"),
     Column("task", "name", "what was measured on", source="scores.jsonl"),
     Column("metric", "name", "what was measured", source="scores.jsonl"),
     Column("value", "unit of the metric", "what was found", source="scores.jsonl"),

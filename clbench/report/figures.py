@@ -20,7 +20,7 @@ from clbench.report.summary import Summary, over_blocks
 
 MEASURES = (
     *("average_accuracy", "learning_accuracy", "forgetting", "bwt", "retention", "retention_probability"),
-    *("perplexity_ratio", "kl_to_base"),
+    *("perplexity_ratio", "kl_to_base", "update_norm"),
     *("tokens_trained", "flops", "seconds_train", "peak_memory_bytes", "trainable_parameters"),
 )
 """The measures of the leaderboard that figures show."""
@@ -35,6 +35,7 @@ AXES = {
     "accuracy": "accuracy on the tasks so far (fraction of 1)",
     "before": "accuracy of the untouched model (fraction of 1)",
     "kl_to_base": "KL to the untouched model (nats per token)",
+    "update_norm": "size of the update (share of the untouched weights)",
     "log_perplexity_ratio": "log of perplexity ratio (nats per token)",
 }
 """What an axis says: the measure and its unit."""

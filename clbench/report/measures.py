@@ -18,6 +18,7 @@ from clbench.report import differences
 from clbench.report.metrics import Floats
 
 MATRIX_PROBE, KNOWLEDGE_PROBE, PERPLEXITY_PROBE, DIVERGENCE_PROBE = "stream", "knowledge", "perplexity", "divergence"
+UPDATE_PROBE = "update"
 ITEM_METRICS = ["acc_norm", "acc", "exact_match,flexible-extract", "exact_match"]
 """What an item of a base-knowledge task is scored by: the first of these that the task has."""
 PROBABILITY = "probability"

@@ -252,7 +252,7 @@ const FIGURES = {
     show(card, measure && drawGrid(names, names, cells, 18), "verdicts");
   },
   drift(card, page) {
-    const across = choose(card, "across", page.measured("kl_to_base", "perplexity_ratio"), page.axes);
+    const across = choose(card, "across", page.measured("kl_to_base", "update_norm", "perplexity_ratio"), page.axes);
     const up = choose(card, "up", page.measured("forgetting", "retention", "retention_probability"), page.axes);
     show(card, across && up && drawScatter(page, across, up), "drift");
   },

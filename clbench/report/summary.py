@@ -25,6 +25,7 @@ from clbench.report.measures import (
     PROBABILITY,
     RANKS,
     SETTING,
+    UPDATE_PROBE,
     compare,
     knowledge_tasks,
 )
@@ -45,6 +46,8 @@ Outcomes = Mapping[str, metrics.Floats]
 @dataclass(frozen=True, kw_only=True)
 class Summary:
     """What the runs of a results directory amount to; scores are fractions of 1, NaN where a number does not exist.
+
+    A secondary view of a run's weights counts as a run RUN@VIEW of a method METHOD@VIEW.
 
     `retention`: one row per run and stage, the columns of retention.csv. `probes`: one row per run, stage and base-knowledge task, the columns of
     probes.csv. `matrices`: by the name of a ranked run, each task's primary score after each stage, (stages + 1, tasks). `measures`: one row per
@@ -75,6 +78,7 @@ class Summary:
 
 def summarise(records: Records) -> Summary:
     """Works everything out, once."""
+    records = records.by_view()
     runs, (retention, probes) = records.runs, _retention(records)
     ranked = runs[(runs["state"] == "complete") & (runs["problem"] == "")].set_index("run")
     matrices = dict(_matrices(records.scores, ranked))
@@ -220,6 +224,7 @@ def _measures(records: Records, runs: pd.DataFrame, retention: pd.DataFrame, mat
     )
     last = scores["run"].map(runs["stages"])
     measures["kl_to_base"] = by_run(last, DIVERGENCE_PROBE, "kl_token").agg(_mean)
+    measures["update_norm"] = by_run(last, UPDATE_PROBE, "relative_norm").agg(_mean)
     for metric in ("format_validity", "format_loss"):
         measures[metric] = by_run(last, MATRIX_PROBE, metric).agg(_mean)
     measures["base_accuracy"] = [matrix[0].mean() for matrix in matrices.values()]

@@ -100,6 +100,7 @@ def plain(text: str) -> str:
 
 def unranked(runs: pd.DataFrame) -> str:
     """One line: how many runs are not ranked, in which states, and which they are."""
+    runs = runs[~runs["run"].str.contains("@")]  # views of a run's weights are no runs
     left = runs[(runs["state"] != "complete") | (runs["problem"] != "")]
     if left.empty:
         return f"All {len(runs)} runs are complete." if len(runs) else "There are no runs yet."

@@ -1,7 +1,7 @@
-"""How far a model's predictions are from another's: KL divergence over the whole vocabulary, and its gradient.
+"""What a model puts out: how far its predictions are from another's, the KL divergence over the whole vocabulary, and text that it writes.
 
-Both predictions are kept as hidden states. Logits are made of them by the model's own head, which may scale or cap them, a slice of tokens at a
-time and once more in the backward pass, so that no tensor of [tokens, vocabulary] outlives its slice.
+For the divergence both predictions are kept as hidden states. Logits are made of them by the model's own head, which may scale or cap them, a slice
+of tokens at a time and once more in the backward pass, so that no tensor of [tokens, vocabulary] outlives its slice.
 
 Shape suffixes: M attended tokens of a batch, N answer tokens, P some tokens, H hidden, V vocabulary.
 """
@@ -18,15 +18,18 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from clbench.models.limits import settings
 from clbench.models.loss import causal_lm, end_to_end
-from clbench.models.sharding import is_sharded
-from clbench.types import Batch
+from clbench.models.sharding import gathering, is_sharded
+from clbench.types import Batch, UserMistake
 
 SLICE = 2**24
 """Logits that are made at once, of either model: 64 MiB in float32."""
+AT_ONCE = 64
+"""Rows that are written side by side."""
 Reference = Callable[[], AbstractContextManager[None]]
 """Opens a context in which forwards are those of the model that is compared with, without gradient."""
 
@@ -133,3 +136,26 @@ def untouched(model: PeftModel) -> Iterator[None]:
             yield
         finally:
             model.train(was_training)
+
+
+@torch.inference_mode()
+def written(model: Module, *, rows: int, length: int, draws: torch.Generator) -> Tensor:
+    """int64 [rows, 1 + length] on the CPU: BOS and what `model` draws after it, token by token, at temperature 1; it does not stop at EOS.
+
+    Raises UserMistake where the model's configuration names no BOS. A model without storage, of which only the layers are looked at, writes zeros.
+    """
+    if model.device.type == "meta":
+        return torch.zeros((rows, 1 + length), dtype=torch.int64)
+    begin = settings(model)["bos_token_id"]
+    if begin is None:
+        raise UserMistake("the model's configuration names no bos_token_id to write from; use method=self_replay_text")
+    parts = []
+    with gathering(model.eval()):
+        for first in range(0, rows, AT_ONCE):
+            ids, cache = torch.full((min(AT_ONCE, rows - first), 1), begin), DynamicCache()
+            for _ in range(length):
+                last = ids[:, -1:].to(model.device)
+                logits = model(input_ids=last, past_key_values=cache, use_cache=True).logits[:, -1]
+                ids = torch.cat([ids, torch.multinomial(logits.float().cpu().softmax(-1), 1, generator=draws)], 1)
+            parts.append(ids)
+    return torch.cat(parts)
