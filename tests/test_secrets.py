@@ -99,6 +99,12 @@ def test_the_screen_and_the_log_have_no_secrets(tmp_path, capsys):
         assert "reading https://***@host with 3 tokens" in text and "pa55w0rd" not in text
 
 
+def test_the_log_alone_has_no_secrets(tmp_path):
+    with written_to(tmp_path):
+        logging.getLogger("clbench").info("reading %s", "https://u:pa55w0rd@host")
+    assert "reading https://***@host" in (tmp_path / "run.log").read_text()
+
+
 def test_the_tracker_is_sent_no_secrets(overrides, monkeypatch):
     import wandb
 

@@ -36,11 +36,12 @@ class Lora:
     def add(self, model: Module, *, seed: int) -> PeftModel:
         """`model` with its weights frozen and fresh adapters on every layer whose name ends in one of `targets`, of which each must name one."""
         layers = targeted(model, self.targets, kinds=(nn.Linear, nn.Embedding, Conv1D))
-        for name, layer in layers.items():
-            if self.rank > (most := min(layer.weight.shape)):
-                raise UserMistake(
-                    f"method.lora.rank={self.rank} is more than the smaller side of {name}; set it to {most} at most (conf/method)"
-                )
+        # A gate of one output has no rank to speak of and is adapted beside others.
+        most = max(min(layer.weight.shape) for layer in layers.values())
+        if self.rank > most:
+            raise UserMistake(
+                f"method.lora.rank={self.rank} is more than the smaller side of every layer; set it to {most} at most (conf/method)"
+            )
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
