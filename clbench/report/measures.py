@@ -245,3 +245,19 @@ MEASURES = (
     Measure(name="kl_to_base", column="kl_to_base", items=_kl_to_base, lower_is_better=True),
 )
 """What differences.csv compares; a measure that no run has is left out."""
+
+
+def without_rank(runs: pd.DataFrame, columns: pd.Index) -> pd.DataFrame:
+    """A row of the leaderboard's `columns` for the runs that diverged of each setting, method and variant: where they did, and nothing else."""
+    rows = []
+    for _, own in runs.groupby([*SETTING, "method", "variant"]):
+        row = own.iloc[0][[*SETTING, "method", "variant"]].to_dict() | {"n_blocks": len(own.drop_duplicates(BLOCK))}
+        row |= {f"n_{name}s": own[name].nunique() for name in BLOCK}
+        ends = [f"order {one.order}, seed {one.seed}: {one.problem}" for one in own.itertuples()]
+        row |= {
+            "notes": f"diverged, not ranked ({'; '.join(ends)})",
+            "label": f"{row['method']} (diverged)",
+            "runs": [],
+        }
+        rows.append(row)
+    return pd.DataFrame(rows, columns=columns)

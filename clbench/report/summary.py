@@ -28,6 +28,7 @@ from clbench.report.measures import (
     UPDATE_PROBE,
     compare,
     knowledge_tasks,
+    without_rank,
 )
 
 NAMED = ["stream", "order", "model", "method"]
@@ -88,7 +89,7 @@ def summarise(records: Records) -> Summary:
     pairs, ranks = compare(records, ranked, measured=measures, rows=rows)
     rows[RANKS] = ranks
     own = {"retention": retention, "probes": probes, "matrices": matrices, "measures": measures}
-    diverged = _diverged(runs[runs["state"] == "diverged"], columns=rows.columns)
+    diverged = without_rank(runs[runs["state"] == "diverged"], columns=rows.columns)
     return Summary(records=records, **own, leaderboard=rows, diverged=diverged, differences=pairs)
 
 
@@ -254,22 +255,6 @@ def _leaderboard(runs: pd.DataFrame, measures: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns).sort_values(
         list(order), ascending=list(order.values()), ignore_index=True
     )
-
-
-def _diverged(runs: pd.DataFrame, columns: pd.Index) -> pd.DataFrame:
-    """A row of the leaderboard's `columns` for the runs that diverged of each setting, method and variant: where they did, and nothing else."""
-    rows = []
-    for _, own in runs.groupby([*SETTING, "method", "variant"]):
-        row = own.iloc[0][[*SETTING, "method", "variant"]].to_dict() | {"n_blocks": len(own.drop_duplicates(BLOCK))}
-        row |= {f"n_{name}s": own[name].nunique() for name in BLOCK}
-        ends = [f"order {one.order}, seed {one.seed}: {one.problem}" for one in own.itertuples()]
-        row |= {
-            "notes": f"diverged, not ranked ({'; '.join(ends)})",
-            "label": f"{row['method']} (diverged)",
-            "runs": [],
-        }
-        rows.append(row)
-    return pd.DataFrame(rows, columns=columns)
 
 
 def _order_sensitivity(values: pd.Series, blocks: pd.DataFrame) -> float:
