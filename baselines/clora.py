@@ -25,8 +25,10 @@ Card:
 """
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.nn import Module
 
@@ -68,19 +70,15 @@ def svd_bases(weight: Tensor, *, k_in: int, k_out: int, major: bool) -> tuple[Te
 class Clora(Seq):
     """LoRA with `fraction` of each side's directions (or `k` of them) penalised by `strength`; `basis` one of BASES."""
 
-    strength: float
-    fraction: float
-    k: int | None
+    strength: NonNegativeFloat
+    fraction: Annotated[float, Field(gt=0, le=1)]
+    k: PositiveInt | None
     basis: str
     bases: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.basis not in BASES:
             raise UserMistake(f"method.basis={self.basis!r} is unknown; choose one of {', '.join(BASES)}")
-        if not 0 < self.fraction <= 1 or (self.k is not None and self.k < 1):
-            raise UserMistake(
-                f"method.fraction={self.fraction}, method.k={self.k}: 0 < fraction <= 1, k null or at least 1"
-            )
 
     def wrap(self, model: Module) -> Module:
         """Adds the one adapter that all stages train, and builds the bases by the name of the factor they constrain."""

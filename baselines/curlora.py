@@ -29,6 +29,7 @@ Card:
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import PositiveInt
 from torch import Tensor
 from torch.nn import Module
 
@@ -55,7 +56,7 @@ class CurLora(Method):
     """`rank` columns and rows of each layer in `targets`, chosen by `select`; the update is multiplied by `alpha`."""
 
     targets: list[str] | str
-    rank: int
+    rank: PositiveInt
     alpha: float
     select: str
     seed: int

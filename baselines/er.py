@@ -23,9 +23,10 @@ Card:
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from baselines.seq import Seq
 from clbench.data.memory import Memory
@@ -38,10 +39,10 @@ from clbench.types import Source
 class Er(Seq):
     """Replay of a memory, mixed in or `after` the task: `fraction` of each past task, or a reservoir of `capacity`."""
 
-    fraction: float
-    capacity: int | None
-    ratio: float
-    weight: float = 1.0
+    fraction: Annotated[float, Field(ge=0, le=1)]
+    capacity: PositiveInt | None
+    ratio: NonNegativeFloat
+    weight: NonNegativeFloat = 1.0
     after: bool = False
     memory: Memory = field(default_factory=Memory)
 

@@ -17,6 +17,7 @@ Card:
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pydantic import PositiveInt
 from torch.nn import Module
 
 from baselines.er import Er
@@ -36,7 +37,7 @@ class ErGeneral(Er):
     """ER with the beginnings of `texts`, of at most `words` words each, in its memory."""
 
     texts: Sequence[str]
-    words: int
+    words: PositiveInt
 
     def wrap(self, model: Module) -> Module:
         self.memory.examples += general_rows(self.texts, words=self.words)

@@ -23,9 +23,10 @@ Card:
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.nn import Module
 
@@ -77,9 +78,9 @@ def squared_gradients(engine: Engine, losses: Sequence[Callable[[], Tensor]]) ->
 class Ewc(Seq):
     """Quadratic penalty of `strength`; Fisher from `fisher_examples` examples per task; `decay` None: exact sum over tasks."""
 
-    strength: float
-    fisher_examples: int
-    decay: float | None
+    strength: NonNegativeFloat
+    fisher_examples: PositiveInt
+    decay: Annotated[float, Field(ge=0, le=1)] | None
     importance: dict[str, Tensor] = field(default_factory=dict)
     centre: dict[str, Tensor] = field(default_factory=dict)
     excess: float = 0.0

@@ -26,9 +26,10 @@ Card:
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 from torch.nn import Module
 
@@ -77,9 +78,9 @@ class Ilora(Er):
 
     keeps = False
 
-    decay: float
+    decay: Annotated[float, Field(ge=0, le=1)]
     warm_up: bool
-    consistency: float
+    consistency: NonNegativeFloat
     all_layers: bool
     one_sided: bool
     slow: dict[str, Tensor] = field(default_factory=dict)

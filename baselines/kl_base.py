@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from pydantic import NonNegativeFloat
 from torch import Tensor
 from torch.nn import Module
 
@@ -36,7 +37,7 @@ TOKENS = ("answers", "all")
 class KlBase(Seq):
     """LoRA with `strength` times the divergence of the untouched model's predictions from its own at `tokens`, one of TOKENS."""
 
-    strength: float
+    strength: NonNegativeFloat
     tokens: str
 
     def __post_init__(self) -> None:

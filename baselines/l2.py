@@ -18,6 +18,7 @@ Card:
 
 from dataclasses import dataclass
 
+from pydantic import NonNegativeFloat
 from torch import Tensor
 from torch.nn import Module
 
@@ -45,7 +46,7 @@ def penalty_gradient(factor: Tensor, gram_other: Tensor, *, scale: float) -> Ten
 class L2(Seq):
     """LoRA with `strength`/2 times the squared Frobenius norm of the update."""
 
-    strength: float
+    strength: NonNegativeFloat
     pairs: tuple[Pair, ...] = ()
 
     def wrap(self, model: Module) -> Module:

@@ -18,6 +18,7 @@ Card:
 from dataclasses import dataclass, field
 from functools import partial
 
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn import Module
 
@@ -33,8 +34,8 @@ from clbench.types import Batch
 class Lwf(Seq):
     """LoRA with `strength` times the divergence of the previous model's predictions from its own, both softened by `temperature`."""
 
-    strength: float
-    temperature: float
+    strength: NonNegativeFloat
+    temperature: PositiveFloat
     previous: dict[str, Tensor] = field(default_factory=dict)
     pairs: tuple[Pair, ...] = ()
 

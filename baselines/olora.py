@@ -23,6 +23,7 @@ Card:
 
 from dataclasses import dataclass
 
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from baselines.seq_merge import SeqMerge
@@ -43,7 +44,7 @@ def penalty_gradient(live: Tensor, old: Tensor) -> Tensor:
 class OLora(SeqMerge):
     """One LoRA per task, held orthogonal to its predecessors by a penalty of `strength`."""
 
-    strength: float
+    strength: NonNegativeFloat
 
     def correct_gradients(self, engine: Engine) -> Tensor | float:
         """Adds the penalty's gradient to every A from the second task on; returns strength times the penalty."""

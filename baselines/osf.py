@@ -16,11 +16,12 @@ Card:
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from peft import OSFConfig, get_peft_model
 from peft.tuners.osf import OSFLayer
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import Module
 
@@ -38,14 +39,10 @@ class Osf(Method):
 
     merges = True
 
-    preserved: float
+    preserved: Annotated[float, Field(gt=0, lt=1)]
     targets: list[str] | str
     seed: int
     layers: dict[str, OSFLayer] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.preserved < 1:
-            raise UserMistake(f"method.preserved={self.preserved}: a share of the singular values above 0 and below 1")
 
     def wrap(self, model: Module) -> Module:
         """Replaces the targeted layers by decomposed ones; what trains is float32, whatever the weights are."""

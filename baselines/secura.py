@@ -33,9 +33,10 @@ Card:
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.nn import Module
 
@@ -75,13 +76,13 @@ class Secura(Method):
     """CABR layers at `targets`, restrained by `magnorm`; `merge` every `fusion_step` steps (None: when a task ends)."""
 
     targets: list[str] | str
-    rank: int
-    inner: int
+    rank: PositiveInt
+    inner: PositiveInt
     magnorm: str
-    quantile: float
-    kappa: float
+    quantile: Annotated[float, Field(ge=0, le=1)]
+    kappa: NonNegativeFloat
     merge: str
-    fusion_step: int | None
+    fusion_step: PositiveInt | None
     train_bias: bool
     steps: int = 0
     layers: dict[str, cur.CurLinear] = field(default_factory=dict)

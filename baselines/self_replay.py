@@ -24,6 +24,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.nn import Module
 
@@ -41,11 +42,11 @@ FORMS = ("kl", "ce")
 class SelfReplay(Seq):
     """LoRA with `strength` times R on `rows` rows of `length` tokens that the untouched model wrote; `form` one of FORMS."""
 
-    strength: float
+    strength: NonNegativeFloat
     form: str
-    ratio: float
-    rows: int
-    length: int
+    ratio: NonNegativeFloat
+    rows: PositiveInt
+    length: PositiveInt
     replay: tuple[Example, ...] = field(default=())
 
     def __post_init__(self) -> None:

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
-from clbench.build import check_classes
+from clbench.build import check_classes, check_value
 from clbench.cli import compose
 from clbench.config import Config, from_plain
 from clbench.config.checks import check
+from clbench.doctor import methods
+from clbench.protocols import Method
 from clbench.types import UserMistake
 from tests.conftest import TINY_MODEL
 
@@ -177,6 +179,34 @@ def test_a_method_of_somebody_elses_states_its_ranges_where_it_declares_its_fiel
         check_classes(changed(configured, "method", method | {"strength": 1.5}))
     with pytest.raises(UserMistake, match="method.lora._target_=os.system"):
         check_classes(changed(configured, "method", method | {"lora": {"_target_": "os.system"}}))
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value"),
+    [
+        ("ewc", "strength", -1.0),
+        ("ewc", "fisher_examples", 0),
+        ("ewc_online", "decay", 1.1),
+        ("er", "ratio", -1.0),
+        ("er", "fraction", 2.0),
+        ("er", "capacity", 0),
+        ("ilora", "decay", 2.0),
+        ("ilora", "consistency", -0.1),
+        ("l2", "strength", -0.1),
+        ("olora", "strength", -0.1),
+        ("clora", "fraction", 0.0),
+        ("clora", "k", 0),
+        ("curlora", "rank", 0),
+        ("secura", "rank", 0),
+        ("secura", "quantile", 1.5),
+        ("secura", "fusion_step", 0),
+    ],
+)
+def test_a_methods_own_number_outside_its_range_is_refused(method, key, value):
+    given = {name: one for name, one in methods()[method].items() if name != "name"}
+    check_value("method", given, Method)
+    with pytest.raises(UserMistake, match=f"method.{key}={value} is not allowed"):
+        check_value("method", given | {key: value}, Method)
 
 
 @pytest.mark.parametrize("key", ["experiment", "method.name", "model.label", "stream.name"])

@@ -145,7 +145,7 @@ def written(model: Module, *, rows: int, length: int, draws: torch.Generator) ->
     Raises UserMistake where the model's configuration names no BOS. A model without storage, of which only the layers are looked at, writes zeros.
     """
     if model.device.type == "meta":
-        return torch.zeros((rows, 1 + length), dtype=torch.int64)
+        return torch.zeros((rows, 1 + length), dtype=torch.int64, device="cpu")
     begin = settings(model)["bos_token_id"]
     if begin is None:
         raise UserMistake("the model's configuration names no bos_token_id to write from; use method=self_replay_text")
