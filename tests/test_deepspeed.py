@@ -36,6 +36,20 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGES = (0, 1, 2, 3)
 CORE = ("seq", "er", "ewc", "ilora", "clora", "curlora", "secura")
 TOLERANCE = 1e-6
+SELDOM = (
+    "kl_base",
+    "kl_base_prompt",
+    "lwf",
+    "self_replay",
+    "self_replay_text",
+    "er_general",
+    "agem",
+    "slao",
+    "lines",
+    "osf",
+)
+"""Cases that are tried here on stage 3 alone, which cuts weights and so is where methods differ; on the others in test_deepspeed_2026."""
+BRIEF = [(case, stage) for case in ranks.CASES for stage in STAGES if case not in SELDOM or stage == 3]
 
 pytestmark = pytest.mark.slow
 
@@ -144,13 +158,15 @@ def scaled(state: dict) -> dict:
 # --- two stages of the toy stream ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("case", [case for case in ranks.CASES if case != "seq_bfloat16"])
+@pytest.mark.parametrize(("case", "stage"), [pair for pair in BRIEF if pair[0] != "seq_bfloat16"])
 def test_two_processes_train_the_weights_of_one(pair, case, stage):
+    check_weights(pair, case, stage)
+
+
+def check_weights(pair: "Pair", case: str, stage: int) -> None:
     found, expected = pair.ask("outcome", case, *two(stage)), local("outcome", case)
-    if (
-        case != "osf"
-    ):  # whose factors are singular vectors of weights that differ by rounding; its state are those weights
+    # OSF's factors are singular vectors of weights that differ by rounding; its state are those weights.
+    if case != "osf":
         assert distance(found["weights"], expected["weights"]) < TOLERANCE
     assert distance(found["logits"], expected["logits"]) < TOLERANCE
     assert distance(scaled(found["state"]), scaled(expected["state"])) < TOLERANCE
@@ -172,8 +188,7 @@ def test_two_processes_are_bitwise_one_that_adds_in_their_order(pair, case, stag
     assert distance(local("outcome", case)["weights"], expected["weights"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("case", ranks.CASES)
+@pytest.mark.parametrize(("case", "stage"), BRIEF)
 def test_every_step_trains_on_the_same_rows_whatever_the_number_of_processes(pair, case, stage):
     found, expected = pair.ask("outcome", case, *two(stage))["rows"], local("outcome", case)["rows"]
     assert found == expected
