@@ -1,6 +1,6 @@
-"""The command line: composes the configuration with Hydra, checks it, starts the run, refreshes the leaderboard.
+"""The command line: has the configuration composed, checks it, starts the run, refreshes the leaderboard.
 
-The only place that sees a DictConfig. What the user got wrong is one line on standard error and exit code 2; what we got wrong is a
+What the user got wrong is one line on standard error and exit code 2; what we got wrong is a
 traceback and exit code 1. Heavy imports wait until a run really starts, so `--help` answers at once.
 """
 
@@ -10,29 +10,24 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import hydra
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from clbench.config import Config, from_plain, run_directory
+from clbench.config import Config, run_directory
 from clbench.config.checks import check, one_of, writable
+from clbench.config.composition import CONF_DIR, register_schema, resolve, with_own_model
 from clbench.config.secrets import masked
 from clbench.types import NotWritten, RankFailed, UserMistake
-
-_HERE = Path(__file__).resolve().parent
-CONF_DIR = next(path for path in (_HERE.parent / "conf", _HERE / "conf") if (path / "config.yaml").is_file())
 
 USERS_MISTAKES = (UserMistake, HydraException, OmegaConfBaseException)
 FAILED = (RankFailed, NotWritten)
@@ -63,23 +58,12 @@ class Ended:
         return not self.error or (self.path != "" and status.is_file() and status.read_text() == "complete\n")
 
 
-@dataclass
-class Composed(Config):
-    """What Hydra composes: a run's configuration and values chosen per method, of which `resolve` takes those of the run's method."""
-
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-def register_schema() -> None:
-    """Tells Hydra the configuration's shape, which `conf/config.yaml` names first."""
-    ConfigStore.instance().store(name="schema", node=Composed)
-
-
 def main() -> None:
     """Entry point of `python -m clbench` and of the `clbench` command."""
     register_schema()
     # Hydra then hands its exceptions to us instead of printing them over several lines and exiting with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv[1:] = with_own_model(sys.argv[1:])
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(_job)()
     except FAILURES as error:
@@ -232,71 +216,6 @@ def show_leaderboard(results_dir: Path) -> None:
 
     Console().print(leaderboard.refresh(results_dir))
     print(f"leaderboard: {results_dir / 'leaderboard.csv'}")
-
-
-def compose(overrides: Sequence[str]) -> Config:
-    """The checked configuration that `python -m clbench <overrides>` would run; for tools and tests in this process."""
-    register_schema()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
-        composed = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
-        HydraConfig.instance().set_config(composed)
-        with open_dict(composed):
-            del composed["hydra"]
-        config = resolve(composed)
-    check(config)
-    return config
-
-
-def resolve(composed: DictConfig) -> Config:
-    """The typed configuration: the method's settings and the stream's tasks filled in, interpolations resolved."""
-    choices, overridden = HydraConfig.get().runtime.choices, _overridden()
-    for group in [name for name, value in composed.items() if isinstance(value, DictConfig) and name in overridden]:
-        if group not in choices:  # Hydra has merged a list of options into one
-            raise UserMistake(
-                f"{group} is not to be given so; name one option of conf/{group}, or with -m several runs"
-            )
-    with open_dict(composed):
-        if settings := composed.pop("settings"):
-            _put_in(composed, settings, name=choices["settings"])
-        composed.tasks = _tasks(composed.stream.tasks)
-        if not composed.experiment:
-            composed.experiment = (choices.get("experiment") or composed.stream.name).replace("/", "-")
-        if "method._target_" in overridden and "method.name" not in overridden:
-            raise UserMistake("method._target_ was given on the command line: give its label too, method.name=NAME")
-    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    assert isinstance(plain, dict), type(plain)
-    return from_plain({str(key): value for key, value in plain.items()})
-
-
-def _put_in(composed: DictConfig, settings: DictConfig, *, name: str) -> None:
-    """Merges what conf/settings/`name`.yaml says of the method; what the command line gives stays as given."""
-    method = composed.method.name
-    if method not in settings and "default" not in settings:
-        raise UserMistake(
-            f"conf/settings/{name}.yaml has no settings for method={method}; it has {', '.join(settings)}: "
-            "add some, or give settings=none and the values themselves (train.lr=...)"
-        )
-    given = {key: OmegaConf.select(composed, key) for key in _overridden() if "." in key}
-    composed.merge_with(settings.get(method, settings.get("default")))
-    for key, value in given.items():
-        OmegaConf.update(composed, key, value)
-
-
-def _tasks(names: Sequence[str]) -> DictConfig:
-    """`conf/task/<name>.yaml` of every name, wherever Hydra's search path finds it."""
-    loader = GlobalHydra.instance().config_loader()
-    known = loader.get_group_options("task")
-    for number, name in enumerate(names):
-        if name not in known or name in names[:number]:
-            wrong = "which has no yaml in conf/task" if name not in known else "more than once"
-            raise UserMistake(f"stream.tasks names {name!r}, {wrong}; known: {', '.join(sorted(known))}")
-    together = [f"+task@{name}={name}" for name in dict.fromkeys(names)]
-    loaded = loader.load_configuration(None, overrides=together, run_mode=RunMode.RUN)
-    return OmegaConf.create({name: OmegaConf.to_container(loaded[name], resolve=False) for name in names})
-
-
-def _overridden() -> set[str]:
-    return {override.lstrip("+~").split("=", 1)[0] for override in HydraConfig.get().overrides.task}
 
 
 def refuse(error: Exception) -> NoReturn:

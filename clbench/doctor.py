@@ -23,9 +23,10 @@ from rich.table import Column, Table
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from clbench.build import DTYPES, make_method, make_tasks, set_up_torch
-from clbench.cli import CONF_DIR, USERS_MISTAKES, compose, refuse
+from clbench.cli import USERS_MISTAKES, refuse
 from clbench.config import Config
 from clbench.config.checks import one_of
+from clbench.config.composition import CONF_DIR, compose
 from clbench.data.encoder import Encoder
 from clbench.hub import checked
 from clbench.models.weights import count_parameters

@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
-from clbench.cli import CONF_DIR
+from clbench.config.composition import CONF_DIR
 from clbench.data.rows import DatasetSpec
 from clbench.examine.lm_tasks import resolve, task_index
 from clbench.types import UserMistake

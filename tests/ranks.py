@@ -21,11 +21,11 @@ import torch  # noqa: E402
 from deepspeed.utils import safe_set_full_fp32_param  # noqa: E402
 from torch import Tensor, distributed  # noqa: E402
 
-from clbench import (
-    cli,  # noqa: E402
-    experiment,  # noqa: E402
+from clbench import experiment
+from clbench.config import (
+    composition,  # noqa: E402
+    run_directory,  # noqa: E402
 )
-from clbench.config import run_directory  # noqa: E402
 from clbench.data.encoder import Encoder  # noqa: E402
 from clbench.models.loss import answer_loss  # noqa: E402
 from clbench.models.weights import trainable  # noqa: E402
@@ -326,7 +326,7 @@ def life(*overrides: str) -> dict[str, object]:
 
 def run(*overrides: str) -> dict[str, object]:
     """A whole run. Its directory, what a kill after stage 1 would have left (`after 1`), and each rank's resident memory after each stage."""
-    config = cli.compose(list(overrides))
+    config = composition.compose(list(overrides))
     path = run_directory(config)
     left = Path(f"{config.results_dir}-after-1") / "runs" / path.name
     save, stage_of, resident = Ledger.save, experiment.run_stage, []

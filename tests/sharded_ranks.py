@@ -14,13 +14,12 @@ from hydra.utils import instantiate  # noqa: E402
 from torch.nn import Module, Parameter  # noqa: E402
 from transformers import modeling_utils  # noqa: E402
 
-from clbench import (
-    build,  # noqa: E402
-    cli,  # noqa: E402
-    experiment,  # noqa: E402
-)
+from clbench import build, experiment
 from clbench.build import make_method  # noqa: E402
-from clbench.config import Config  # noqa: E402
+from clbench.config import (
+    Config,  # noqa: E402
+    composition,  # noqa: E402
+)
 from clbench.data.encoder import Encoder  # noqa: E402
 from clbench.examine.student import Student  # noqa: E402
 from clbench.models import sharding  # noqa: E402
@@ -121,7 +120,7 @@ def held(*overrides: str) -> dict[str, object]:
 
 def answers(*overrides: str) -> dict[str, object]:
     """A student's answers to all requests, and which weights each rank gathered for them, in order."""
-    model, encoder = wrapped(cli.compose(list(overrides)))
+    model, encoder = wrapped(composition.compose(list(overrides)))
     stirred(model)
     gather, taken = sharding.gather, []
 
@@ -169,7 +168,7 @@ def loaded(*overrides: str) -> dict[str, object]:
         return read(model, *arguments)
 
     with patch.object(modeling_utils, "_load_state_dict_into_zero3_model", noted_read):
-        model, _ = wrapped(cli.compose(list(overrides)))
+        model, _ = wrapped(composition.compose(list(overrides)))
     parameters = {name: sharding.copied(parameter) for name, parameter in model.named_parameters()}
     with folded(stirred(model)):
         merged = {name: sharding.copied(parameter) for name, parameter in base_of(model).items()}
@@ -188,7 +187,7 @@ def loaded(*overrides: str) -> dict[str, object]:
 
 def exported(folder: str, *overrides: str) -> dict[str, object]:
     """Exports the model with its adapters stirred."""
-    model, _ = wrapped(cli.compose(list(overrides)))
+    model, _ = wrapped(composition.compose(list(overrides)))
     export(stirred(model), Path(folder))
     return {"ranks": ranks.from_all(True)}
 

@@ -10,7 +10,7 @@ from hydra import initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from clbench.cli import CONF_DIR, compose, register_schema
+from clbench.config.composition import CONF_DIR, compose, register_schema
 from clbench.types import UserMistake
 
 CONF = Path(CONF_DIR)
@@ -31,7 +31,10 @@ def test_the_groups_are_the_documented_ones():
 )
 def test_an_option_composes(group, option, tmp_path):
     # WikiText stands in for nothing here: only the configuration is made.
-    config = compose([f"{group}={option}", f"results_dir={tmp_path}", f"data_dir={tmp_path}"])
+    places = [f"results_dir={tmp_path}", f"data_dir={tmp_path}"]
+    of_no_world = ["stream=seq16_local", "probe=local"] if group == "model" and option != "world" else []
+    named = ["model.name=a/b"] if option == "own" else []
+    config = compose([f"{group}={option}", *of_no_world, *named, *places])
     assert config.tasks and config.method["name"]
 
 
@@ -56,6 +59,33 @@ def test_a_search_takes_any_model_and_stream(experiment, search, tmp_path):
     both = compose([f"+experiment=[{experiment},{search}]", f"results_dir={tmp_path}"])
     assert both.experiment == "tune" and both.stream.limit in (2, 6) and both.seed != one.seed
     assert (both.model, both.stream.tasks) == (one.model, one.stream.tasks)
+
+
+OWN = ("stream=seq16_local", "probe=local")
+
+
+def test_a_model_of_ones_own_needs_a_name_alone(tmp_path):
+    places = (f"results_dir={tmp_path}", f"data_dir={tmp_path}")
+    config = compose(["model.name='/models/My model!'", *OWN, *places])
+    assert (config.model["label"], config.model["name"]) == ("My_model_", "/models/My model!")
+    assert config.method["lora"]["targets"] == "all-linear"
+    assert compose(["model.name=a/b", "method=curlora", *OWN, *places]).method["targets"] == "all-linear"
+    named = compose(["model.name=a/b", "method.lora.targets=[q_proj]", "model.label=mine", *OWN, *places])
+    assert (named.method["lora"]["targets"], named.model["label"]) == (["q_proj"], "mine")
+    assert compose(["model=gemma3_270m", "model.name=a/b", *OWN, *places]).model["label"] == "gemma3_270m"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((), "stream=seq16 is about an invented world that model b was not told of; choose one of .*seq16_local"),
+        (("stream=seq16_local",), "probe=world is about .*choose one of .*mini"),
+        ((*OWN, "method=er_general"), "method=er_general is about"),
+    ],
+)
+def test_a_model_is_not_asked_about_a_world_that_it_was_not_told_of(given, said, tmp_path):
+    with pytest.raises(UserMistake, match=said):
+        compose(["model.name=a/b", *given, f"results_dir={tmp_path}"])
 
 
 def test_a_method_without_settings_for_the_model_is_refused(tmp_path):
@@ -126,7 +156,7 @@ def test_every_hub_address_of_a_group_stands_in_its_table_of_licences(group):
     for path in folder.glob("*.yaml"):
         loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         if group == "model":
-            named = [loaded["name"]] if "name" in loaded else []
+            named = [loaded["name"]] if loaded.get("name", "???") != "???" else []
         elif group == "task":
             named = [loaded["dataset"]["hub"]] if "dataset" in loaded else []
         else:

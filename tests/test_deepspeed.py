@@ -25,7 +25,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from clbench.cli import compose, take_part
+from clbench.cli import take_part
+from clbench.config.composition import compose
 from clbench.train.launch import launch
 from clbench.types import RankFailed, UserMistake
 from tests import ranks

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from clbench.cli import compose, take_part
+from clbench.cli import take_part
+from clbench.config.composition import compose
 from clbench.train.launch import launch
 from clbench.train.ranks import Ranks
 from tests import feature_ranks

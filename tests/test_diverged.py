@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clbench.cli import compose
+from clbench.config.composition import compose
 from clbench.examine.student import Student
 from clbench.experiment import run
 from clbench.record.runs import read_runs

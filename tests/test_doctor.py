@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from clbench import doctor
 from clbench.build import DTYPES, make_method, make_tasks
-from clbench.cli import CONF_DIR, compose
+from clbench.config.composition import CONF_DIR, compose
 from clbench.data.encoder import Encoder
 from clbench.doctor import (
     CARD,

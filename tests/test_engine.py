@@ -14,8 +14,8 @@ from safetensors import safe_open
 from torch import nn
 
 from clbench import experiment
-from clbench.cli import compose
 from clbench.config import TrainConfig, run_hash
+from clbench.config.composition import compose
 from clbench.examine.student import Student
 from clbench.examine.text import rolling_nll
 from clbench.models.loss import causal_lm

@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from test_tasks import write, write_cases
 
 from clbench.build import make_tasks
-from clbench.cli import CONF_DIR, compose
+from clbench.config.composition import CONF_DIR, compose
 from clbench.data.encoder import Encoder
 from clbench.experiment import run
 from clbench.stream import build_stream

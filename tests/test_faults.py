@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from clbench import cli
-from clbench.cli import compose
+from clbench.config.composition import compose
 from clbench.experiment import run
 from clbench.record import ledger, untouched
 from clbench.record.ledger import Checkpoint, Ledger, status_of

@@ -18,7 +18,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from clbench.build import DTYPES, make_method
-from clbench.cli import CONF_DIR, compose
+from clbench.config.composition import CONF_DIR, compose
 from clbench.data.encoder import Encoder
 from clbench.experiment import open_engine
 from clbench.models.weights import count_parameters, trainable_state

@@ -16,7 +16,7 @@ from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from omegaconf import OmegaConf
 
-from clbench.cli import CONF_DIR, compose
+from clbench.config.composition import CONF_DIR, compose
 from clbench.examine.knowledge import Knowledge, answer
 from clbench.examine.lm import StudentLM
 from clbench.examine.lm_tasks import resolve, subset, task_index

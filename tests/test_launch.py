@@ -11,7 +11,8 @@ import pytest
 from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
-from clbench.cli import compose, take_part
+from clbench.cli import take_part
+from clbench.config.composition import compose
 from clbench.train import launch as launching
 from clbench.train.launch import launch
 from clbench.types import RankFailed, UserMistake

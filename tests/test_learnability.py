@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clbench import experiment
-from clbench.cli import compose
+from clbench.config.composition import compose
 
 
 @pytest.mark.learnability

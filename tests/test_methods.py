@@ -18,9 +18,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from baselines import clora, ilora, l2, olora
 from baselines.base import Base
-from clbench import cli, experiment
+from clbench import experiment
 from clbench.build import make_method
-from clbench.config import Config, from_plain
+from clbench.config import Config, composition, from_plain
 from clbench.data.encoder import Encoder
 from clbench.data.memory import Memory
 from clbench.data.sampling import draw
@@ -38,7 +38,7 @@ from clbench.train.local import LocalEngine
 from clbench.train.loop import Plan, global_batch, plan_stage, train_stage
 from clbench.types import Batch, Example, Source, UserMistake
 
-NAMES = sorted(path.stem for path in (cli.CONF_DIR / "method").glob("*.yaml"))
+NAMES = sorted(path.stem for path in (composition.CONF_DIR / "method").glob("*.yaml"))
 WORDS = [f"w{index}" for index in range(50)]
 STEPS, ROWS, TRAIN_ROWS = 5, 4, 10
 TINY = {
@@ -89,8 +89,8 @@ class ToyTask(Task):
 
 @cache
 def composed(name: str, *overrides: str) -> Config:
-    cli.register_schema()
-    with initialize_config_dir(str(cli.CONF_DIR), version_base="1.3"):
+    composition.register_schema()
+    with initialize_config_dir(str(composition.CONF_DIR), version_base="1.3"):
         tree = compose("config", overrides=[f"method={name}", *TOY, *overrides])
     plain = OmegaConf.to_container(tree, resolve=True)
     return from_plain({key: plain[key] for key in Config.__dataclass_fields__})

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from clbench import progress
-from clbench.cli import compose
+from clbench.config.composition import compose
 from clbench.examine.matrix import Matrix
 from clbench.examine.student import Student
 from clbench.experiment import run

@@ -6,8 +6,8 @@ import pytest
 from datasets import load_dataset
 
 from clbench.build import build
-from clbench.cli import compose
 from clbench.config import StreamConfig
+from clbench.config.composition import compose
 from clbench.data.encoder import Encoder
 from clbench.data.rows import DatasetSpec, load_rows
 from clbench.examine.canaries import check_stream

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from clbench import cli, experiment
-from clbench.cli import compose
+from clbench.config.composition import compose
 from clbench.record.ledger import Ledger
 from clbench.record.runs import read_runs
 from clbench.report import tables as leaderboard

@@ -8,8 +8,8 @@ import logging
 import pandas as pd
 import pytest
 
-from clbench.cli import compose
 from clbench.config import identity, run_hash
+from clbench.config.composition import compose
 from clbench.config.secrets import masked
 from clbench.experiment import run
 from clbench.record.tracking import set_up_logging, written_to

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clbench.cli import compose, take_part
+from clbench.cli import take_part
 from clbench.config import run_directory
+from clbench.config.composition import compose
 from clbench.train.launch import launch
 from clbench.types import UserMistake
 from tests import sharded_ranks

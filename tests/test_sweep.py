@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from clbench import cli
-from clbench.cli import Ended, compose
+from clbench.cli import Ended
 from clbench.config import run_directory
+from clbench.config.composition import compose
 from clbench.record import ledger
 from clbench.record.ledger import Ledger
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from clbench.build import check_classes, check_value
-from clbench.cli import compose
 from clbench.config import Config, from_plain
 from clbench.config.checks import check
+from clbench.config.composition import compose
 from clbench.doctor import methods
 from clbench.protocols import Method
 from clbench.types import UserMistake

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from clbench import experiment
-from clbench.cli import compose
+from clbench.config.composition import compose
 from clbench.record.runs import pack
 from clbench.record.seals import SEALED, SEALS, seal
 from clbench.report import tables

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from clbench import hashes
-from clbench.cli import compose
+from clbench.config.composition import compose
 from clbench.experiment import run
 from clbench.models.pretrained import Pretrained
 from clbench.models.tiny import fresh_llama, word_tokenizer
@@ -196,13 +196,13 @@ def test_an_adapters_folder_is_the_base_with_the_adapter_merged(sound, adapter):
 def test_other_weights_or_another_tokenizer_are_refused_when_a_run_continues(sound, folder, tmp_path, tiny, kind):
     settings = [name for name in tiny if not name.startswith("model.")]
     places = [
-        "model=gemma3_270m",
         f"model.name={folder}",
         "model.label=toy",
+        "+model.world_seed=0",
         "train.max_length=64",
         f"results_dir={tmp_path}",
     ]
-    config = compose([*settings, *places, "probe.text_tokens=null", "stream.limit=1", "model.revision=null"])
+    config = compose([*settings, *places, "probe.text_tokens=null", "stream.limit=1"])
     path = run(config)
     assert json.loads((path / "manifest.json").read_text())["model_fingerprint"] == hashes.of_folder(folder)
     (path / "status").write_text("interrupted\n")

@@ -43,13 +43,16 @@ class Pretrained:
     """A model of the hub, or one in a local folder: `name` and `revision` as transformers takes them. A PEFT adapter is merged into its base.
 
     `architecture` repeats what decides its size, as fields of its transformers configuration, so that its cost can be counted without it.
-    `trust_remote_code` lets Python files that lie beside the weights run; weights are read from safetensors alone, never from pickles.
+    `targets` is what the yamls of methods take their layers from, where it is given; `world_seed` names the embedded world that the model was
+    pretrained on, if any. `trust_remote_code` lets Python files that lie beside the weights run; weights are read from safetensors alone.
     """
 
     label: str
     name: str
     revision: str | None = None
     architecture: Mapping[str, Any] = field(default_factory=dict)
+    targets: list[str] | str | None = None
+    world_seed: int | None = None
     trust_remote_code: bool = False
 
     def record(self, cache_dir: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from clbench import experiment
-from clbench.cli import compose
+from clbench.config.composition import compose
 from tests.benchmarks.race import Figure
 
 LENGTHS = (4, 8, 16)

@@ -16,7 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 from clbench import experiment
-from clbench.cli import compose
+from clbench.config.composition import compose
 from clbench.examine.student import Student
 from clbench.train.local import LocalEngine
 from tests.benchmarks.race import Figure, spread, timed

@@ -1,0 +1,128 @@
+"""From the command line to a typed configuration: Hydra composes `conf/`, and what a yaml leaves to others is filled in.
+
+With `cli`, which starts what is composed here, the only place that sees a DictConfig.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from clbench.config import Config, from_plain
+from clbench.config.checks import check
+from clbench.types import UserMistake
+
+_HERE = Path(__file__).resolve().parents[1]
+CONF_DIR = next(path for path in (_HERE.parent / "conf", _HERE / "conf") if (path / "config.yaml").is_file())
+
+
+@dataclass
+class Composed(Config):
+    """What Hydra composes: a run's configuration and values chosen per method, of which `resolve` takes those of the run's method."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def register_schema() -> None:
+    """Tells Hydra the configuration's shape, which `conf/config.yaml` names first."""
+    ConfigStore.instance().store(name="schema", node=Composed)
+
+
+def compose(overrides: Sequence[str]) -> Config:
+    """The checked configuration that `python -m clbench <overrides>` would run; for tools and tests in this process."""
+    register_schema()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+        composed = hydra.compose("config", overrides=with_own_model(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(composed)
+        with open_dict(composed):
+            del composed["hydra"]
+        config = resolve(composed)
+    check(config)
+    return config
+
+
+def with_own_model(arguments: Sequence[str]) -> list[str]:
+    """The command line, with model=own where it names a model (model.name=...) and no yaml that describes one."""
+    keys = [argument.lstrip("+").partition("=")[0] for argument in arguments]
+    if "model.name" not in keys or {"model", "experiment"} & {*keys}:
+        return list(arguments)
+    place = keys.index("model.name")
+    return [*arguments[:place], "model=own", *arguments[place:]]
+
+
+def resolve(composed: DictConfig) -> Config:
+    """The typed configuration: the method's settings and the stream's tasks filled in, interpolations resolved."""
+    choices, overridden = HydraConfig.get().runtime.choices, _overridden()
+    for group in [name for name, value in composed.items() if isinstance(value, DictConfig) and name in overridden]:
+        if group not in choices:  # Hydra has merged a list of options into one
+            raise UserMistake(
+                f"{group} is not to be given so; name one option of conf/{group}, or with -m several runs"
+            )
+    with open_dict(composed):
+        if composed.model.label is None:
+            name = Path(composed.model.name).name
+            composed.model.label = re.sub(r"[^A-Za-z0-9_.+-]+|^[^A-Za-z0-9_]+", "_", name)[-64:]
+        if settings := composed.pop("settings"):
+            _put_in(composed, settings, name=choices["settings"])
+        composed.tasks = _tasks(composed.stream.tasks)
+        _check_world(composed, choices)
+        if not composed.experiment:
+            composed.experiment = (choices.get("experiment") or composed.stream.name).replace("/", "-")
+        if "method._target_" in overridden and "method.name" not in overridden:
+            raise UserMistake("method._target_ was given on the command line: give its label too, method.name=NAME")
+    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict), type(plain)
+    return from_plain({str(key): value for key, value in plain.items()})
+
+
+def _check_world(composed: DictConfig, choices: DictConfig) -> None:
+    """Raises UserMistake where what is asked about the embedded world would be asked of a model that was never told of it."""
+    if "world_seed" in composed.model:
+        return
+    groups = {"stream": composed.tasks, "probe": composed.probe, "method": composed.method}
+    for group, config in groups.items():
+        if "model.world_seed" in OmegaConf.to_yaml(config):
+            options = GlobalHydra.instance().config_loader().get_group_options(group)
+            others = ", ".join(option for option in options if option != choices[group])
+            raise UserMistake(
+                f"{group}={choices[group]} is about an invented world that model {composed.model.label} was not told of; choose one of {others}"
+            )
+
+
+def _put_in(composed: DictConfig, settings: DictConfig, *, name: str) -> None:
+    """Merges what conf/settings/`name`.yaml says of the method; what the command line gives stays as given."""
+    method = composed.method.name
+    if method not in settings and "default" not in settings:
+        raise UserMistake(
+            f"conf/settings/{name}.yaml has no settings for method={method}; it has {', '.join(settings)}: "
+            "add some, or give settings=none and the values themselves (train.lr=...)"
+        )
+    given = {key: OmegaConf.select(composed, key) for key in _overridden() if "." in key}
+    composed.merge_with(settings.get(method, settings.get("default")))
+    for key, value in given.items():
+        OmegaConf.update(composed, key, value)
+
+
+def _tasks(names: Sequence[str]) -> DictConfig:
+    """`conf/task/<name>.yaml` of every name, wherever Hydra's search path finds it."""
+    loader = GlobalHydra.instance().config_loader()
+    known = loader.get_group_options("task")
+    for number, name in enumerate(names):
+        if name not in known or name in names[:number]:
+            wrong = "which has no yaml in conf/task" if name not in known else "more than once"
+            raise UserMistake(f"stream.tasks names {name!r}, {wrong}; known: {', '.join(sorted(known))}")
+    together = [f"+task@{name}={name}" for name in dict.fromkeys(names)]
+    loaded = loader.load_configuration(None, overrides=together, run_mode=RunMode.RUN)
+    return OmegaConf.create({name: OmegaConf.to_container(loaded[name], resolve=False) for name in names})
+
+
+def _overridden() -> set[str]:
+    return {override.lstrip("+~").split("=", 1)[0] for override in HydraConfig.get().overrides.task}
