@@ -26,6 +26,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from clbench.config import Config, run_directory
 from clbench.config.checks import check, one_of, writable
 from clbench.config.composition import CONF_DIR, register_schema, resolve, with_own_model
+from clbench.config.help import page
 from clbench.config.secrets import masked
 from clbench.types import NotWritten, RankFailed, UserMistake
 
@@ -60,6 +61,9 @@ class Ended:
 
 def main() -> None:
     """Entry point of `python -m clbench` and of the `clbench` command."""
+    if {"--help", "-h"} & {*sys.argv[1:]}:
+        print(page(sys.argv[1:]))
+        return
     register_schema()
     # Hydra then hands its exceptions to us instead of printing them over several lines and exiting with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"

@@ -29,6 +29,15 @@ def test_help_answers_in_two_seconds_and_lists_the_groups():
     assert computing_seconds() - before < 2.0
     for group in ("method", "stream", "task", "model", "probe", "engine", "train", "tracking"):
         assert f"{group}:" in answer.stdout
+    assert "  ewc                 EWC: elastic weight consolidation\n" in answer.stdout
+    assert max(map(len, answer.stdout.splitlines())) <= 80
+
+
+def test_help_lists_the_options_of_a_folder_of_ones_own(tmp_path):
+    (tmp_path / "stream").mkdir()
+    (tmp_path / "stream" / "mine.yaml").write_text("# Two tasks of my own. They are short.\nname: mine\n")
+    answer = clbench("--config-dir", str(tmp_path), "--help")
+    assert "  mine                Two tasks of my own\n" in answer.stdout
 
 
 @pytest.mark.parametrize(

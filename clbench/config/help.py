@@ -1,0 +1,84 @@
+"""What `python -m clbench --help` says: what clbench is, four commands, and what each group offers.
+
+Hydra's own page takes two seconds and shows a configuration of a hundred lines; `--hydra-help` and `--cfg job` still show it.
+"""
+
+import ast
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from textwrap import fill, shorten
+
+from clbench.config.composition import CONF_DIR
+
+DESCRIBED = ("method", "stream", "probe")
+NAMED = ("experiment", "model", "settings", "train", "engine", "tracking", "task")
+WIDTH = 80
+TEXT = """\
+clbench takes a causal language model through a stream of fine-tuning tasks with
+one continual-learning method, and measures after every task what was learned,
+what base knowledge was kept, how far perplexity drifted, and what it cost.
+
+  python -m clbench                                    SEQ, the embedded stream
+  python -m clbench method=ewc seed=1 train.lr=1e-3    any key can be overridden
+  python -m clbench -m method=seq,er,ewc seed=0,1,2    a sweep
+  python -m clbench model.name=FOLDER stream=seq16_local probe=mini_local \\
+    data_dir=ROWS                                      a model of your own
+
+All keys and their values: --cfg job. A folder of your own yamls: --config-dir
+DIR. Hydra's flags: --hydra-help. Other commands: python -m clbench.leaderboard,
+.report, .verify, .doctor
+"""
+
+
+def page(arguments: Sequence[str]) -> str:
+    """The whole text; `arguments` may name a folder of the user's (--config-dir), whose options are listed, too."""
+    folders = [CONF_DIR, *_own(arguments)]
+    parts = [TEXT]
+    for group in DESCRIBED:
+        rows = [f"  {name:<20}{line}".rstrip() for name, line in _options(folders, group, described=True)]
+        parts.append("\n".join([f"{group}:", *rows, ""]))
+    for group in NAMED:
+        names = ", ".join(name for name, _ in _options(folders, group, described=False))
+        parts.append(fill(f"{group}: {names}", WIDTH, subsequent_indent="  ", break_on_hyphens=False) + "\n")
+    return "\n".join(parts)
+
+
+def _own(arguments: Sequence[str]) -> Iterator[Path]:
+    for place, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            yield Path(value or " ".join(arguments[place + 1 : place + 2]))
+
+
+def _options(folders: Sequence[Path], group: str, *, described: bool) -> Iterator[tuple[str, str]]:
+    """Each option of a group with a line about it."""
+    for folder in folders:
+        for path in sorted((folder / group).rglob("*.yaml")):
+            name = path.relative_to(folder / group).with_suffix("").as_posix()
+            yield name, shorten(_line(path, folders), WIDTH - 22, placeholder=" ...") if described else ""
+
+
+def _line(path: Path, folders: Sequence[Path]) -> str:
+    """The first sentence of what a yaml, or the module of the class that it names, says of itself."""
+    text = path.read_text(encoding="utf-8")
+    if path.parent.name != "method":
+        return _sentence(" ".join(re.findall(r"^# (.*)$", text.partition("\n\n")[0], re.MULTILINE)))
+    target = re.search(r"^  _target_: (.+)\.\w+$", text, re.MULTILINE)
+    if target is None:
+        parent = re.search(r"^defaults: \[(\w+)", text, re.MULTILINE)
+        return f"a variant of {parent[1]}" if parent else ""
+    roots = {CONF_DIR.parent, *(folder.parent for folder in folders), Path.cwd()}
+    found = (root / Path(*target[1].split(".")).with_suffix(".py") for root in sorted(roots))
+    module = next((file for file in found if file.is_file()), None)
+    return _sentence(ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or "") if module else ""
+
+
+def _sentence(text: str) -> str:
+    """The first sentence, without what stands in brackets.
+
+    >>> _sentence("EWC: elastic weight consolidation (Kirkpatrick et al. 2017, arXiv 1612.00796). More.")
+    'EWC: elastic weight consolidation'
+    """
+    first = re.split(r"(?<=[a-z)])(?<! al)\.(?:\s|$)", " ".join(text.split()), maxsplit=1)[0]
+    return re.sub(r"\s*\([^)]*\)", "", first)
