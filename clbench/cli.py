@@ -64,6 +64,7 @@ def main() -> None:
     if {"--help", "-h"} & {*sys.argv[1:]}:
         print(page(sys.argv[1:]))
         return
+    put_in_reach(Path.cwd())
     register_schema()
     # Hydra then hands its exceptions to us instead of printing them over several lines and exiting with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -79,6 +80,11 @@ def main() -> None:
     finally:
         if SWEEP in os.environ:
             Path(os.environ[SWEEP]).unlink(missing_ok=True)
+
+
+def put_in_reach(folder: Path) -> None:
+    """A yaml may name a class of `folder`, however clbench was started; a tasks.py or datasets.py there hides no package of the same name."""
+    sys.path[:] = [*(entry for entry in sys.path if entry not in ("", str(folder))), str(folder)]
 
 
 def _job(composed: DictConfig) -> float | None:
@@ -128,7 +134,7 @@ def _run(config: Config) -> float | None:
         from clbench.report.columns import MEASURES
 
         one_of("optimize", config.optimize, MEASURES)
-    path = _experiment(config, command=shlex.join(["python", "-m", "clbench", *HydraConfig.get().overrides.task]))
+    path = _experiment(config, command=_command())
     if path is None:
         return None
     if HydraConfig.get().mode == RunMode.RUN:
@@ -143,6 +149,14 @@ def _run(config: Config) -> float | None:
     if math.isnan(value):
         raise UserMistake(f"{path.name} has no {config.optimize}; name another measure in optimize")
     return value
+
+
+def _command() -> str:
+    """What pastes back as this run, from the same folder: of a sweep, this job alone."""
+    hydra_config = HydraConfig.get()
+    added = [source.path for source in hydra_config.runtime.config_sources if source.provider == "command-line"]
+    folders = [word for path in added for word in ("--config-dir", os.path.relpath(path))]
+    return shlex.join(["python", "-m", "clbench", *folders, *hydra_config.overrides.task])
 
 
 def _experiment(config: Config, *, command: str) -> Path | None:

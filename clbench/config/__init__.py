@@ -121,7 +121,8 @@ class TrackingConfig:
 class Config:
     """One run, whole. `tasks` holds each stream task's own configuration; the command line fills it from `conf/task/`.
 
-    `optimize`: the column of leaderboard.csv that a job returns to Hydra's sweeper, which looks for the best.
+    `optimize`: the column of leaderboard.csv that a job returns to Hydra's sweeper, which looks for the best. `sources`: the SHA-256 of the file
+    of every class that the configuration names and that is not clbench's own, by its module; the command line fills it, too.
     """
 
     method: Any = None
@@ -140,6 +141,7 @@ class Config:
     experiment: str = ""
     optimize: str | None = key(None, identity=False)
     tasks: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
 
 
 def groups() -> dict[str, Any]:
@@ -179,7 +181,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: "<path>" if isinstance(value, str) and value in places else value
         for name, value in values.items()
-        if name not in dropped
+        if name not in dropped and (name, value) != ("sources", {})
     }
 
 

@@ -3,9 +3,12 @@
 With `cli`, which starts what is composed here, the only place that sees a DictConfig.
 """
 
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from clbench.config.checks import check
 from clbench.types import UserMistake
 
 _HERE = Path(__file__).resolve().parents[1]
+OURS = ("clbench", "baselines", "tasks", "hydra")
+"""Packages whose code the commit and the version in a manifest name."""
 CONF_DIR = next(path for path in (_HERE.parent / "conf", _HERE / "conf") if (path / "config.yaml").is_file())
 
 
@@ -80,7 +85,27 @@ def resolve(composed: DictConfig) -> Config:
             raise UserMistake("method._target_ was given on the command line: give its label too, method.name=NAME")
     plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict), type(plain)
-    return from_plain({str(key): value for key, value in plain.items()})
+    return from_plain({str(key): value for key, value in plain.items()} | {"sources": _sources(plain)})
+
+
+def _sources(plain: Any) -> dict[str, str]:
+    """By module, the SHA-256 of the file of every class that a `_target_` names and that is not our own; what cannot be found is refused later."""
+    found = {}
+    for target in _targets(plain):
+        module = target.rpartition(".")[0]
+        if module.partition(".")[0] not in OURS:
+            with suppress(ModuleNotFoundError, ValueError):
+                spec = find_spec(module)
+                if spec and spec.origin and Path(spec.origin).is_file():
+                    found[module] = hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
+    return found
+
+
+def _targets(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield from (str(inner) for key, inner in value.items() if key == "_target_")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _targets(inner)
 
 
 def _check_world(composed: DictConfig, choices: DictConfig) -> None:

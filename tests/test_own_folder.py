@@ -1,0 +1,112 @@
+"""From a folder of one's own: a model, rows, a method and a probe, by the installed package, in thirty lines of one's own text."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clbench.models.tiny import fresh_llama, word_tokenizer
+from tests.test_methods import TINY
+
+FILES = {
+    "mine/shrink.py": """\
+from dataclasses import dataclass
+from baselines.seq import Seq
+
+@dataclass(kw_only=True)
+class Shrink(Seq):
+    strength: float
+    def correct_gradients(self, engine):
+        for tensor in engine.tensors():
+            tensor.grad += self.strength * tensor.value
+        return 0.0
+""",
+    "conf/method/shrink.yaml": """\
+# @package _global_
+defaults: [seq]
+method: {_target_: mine.shrink.Shrink, name: shrink, strength: 0.01}
+""",
+    "conf/task/sport.yaml": """\
+_target_: tasks.rows.Rows
+rows: sport.jsonl
+prompt: "{text} sport ?"
+answer: label
+choices: ["no", "yes"]
+""",
+    "mine/colours.py": """\
+from clbench.examine.scores import mean, scores
+from clbench.protocols import Probe
+
+class Colours(Probe):
+    def __init__(self, name):
+        self.name = name
+    def measure(self, student, stream, stage):
+        found = student.log_likelihoods([((0,), (place,)) for place in (5, 6)])
+        rows = {"log_p": mean([value for value, _ in found])}
+        yield from scores(rows, stream=stream, stage=stage, probe=self.name, task="own", seconds=0.0)
+""",
+    "conf/probe/colours.yaml": """\
+probes:
+  stream: {_target_: clbench.examine.matrix.Matrix}
+  colours: {_target_: mine.colours.Colours}
+""",
+}
+
+
+def words() -> list[str]:
+    return ["no", "yes", "sport", "?", *(f"w{number}" for number in range(40))]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder outside the checkout that holds what a user has, and a tasks.py that must hide nothing."""
+    tokenizer = word_tokenizer(words())
+    fresh_llama(tokenizer, architecture=TINY, seed=0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [
+        {"text": f"w{number % 40} w{number % 7}", "label": ("no", "yes")[number % 40 > 19]} for number in range(120)
+    ]
+    (tmp_path / "sport.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tasks.py").write_text("raise RuntimeError('not this one')\n")
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def clbench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    own = (
+        "--config-dir",
+        "conf",
+        "model.name=model",
+        "stream.tasks=[sport]",
+        "stream.name=sport",
+        "method=shrink",
+        "probe=colours",
+    )
+    quick = ("train.steps=2", "train.batch_size=4", "train.max_length=32", "engine.threads=1", "cache_dir=cache")
+    command = [sys.executable, "-m", "clbench", *own, *quick, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def test_a_model_rows_a_method_and_a_probe_of_ones_own_give_a_ranked_row(folder):
+    lines = [line for text in FILES.values() for line in text.splitlines() if line]
+    assert len(lines) <= 30
+    answer = clbench(folder)
+    assert answer.returncode == 0, answer.stderr
+    (row,) = csv.DictReader((folder / "results" / "leaderboard.csv").open())
+    assert (row["stream"], row["model"], row["method"]) == ("sport", "model", "shrink")
+    assert 0 <= float(row["average_accuracy"]) <= 1
+    (path,) = (folder / "results" / "runs").iterdir()
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert {*manifest["config"]["sources"]} == {"mine.shrink", "mine.colours"}
+    assert '"probe": "colours"' in (path / "scores.jsonl").read_text()
+    assert manifest["command"].startswith("python -m clbench --config-dir conf ")
+    # The same command leaves it alone; other code is another run.
+    assert "has been completed already" in clbench(folder).stderr
+    (folder / "mine" / "shrink.py").write_text(FILES["mine/shrink.py"].replace("+=", "-="))
+    assert clbench(folder).returncode == 0
+    assert len([*(folder / "results" / "runs").iterdir()]) == 2
