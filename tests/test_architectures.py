@@ -439,7 +439,11 @@ def test_what_is_longer_than_the_models_positions_is_refused_before_its_weights_
     overrides, said, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
-    monkeypatch.setattr(world, "heldout_texts", lambda **_: [" ".join(["of"] * 200)])
+
+    def long_texts(**unused: object) -> list[str]:
+        return [" ".join(["of"] * 200)]
+
+    monkeypatch.setattr(world, "heldout_texts", long_texts)
     tokenizer = word_tokenizer(world_words.VOCABULARY)
     model = tiny("gpt2", vocab_size=len(tokenizer))
     name = folder(tmp_path / "model", model, tokenizer)
