@@ -179,10 +179,12 @@ def _check_target(key: str, settings: Mapping[str, Any], hint: Any) -> None:
         raise UserMistake(
             f"{key}._target_={target} {what}; allowed there: {wanted}, or a function that says it returns one"
         )
-    fields = signature(found).parameters
+    parameters = signature(found).parameters.values()
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters)
+    fields = {one.name: one for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
     hints = _hints(found.__init__, *found.__mro__) if isinstance(found, type) else _hints(found)
     given = {name: value for name, value in settings.items() if name != "_target_"}
-    for name in given.keys() - fields.keys():
+    for name in () if takes_any else given.keys() - fields.keys():
         raise UserMistake(f"{key}.{name} is no field of {target}; it has {', '.join(fields)}")
     for name, field in fields.items():
         if name in given:

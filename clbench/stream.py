@@ -43,8 +43,8 @@ def address(dataset: DatasetSpec) -> str:
 
 
 def build_stream(config: StreamConfig, *, order: str, tasks: Mapping[str, Task], encoder: Encoder) -> Stream:
-    """The stages of the first `config.limit` tasks in `order`; raises UserMistake for a task without rows."""
-    names = ordered(list(tasks), order)[: config.limit]
+    """The stages of the `chosen` tasks in `order`; raises UserMistake for a task without rows."""
+    names = ordered(chosen([*tasks], limit=config.limit, last=config.last), order)
     train: dict[str, tuple[Example, ...]] = {}
     test: dict[str, tuple[Example, ...]] = {}
     unusable: list[Unusable] = []
@@ -176,6 +176,15 @@ def said_of(cut: CutPrompts, name: str, encoder: Encoder) -> str:
         f"{cut.share:.0%} of {cut.of} prompts of {name} do not fit train.max_length={encoder.max_length} and lose {cut.median_tokens:.0f} of "
         f"{cut.median_length:.0f} tokens (medians) {WHERE[encoder.cut]}{advice}"
     )
+
+
+def chosen(names: Sequence[str], *, limit: int | None, last: int | None) -> list[str]:
+    """The first `limit` of `names`, or the `last` so many; no order changes which.
+
+    >>> chosen(["a", "b", "c"], limit=2, last=None), chosen(["a", "b", "c"], limit=None, last=1)
+    (['a', 'b'], ['c'])
+    """
+    return list(names)[:limit][-last if last else None :]
 
 
 def ordered(names: Sequence[str], order: str) -> list[str]:

@@ -57,7 +57,7 @@ def test_a_method_takes_its_settings_for_the_model_and_the_command_line_has_the_
 def test_a_search_takes_any_model_and_stream(experiment, search, tmp_path):
     one = compose([f"+experiment={experiment}", f"results_dir={tmp_path}"])
     both = compose([f"+experiment=[{experiment},{search}]", f"results_dir={tmp_path}"])
-    assert both.experiment == "tune" and both.stream.limit in (2, 6) and both.seed != one.seed
+    assert both.experiment == "tune" and both.stream.last in (2, 6) and both.seed != one.seed
     assert (both.model, both.stream.tasks) == (one.model, one.stream.tasks)
 
 

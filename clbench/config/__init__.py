@@ -80,11 +80,12 @@ class TrainConfig:
 
 @dataclass
 class StreamConfig:
-    """The tasks, and how many rows of each; `too_long` says what becomes of a row whose answer does not fit train.max_length."""
+    """The tasks, of which only the first `limit` or the `last` so many are trained, and how many rows of each; `too_long` says what becomes of a row whose answer does not fit train.max_length."""
 
     name: str = ""
     tasks: list[str] = field(default_factory=list)
     limit: int | None = key(None, least=1)
+    last: int | None = key(None, least=1)
     train_rows: int | None = key(None, least=1)
     test_rows: int | None = key(None, least=1)
     too_long: str = key("refuse", among=("refuse", "drop"))
@@ -214,8 +215,9 @@ def run_name(config: Config) -> str:
 
 
 def name_of(config: Mapping[str, Any]) -> str:
-    """`<experiment>-<method>-s<seed>-<hash8>`, of a configuration as nested values."""
-    return f"{config['experiment']}-{config['method']['name']}-s{config['seed']}-{run_hash(config)[:8]}"
+    """`<experiment>-<method>-s<seed>-<hash8>`, with the order behind the method where it is not the default one."""
+    order = "" if config["order"] == "default" else f"-{config['order'].replace(':', '')}"
+    return f"{config['experiment']}-{config['method']['name']}{order}-s{config['seed']}-{run_hash(config)[:8]}"
 
 
 def run_directory(config: Config) -> Path:

@@ -24,7 +24,7 @@ from clbench.record.seals import SEALS, sealed
 from clbench.report.measures import KNOWLEDGE_PROBE
 from clbench.report.summary import summarise
 from clbench.report.tables import generated
-from clbench.stream import ordered
+from clbench.stream import chosen, ordered
 from clbench.types import UserMistake
 
 ROUNDING = 1e-7
@@ -91,16 +91,18 @@ def of_run(records: Records, run: str) -> Iterator[str]:
 def of_manifest(manifest: Mapping[str, Any], *, name: str) -> Iterator[str]:
     """What the manifest says beside its configuration, its data and its canaries' results, but should not."""
     config, data, canaries = manifest["config"], manifest["data"], manifest["canaries"]
+    stream = config["stream"]
+    names = chosen(stream["tasks"], limit=stream["limit"], last=stream.get("last"))
     expected = {
         "run": name_of(config),
         "experiment": config["experiment"],
         "method": config["method"]["name"],
-        "stream": config["stream"]["name"],
+        "stream": stream["name"],
         "order": config["order"],
         "seed": config["seed"],
         "config_hash": run_hash(config),
         "variant": variant(config),
-        "tasks": ordered(config["stream"]["tasks"], config["order"])[: config["stream"]["limit"]],
+        "tasks": ordered(names, config["order"]),
         "metrics": {task: one["metric"].rpartition(" v")[0] for task, one in data.items()},
         "stream_hash": stream_hash(data),
     }
