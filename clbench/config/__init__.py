@@ -80,7 +80,10 @@ class TrainConfig:
 
 @dataclass
 class StreamConfig:
-    """The tasks, of which only the first `limit` or the `last` so many are trained, and how many rows of each; `too_long` says what becomes of a row whose answer does not fit train.max_length."""
+    """The tasks, of which only the first `limit` or the `last` so many are trained, and how many rows of each.
+
+    `too_long` says what becomes of a row whose answer does not fit train.max_length.
+    """
 
     name: str = ""
     tasks: list[str] = field(default_factory=list)
