@@ -59,6 +59,11 @@ def merge(layer: BaseTunerLayer | CurLinear) -> None:
     if isinstance(layer, CurLinear):
         layer.weight.copy_(layer.effective_weight(layer.core()))
         layer.folded = True
+    elif isinstance(layer, OSFLayer):
+        # PEFT's own puts another tensor in the weight's place, which may be one that cannot be trained on later.
+        for adapter in layer.active_adapters:
+            layer.get_base_layer().weight += layer.get_delta_weight(adapter)
+            layer.merged_adapters.append(adapter)
     else:
         layer.merge(safe_merge=False)
 

@@ -104,17 +104,17 @@ class Ledger:
 
     def load(self) -> Checkpoint:
         """After the last finished stage."""
-        return _read(self.path / "checkpoint" / STAGE, run=self._run)
+        return read_checkpoint(self.path / "checkpoint" / STAGE, run=self._run)
 
     def load_within(self) -> Checkpoint | None:
         """Within the stage that follows, if it was reached."""
         path = self.path / "checkpoint" / WITHIN
-        return _read(path, run=self._run) if path.exists() else None
+        return read_checkpoint(path, run=self._run) if path.exists() else None
 
     def _stage(self, name: str) -> int:
         """The stage of the checkpoint of that name, which has to be whole; -1 where there is none."""
         path = self.path / "checkpoint" / name
-        return _read(path, run=self._run).stage if path.exists() else -1
+        return read_checkpoint(path, run=self._run).stage if path.exists() else -1
 
     def __enter__(self) -> Self:
         self.set_status(RUNNING)
@@ -194,7 +194,7 @@ def status_of(path: Path, manifest: Mapping[str, Any], *, resume: str) -> str:
     status = (path / "status").read_text().strip().partition(":")[0] if (path / "status").is_file() else RUNNING
     if resume == "never":
         raise UserMistake(f"resume=never, but {path} holds this very run ({status}); remove it, or use resume=auto")
-    before = _manifest(path / "manifest.json", format=manifest["format"])
+    before = read_manifest(path / "manifest.json", format=manifest["format"])
     for key in ("data", "probe_data", "model_fingerprint"):
         now = json.loads(json.dumps(manifest[key]))
         if before[key] != now:
@@ -212,7 +212,7 @@ def mark_interrupted(path: Path) -> None:
         replace_file(status, f"{INTERRUPTED}\n".encode())
 
 
-def _manifest(path: Path, *, format: int) -> dict[str, Any]:
+def read_manifest(path: Path, *, format: int) -> dict[str, Any]:
     """A run's manifest as it was begun; raises UserMistake where that was by a version that wrote another format."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -250,7 +250,7 @@ def _write(path: Path, checkpoint: Checkpoint, *, run: str) -> None:
         temporary.replace(path)
 
 
-def _read(path: Path, *, run: str) -> Checkpoint:
+def read_checkpoint(path: Path, *, run: str) -> Checkpoint:
     """The checkpoint of `run` at `path`; raises UserMistake where it is not as it was written."""
     parts: dict[str, dict[str, Any]] = {"weights": {}, "state": {}, "moments": {}}
     try:

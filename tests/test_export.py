@@ -1,0 +1,68 @@
+"""A run's model outside clbench: the same logits from transformers alone, and from PEFT where the method is plain LoRA."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.nn import Module
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from clbench import export
+from clbench.config.composition import compose
+from clbench.experiment import run
+
+BASE = ("stream.limit=1", "train.lr=1e-2")
+
+
+def logits(model: Module) -> Tensor:
+    ids = torch.arange(5, 17)[None]
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+def check(path: Path, out: Path, base: Path, *, has_adapter: bool) -> None:
+    assert export.export_run(path, out) == has_adapter == (out / "adapter").is_dir()
+    with export.trained(path) as (model, _):
+        expected = logits(model)
+    untouched = AutoModelForCausalLM.from_pretrained(base)
+    assert float((expected - logits(untouched)).abs().max()) > 1e-3
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), expected, rtol=0, atol=1e-5)
+    assert (
+        AutoTokenizer.from_pretrained(out)("of")["input_ids"] == AutoTokenizer.from_pretrained(base)("of")["input_ids"]
+    )
+    if has_adapter:
+        adapted = PeftModel.from_pretrained(untouched, out / "adapter")
+        torch.testing.assert_close(logits(adapted), expected, rtol=0, atol=1e-5)
+
+
+def base_of(cache_dir: Path) -> Path:
+    (folder,) = (path for path in (cache_dir / "models").iterdir() if path.is_dir())
+    return folder
+
+
+PLAIN = ("seq", "ilora", "base_interpolation")
+"""Methods whose first view is one LoRA on the untouched weights."""
+
+
+@pytest.mark.parametrize("method", [*PLAIN, "curlora", "merge_average", "osf"])
+def test_a_run_is_exported_with_the_logits_that_it_was_examined_with(method, overrides, cache_dir, tmp_path):
+    path = run(compose([*overrides, *BASE, f"method={method}"]))
+    check(path, tmp_path / "out", base_of(cache_dir), has_adapter=method in PLAIN)
+
+
+def test_the_command_says_where_it_wrote_and_refuses_what_it_cannot_export(overrides, tmp_path):
+    path = run(compose([*overrides, *BASE]))
+
+    def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "clbench.export", *map(str, arguments)]
+        return subprocess.run(line, capture_output=True, text=True, timeout=120)
+
+    answer = command(path, tmp_path / "out")
+    assert answer.returncode == 0 and answer.stdout.strip().endswith("adapter for PEFT"), answer.stderr
+    for arguments, said in (((path, tmp_path / "out"), "is not empty"), ((tmp_path, tmp_path / "new"), "holds no run")):
+        answer = command(*arguments)
+        assert answer.returncode == 2 and said in answer.stderr and answer.stderr.count("\n") == 1, answer.stderr
