@@ -26,7 +26,7 @@ from clbench.data.encoder import Encoder
 from clbench.models.limits import check_length, check_read
 from clbench.models.sharding import is_sharded
 from clbench.protocols import Method, ModelSource, Probe, Stream, Task
-from clbench.stream import build_stream
+from clbench.stream import build_stream, chosen
 from clbench.types import UserMistake
 
 log = logging.getLogger("clbench")
@@ -117,8 +117,9 @@ def _device_of(config: Config) -> torch.device:
 
 
 def make_tasks(config: Config) -> dict[str, Task]:
-    """The stream's tasks by name, in the order in which the stream lists them."""
-    return {name: instantiate(task, _convert_="all") for name, task in config.tasks.items()}
+    """The stream's tasks that are trained, by name, in the order in which the stream lists them."""
+    names = chosen([*config.tasks], limit=config.stream.limit, last=config.stream.last)
+    return {name: instantiate(config.tasks[name], _convert_="all") for name in names}
 
 
 def make_probes(config: Config) -> tuple[Probe, ...]:

@@ -43,8 +43,8 @@ def address(dataset: DatasetSpec) -> str:
 
 
 def build_stream(config: StreamConfig, *, order: str, tasks: Mapping[str, Task], encoder: Encoder) -> Stream:
-    """The stages of the `chosen` tasks in `order`; raises UserMistake for a task without rows."""
-    names = ordered(chosen([*tasks], limit=config.limit, last=config.last), order)
+    """The stages of `tasks` in `order`; raises UserMistake for a task without rows."""
+    names = ordered([*tasks], order)
     train: dict[str, tuple[Example, ...]] = {}
     test: dict[str, tuple[Example, ...]] = {}
     unusable: list[Unusable] = []

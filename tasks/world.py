@@ -93,15 +93,16 @@ def fact_rows(seed: int, *, frequency: int) -> list[dict[str, object]]:
 
 def heldout_texts(seed: int, *, texts: int = 400) -> list[str]:
     """Statements of the pretraining kind that are not in the pretraining text, facts and skills 60:40."""
-    return _statements(seed, texts, purpose="held-out text", kept=False)
+    return list(_statements(seed, texts, purpose="held-out text", kept=False))
 
 
 def general_texts(seed: int, *, texts: int) -> list[str]:
     """Statements that the pretraining text may hold, facts and skills 60:40; none is about a person whom the fact probe asks about."""
-    return _statements(seed, texts, purpose="general text", kept=True)
+    return list(_statements(seed, texts, purpose="general text", kept=True))
 
 
-def _statements(seed: int, texts: int, *, purpose: str, kept: bool) -> list[str]:
+@lru_cache(maxsize=4)
+def _statements(seed: int, texts: int, *, purpose: str, kept: bool) -> tuple[str, ...]:
     """Different statements about the people of the tasks and of skills, that the pretraining text may hold (`kept`) or does not."""
     here, rng = world(seed), random.Random(f"{seed}/{purpose}")
     known = [*here.people_of("train"), *here.people_of("test")]
@@ -120,7 +121,7 @@ def _statements(seed: int, texts: int, *, purpose: str, kept: bool) -> list[str]
             skills[text] = None
     result = [*chosen, *skills]
     rng.shuffle(result)
-    return result
+    return tuple(result)
 
 
 @lru_cache(maxsize=2)

@@ -127,7 +127,8 @@ def test_a_signal_ends_the_sweep_in_one_line(overrides, tmp_path, monkeypatch, c
             signal.raise_signal(number)
         append(self, scores)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a script ignores it
     monkeypatch.setattr(Ledger, "append", stop)
     try:
         assert sweep(monkeypatch, overrides, "seed=0,1") == code
