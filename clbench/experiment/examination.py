@@ -1,0 +1,118 @@
+"""How a run is examined: the probes on every view of its model, the canaries, and the untouched model, which runs share."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch.nn import Module
+
+from clbench.build import Parts
+from clbench.config import Config, identity, is_due
+from clbench.data.encoder import Encoder
+from clbench.examine.canaries import check_stream
+from clbench.examine.canaries.own_model import check_model
+from clbench.examine.student import Report, Student
+from clbench.experiment.underway import Run
+from clbench.models.folding import folded
+from clbench.models.sharding import gathering
+from clbench.protocols import Stage
+from clbench.record.manifest import failed_canaries
+from clbench.record.runs import CANARIES, FAILED
+from clbench.record.tracking import Tracker
+from clbench.record.untouched import Untouched, find, keep, kept_at, source_hash
+from clbench.train.ranks import Ranks
+from clbench.types import Score, Source
+
+log = logging.getLogger("clbench")
+
+
+def check_evaluation(parts: Parts) -> dict[str, Any]:
+    """What the manifest says of the canaries; a run with a failed one is not ranked."""
+    found = [asdict(canary) for canary in check_stream(parts.stream, parts.encoder)]
+    failed = failed_canaries(found)
+    if failed:
+        log.warning("the run will not be ranked, its evaluation failed its own tests: %s", "; ".join(failed))
+    return {"checked": len(found), "failed": failed, "results": found}
+
+
+def measure_untouched(
+    config: Config, parts: Parts, model: Module, *, manifest: Mapping[str, Any], ranks: Ranks, tracker: Tracker
+) -> Untouched:
+    """The untouched model's scores: those that another run has measured, or else measured now and kept for others."""
+    student = student_of(config, model, parts.encoder, ranks, report=partial(tracker.examining, 0, "model"))
+    for probe in parts.probes:
+        probe.begin(student)
+    settings = identity(manifest["config"])
+    shared = ("engine.", "order", "stream", "tasks", "probe", "train.max_length", "train.cut")
+    depends_on = {key: value for key, value in settings.items() if key.startswith(shared)}
+    depends_on |= {key: manifest[key] for key in ("model_fingerprint", "data", "probe_data", "versions", "hardware")}
+    depends_on["source"] = source_hash([*(stage.task for stage in parts.stream.stages), *parts.probes])
+    path = kept_at(Path(config.cache_dir), depends_on)
+    kept = ranks.share(find(path) if ranks.is_first else None)
+    if kept is not None:
+        return kept
+    scores = [score for probe in parts.probes for score in probe.measure(student, parts.stream, 0)]
+    tokens = sum(ranks.gather(student.tokens_scored))
+    measured = Untouched(run=manifest["run"], tokens=tokens, scores=tuple(scores))
+    if ranks.is_first:
+        keep(path, measured)
+    return measured
+
+
+def replay_scores(run: Run, stage: Stage, memory: Sequence[Source]) -> list[Score]:
+    """How much of the replayed memory is also in a test or probe: a count of distinct examples; nothing without replay."""
+    replayed = {example.id for source in memory for example in source.examples}
+    if not replayed:
+        return []
+    counted = {"task": "replay", "metric": "test_or_probe_overlap", "value": float(len(replayed & run.overlapping))}
+    unknown = {"stderr": float("nan"), "seconds": 0.0}
+    return [Score(stage=stage.index, stage_name=stage.name, probe="data", n=len(replayed), **counted, **unknown)]
+
+
+def student_of(config: Config, model: Module, encoder: Encoder, ranks: Ranks, *, report: Report) -> Student:
+    """The model under examination. Ranks share its requests, unless they hold slices of the base and make every forward together."""
+    return Student(model, encoder, ranks=Ranks() if config.engine.shard_base else ranks, report=report)
+
+
+def examine(run: Run, index: int, tracker: Tracker) -> tuple[list[Score], int]:
+    """Every probe on every view of the model, and the tokens that were read; a secondary view's probes are named `probe@view`."""
+    run.model.eval()
+    scores, tokens = [], 0
+    last, cadence = len(run.stream.stages), run.config.probe.cadence
+    due = [probe for probe in run.probes if is_due(cadence.get(probe.name, "all"), index, last)]
+    for number, (view, weights) in enumerate(run.method.views(run.model).items()):
+        with weights, folded(run.model) if number == 0 else nullcontext(), gathering(run.model):
+            report = partial(tracker.examining, index, view)
+            student = student_of(run.config, run.model, run.encoder, run.ranks, report=report)
+            for probe in due:
+                found = probe.measure(student, run.stream, index)
+                scores += [replace(score, probe=f"{score.probe}@{view}") if number else score for score in found]
+            tokens += student.tokens_scored
+    return scores, tokens
+
+
+def check_own_model(run: Run, index: int, *, before: Sequence[float] = ()) -> list[Score]:
+    """How far the run's fast forwards are from plain ones, of the model as it is now; a run with a gap is not ranked.
+
+    `before`: what it said before the method merged.
+    """
+    started = time.perf_counter()
+    view, *_ = run.method.views(run.model).values()
+    with view, gathering(run.model):
+        student = Student(run.model, run.encoder)
+        gaps = check_model(student, run.stream, folded=folded(run.model), before=before)
+    for gap in gaps:
+        if gap.failed:
+            log.warning("the run will not be ranked: %s is %.1e nats a token off plain forwards", gap.name, gap.nats)
+    where = {"stage": index, "stage_name": run.stream.stage_name(index), "probe": CANARIES, "stderr": float("nan")}
+    seconds = (time.perf_counter() - started) / (2 * len(gaps))
+    return [
+        Score(**where, task=gap.name, metric=metric, value=float(value), n=gap.n, seconds=seconds)
+        for gap in gaps
+        for metric, value in (("gap_nats", gap.nats), (FAILED, gap.failed))
+    ]
