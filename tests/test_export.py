@@ -47,8 +47,12 @@ def base_of(cache_dir: Path) -> Path:
 PLAIN = ("seq", "ilora", "base_interpolation")
 """Methods whose first view is one LoRA on the untouched weights."""
 
+SELDOM = ("ilora", "base_interpolation", "curlora", "osf")
 
-@pytest.mark.parametrize("method", [*PLAIN, "curlora", "merge_average", "osf"])
+
+@pytest.mark.parametrize(
+    "method", ["seq", "merge_average", *(pytest.param(name, marks=pytest.mark.slow) for name in SELDOM)]
+)
 def test_a_run_is_exported_with_the_logits_that_it_was_examined_with(method, overrides, cache_dir, tmp_path):
     path = run(compose([*overrides, *BASE, f"method={method}"]))
     check(path, tmp_path / "out", base_of(cache_dir), has_adapter=method in PLAIN)
