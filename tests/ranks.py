@@ -348,6 +348,11 @@ def run(*overrides: str) -> dict[str, object]:
     return {"path": path, "after 1": left, "resident": from_all(resident)}
 
 
+def broken(config: object, *, command: str) -> None:
+    """What a rank does that fails by a mistake of ours."""
+    raise RuntimeError("a mistake of ours")
+
+
 def rejoin(port: str, *overrides: str) -> dict[str, object]:
     """Two stages by ranks that have left each other and joined anew."""
     leave()
