@@ -26,7 +26,7 @@ from torch.nn import Module
 from baselines.er import Er
 from clbench.models.loss import answer_loss, rows_of
 from clbench.protocols import Engine
-from clbench.types import Batch
+from clbench.types import Batch, UserMistake
 
 
 def share_along(g: Sequence[Tensor], g_ref: Sequence[Tensor]) -> Tensor:
@@ -41,6 +41,12 @@ class Agem(Er):
     """LoRA whose gradient does not oppose that of the memory. `pending`: the memory's rows of the step under way."""
 
     pending: list[Batch] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.after or self.weight != 1:
+            raise UserMistake(
+                "method=agem trains on no memory: method.after and method.weight are ER's; leave them out"
+            )
 
     def loss(self, model: Module, batch: Batch) -> Tensor:
         """Cross-entropy of the current rows, in nats per answer token; the memory's wait for `correct_gradients`."""

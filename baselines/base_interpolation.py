@@ -34,12 +34,11 @@ def shrunk(pairs: Sequence[Pair], shares: Sequence[float]) -> dict[str, Tensor]:
 
 
 @dataclass(kw_only=True)
-class BaseInterpolation(Seq):
-    """Sequential fine-tuning of one LoRA, examined with each of the `alphas` of its update; the first is the primary view."""
+class Shrunk(Seq):
+    """Sequential fine-tuning of one LoRA that is examined with shares of its update."""
 
     keeps = False
 
-    alphas: list[float]
     pairs: tuple[Pair, ...] = ()
 
     def wrap(self, model: Module) -> Module:
@@ -47,7 +46,16 @@ class BaseInterpolation(Seq):
         self.pairs = lora_pairs(wrapped)
         return wrapped
 
+    def view(self, shares: Sequence[float]) -> AbstractContextManager:
+        """The model with such a share of each pair's update."""
+        return holding(self.pairs, shrunk(self.pairs, shares))
+
+
+@dataclass(kw_only=True)
+class BaseInterpolation(Shrunk):
+    """SEQ, examined with each of the `alphas` of its update; the first is the primary view."""
+
+    alphas: list[float]
+
     def views(self, model: Module) -> dict[str, AbstractContextManager]:
-        return {
-            f"{alpha:g}": holding(self.pairs, shrunk(self.pairs, [alpha] * len(self.pairs))) for alpha in self.alphas
-        }
+        return {f"{alpha:g}": self.view([alpha] * len(self.pairs)) for alpha in self.alphas}

@@ -19,9 +19,7 @@ from dataclasses import dataclass
 
 from torch.nn import Module
 
-from baselines.base_interpolation import shrunk
-from baselines.seq import Seq
-from clbench.models.pairs import Pair, holding, lora_pairs
+from baselines.base_interpolation import Shrunk
 
 
 def block_of(name: str) -> int:
@@ -35,24 +33,15 @@ def block_of(name: str) -> int:
 
 
 @dataclass(kw_only=True)
-class Lines(Seq):
-    """Sequential fine-tuning of one LoRA, examined with each of the `scalings`, pairs of alpha and beta; the first is the primary view."""
-
-    keeps = False
+class Lines(Shrunk):
+    """SEQ, examined with each of the `scalings` of its update, pairs of alpha and beta; the first is the primary view."""
 
     scalings: list[list[float]]
-    pairs: tuple[Pair, ...] = ()
-
-    def wrap(self, model: Module) -> Module:
-        wrapped = super().wrap(model)
-        self.pairs = lora_pairs(wrapped)
-        return wrapped
 
     def views(self, model: Module) -> dict[str, AbstractContextManager]:
         depths = [block_of(pair.A) for pair in self.pairs]
         last = max(1, *depths)
-        found = {}
-        for alpha, beta in self.scalings:
-            shares = [alpha + beta * depth / last for depth in depths]
-            found[f"{alpha:g}+{beta:g}"] = holding(self.pairs, shrunk(self.pairs, shares))
-        return found
+        return {
+            f"{alpha:g}+{beta:g}": self.view([alpha + beta * depth / last for depth in depths])
+            for alpha, beta in self.scalings
+        }

@@ -88,10 +88,11 @@ def put_in_reach(folder: Path) -> None:
 
 
 def _job(composed: DictConfig) -> float | None:
-    """One Hydra job. In a sweep what ends it is kept for the end, unless the sweeper is to hear of it, which `optimize` says."""
+    """One Hydra job. In a sweep what ends it is kept for the end, unless the sweeper is to hear of it, which `optimize` says, or a launcher
+    did not pass the sweep's variable on; then Hydra tells it."""
     heed_signals()
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return _run(resolve(composed)) if composed.optimize else _swept(composed)
+        return _run(resolve(composed)) if composed.optimize or SWEEP not in os.environ else _swept(composed)
     try:
         return _run(resolve(composed))
     except FAILURES as error:

@@ -28,8 +28,8 @@ SHORT = 5
 class Rows(ClosedTask):
     """Rows of the file or folder `rows`: `prompt` with `{column}`s, the column `answer`, `choices` as words or as the column that lists them.
 
-    `answer` holds one of the choices, its position from 0, or, in free text, the answer or a list of right ones. A file without a split in
-    its name is cut: one row in ten, by a hash of its number, is for test. Closed questions are scored by accuracy, free text of at most
+    `answer` holds one of the choices, its position from 0, or, in free text, the answer or a list of right ones. A single file is cut: one row
+    in ten, by a hash of its number, is for test. Closed questions are scored by accuracy, free text of at most
     SHORT words by exact match, longer text by ROUGE-L, unless `metric` says otherwise.
     """
 

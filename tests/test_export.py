@@ -26,8 +26,8 @@ def logits(model: Module) -> Tensor:
 
 def check(path: Path, out: Path, base: Path, *, has_adapter: bool) -> None:
     assert export.export_run(path, out) == has_adapter == (out / "adapter").is_dir()
-    with export.trained(path) as (model, _):
-        expected = logits(model)
+    with export.trained(path) as found:
+        expected = logits(found.model)
     untouched = AutoModelForCausalLM.from_pretrained(base)
     assert float((expected - logits(untouched)).abs().max()) > 1e-3
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), expected, rtol=0, atol=1e-5)

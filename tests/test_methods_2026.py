@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from clbench.models.folding import folded
 from clbench.models.loss import answer_loss, rows_of
 from clbench.models.weights import trainable, trainable_state
 from clbench.train.loop import global_batch
-from clbench.types import Batch, UserMistake
+from clbench.types import Batch, Example, UserMistake
 from tests.test_methods import SAME_RATE, Lab, everything, gpt2, lab, llama, same, tokenizer
 
 SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -364,9 +365,8 @@ def test_agem_takes_what_opposes_the_memory_over_all_tensors_as_one_vector(g, g_
         assert sum(a * b for a, b in zip(after, g_ref, strict=True)) == 0
 
 
-def check_agem(toy: Lab) -> tuple[float, float]:
+def check_agem(toy: Lab, batch: Batch) -> tuple[float, float]:
     """<g, g_ref> before the projection, and after it, of a step whose gradient is checked against one that is worked out apart."""
-    batch = batch_of(toy, 2)
     parts = []
     for source in (0, 1):
         rows = rows_of(batch, torch.nonzero(batch.sources == source)[:, 0])
@@ -377,15 +377,32 @@ def check_agem(toy: Lab) -> tuple[float, float]:
     engine.backward(toy.method.loss(toy.model, batch))
     toy.method.correct_gradients(engine)
     found = torch.cat([tensor.grad.flatten() for tensor in engine.tensors()]).double()
+    engine.clear()
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
     return float(g @ g_ref), float(found @ g_ref)
 
 
-def test_agem_projects_a_step_of_the_lab():
-    toy = lab("agem", "method.fraction=0.5", SAME_RATE)
+def test_agem_projects_a_step_that_opposes_the_memory_and_no_other():
+    toy = lab("agem", "method.fraction=1", "train.steps=10", "train.lr=1e-2")
     toy.train(1)
-    before, after = check_agem(toy)
-    assert after == pytest.approx(max(before, 0.0), abs=1e-5)
+    learned = toy.stage(1).train[:4]
+
+    def both(current: list[Example]) -> Batch:
+        rows = [(row, source, 1.0) for source, part in enumerate((current, learned)) for row in part]
+        (batch,) = toy.run.encoder.micro_batches(rows, rows=len(rows))
+        return batch
+
+    before, after = check_agem(toy, both(learned))
+    assert before > 0.1 and after == pytest.approx(before, abs=1e-5)
+    # What was learned is asked again, and now has another answer.
+    before, after = check_agem(toy, both([replace(row, answer="w3") for row in learned]))
+    assert before < -0.1 and after == pytest.approx(0, abs=1e-5)
+
+
+def test_agem_refuses_settings_of_er_that_mean_nothing_to_it():
+    for key in ("+method.weight=2", "+method.after=true"):
+        with pytest.raises(InstantiationException, match="trains on no memory"):
+            lab("agem", key)
 
 
 def test_osf_keeps_gradients_out_of_the_frozen_directions_and_merges_what_it_trained():

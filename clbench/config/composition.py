@@ -6,9 +6,8 @@ With `cli`, which starts what is composed here, the only place that sees a DictC
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,7 @@ def resolve(composed: DictConfig) -> Config:
                 f"{group} is not to be given so; name one option of conf/{group}, or with -m several runs"
             )
     with open_dict(composed):
-        if composed.model.label is None:
+        if composed.model.get("label") is None:
             name = Path(composed.model.name).name
             composed.model.label = re.sub(r"[^A-Za-z0-9_.+-]+|^[^A-Za-z0-9_]+", "_", name)[-64:]
         if settings := composed.pop("settings"):
@@ -89,16 +88,21 @@ def resolve(composed: DictConfig) -> Config:
 
 
 def _sources(plain: Any) -> dict[str, str]:
-    """By module, the SHA-256 of the file of every class that a `_target_` names and that is not our own; what cannot be found is refused later."""
-    found = {}
-    for target in _targets(plain):
-        module = target.rpartition(".")[0]
-        if module.partition(".")[0] not in OURS:
-            with suppress(ModuleNotFoundError, ValueError):
-                spec = find_spec(module)
-                if spec and spec.origin and Path(spec.origin).is_file():
-                    found[module] = hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
-    return found
+    """By module, the SHA-256 of the file of every class that a `_target_` names and that is not our own; what is nowhere is refused later."""
+    modules = {target.rpartition(".")[0] for target in _targets(plain)}
+    files = {module: _file_of(module) for module in sorted(modules) if module.partition(".")[0] not in OURS}
+    return {module: hashlib.sha256(file.read_bytes()).hexdigest() for module, file in files.items() if file}
+
+
+def _file_of(module: str) -> Path | None:
+    """Where a module's code lies; found without importing the packages that it is in, which may fail, or take long."""
+    spec, folders = None, None
+    for part in module.split("."):
+        spec = PathFinder.find_spec(part, folders)
+        if spec is None:
+            return None
+        folders = spec.submodule_search_locations
+    return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
 
 
 def _targets(value: Any) -> Iterator[str]:

@@ -27,7 +27,7 @@ what base knowledge was kept, how far perplexity drifted, and what it cost.
 
 All keys and their values: --cfg job. A folder of your own yamls: --config-dir
 DIR. Hydra's flags: --hydra-help. Other commands: python -m clbench.leaderboard,
-.report, .verify, .doctor
+.report, .verify, .export, .doctor
 """
 
 
