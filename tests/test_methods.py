@@ -525,17 +525,18 @@ def test_weight_decay_alone_sets_lora_wd_apart_from_seq():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_examining_folded_gives_the_same_outputs_and_restores_every_bit(name):
+def test_examining_folded_gives_the_same_outputs_restores_every_bit_and_leaves_a_model_that_trains_on(name):
     toy = lab(name)
     toy.train(1)
     toy.train(2)
     before = everything(toy.model)
     for view in ("first", "last"):
-        with list(toy.method.views(toy.model).values())[0 if view == "first" else -1]:
+        with list(toy.method.views(toy.model).values())[0 if view == "first" else -1], torch.inference_mode():
             plain = toy.logits()
             with folded(toy.model):
                 torch.testing.assert_close(toy.logits(), plain, rtol=1e-5, atol=1e-5)
         assert same(everything(toy.model), before)
+    toy.train(3)
 
 
 # --- 6 resume and invariance --------------------------------------------------------------------------------------------

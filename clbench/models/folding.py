@@ -53,21 +53,18 @@ def inner_layer(layer: BaseTunerLayer | CurLinear) -> Module:
     return layer.base if isinstance(layer, CurLinear) else layer.get_base_layer()
 
 
+@torch.inference_mode(False)  # PEFT puts another tensor in the place of some weights, and training goes on with it
 @torch.no_grad()
 def merge(layer: BaseTunerLayer | CurLinear) -> None:
     """Writes the layer's update into its weight; the layer's outputs stay what they were."""
     if isinstance(layer, CurLinear):
         layer.weight.copy_(layer.effective_weight(layer.core()))
         layer.folded = True
-    elif isinstance(layer, OSFLayer):
-        # PEFT's own puts another tensor in the weight's place, which may be one that cannot be trained on later.
-        for adapter in layer.active_adapters:
-            layer.get_base_layer().weight += layer.get_delta_weight(adapter)
-            layer.merged_adapters.append(adapter)
     else:
         layer.merge(safe_merge=False)
 
 
+@torch.inference_mode(False)
 def unmerge(layer: BaseTunerLayer | CurLinear) -> None:
     """Marks the layer as not merged; its weight is the caller's to put back."""
     if isinstance(layer, CurLinear):
