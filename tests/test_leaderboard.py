@@ -776,5 +776,5 @@ def test_a_search_names_the_chosen_setting_of_each_method_and_the_edges_it_stand
         ("alpha", "train.steps=20", "0", "train.steps lowest"),
     ]
     # Accuracy is 2/3 + .1 and .005 for the seeds' mean; retention_probability is .375 / .75.
-    assert float(rows[0]["criterion"]) == approx((2 / 3 + 0.105 + 0.5) / 2)
+    assert float(rows[0]["criterion"]) == approx(2 * (2 / 3 + 0.105) * 0.5 / (2 / 3 + 0.105 + 0.5))
     assert rows[0]["n_blocks"] == "2"
