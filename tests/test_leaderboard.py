@@ -20,6 +20,7 @@ from clbench.report import columns, measures
 from clbench.report import html as report
 from clbench.report import tables as leaderboard
 from clbench.report.columns import FILES
+from clbench.report.search import search
 from clbench.report.summary import summarise
 from clbench.types import Cost, Score, UserMistake
 
@@ -778,3 +779,16 @@ def test_a_search_names_the_chosen_setting_of_each_method_and_the_edges_it_stand
     # Accuracy is 2/3 + .1 and .005 for the seeds' mean; retention_probability is .375 / .75.
     assert float(rows[0]["criterion"]) == approx(2 * (2 / 3 + 0.105) * 0.5 / (2 / 3 + 0.105 + 0.5))
     assert rows[0]["n_blocks"] == "2"
+
+
+def test_a_search_without_a_knowledge_probe_takes_the_inverse_perplexity_ratio_for_what_was_kept(tmp_path):
+    for steps in (20, 40):
+        write_run(tmp_path, "alpha", seed=0, matrix=ALPHA, steps=steps)
+    summary = summarise(read_runs(tmp_path))
+    ratios = [1.25 if "steps=20" in notes else 0.5 for notes in summary.leaderboard["notes"]]
+    unprobed = summary.leaderboard.assign(retention_probability=np.nan, perplexity_ratio=ratios)
+    found = search(replace(summary, leaderboard=unprobed)).set_index("settings")["criterion"]
+    assert found["train.steps=20"] == approx(2 * (2 / 3) * 0.8 / (2 / 3 + 0.8))
+    assert found["train.steps=40"] == approx(2 * (2 / 3) / (2 / 3 + 1)), (
+        "a text that is read better counts as kept whole"
+    )

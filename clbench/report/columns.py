@@ -194,7 +194,7 @@ SEARCH = (
     VARIANT,
     Column("settings", "key=value", "the values in which the settings of the method differ"),
     *(replace(one, bounds=False) for one in LEADERBOARD if one.name in ("n_blocks", "average_accuracy", "learning_accuracy", "retention", "retention_probability", "perplexity_ratio")),
-    Column("criterion", "fraction of 1", "what a setting is chosen by", "2 a k / (a + k) with a = average_accuracy and k = retention_probability cut to 0 .. 1"),
+    Column("criterion", "fraction of 1", "what a setting is chosen by", "2 a k / (a + k) with a = average_accuracy and k = retention_probability or, where no knowledge was probed, 1 / perplexity_ratio, cut to 0 .. 1"),
     Column("chosen", "0 or 1", "1 of the setting with the highest criterion"),
     Column("edge", "key and end", "which of its values are the lowest or the highest that were tried"),
 )

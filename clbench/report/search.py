@@ -1,7 +1,8 @@
 """What a search found: of every method with several settings a row for each, and which one is chosen.
 
-A setting is chosen by the harmonic mean of average accuracy and retention_probability, which counts as 0 at least and 1 at most; both are means over
-its blocks. By the arithmetic mean a setting that learns nothing and therefore keeps everything would be chosen.
+A setting is chosen by the harmonic mean of average accuracy and of what was kept: retention_probability or, in a search that probes no knowledge, the
+inverse of the perplexity ratio, each cut to 0 .. 1. All are means over its blocks. By the arithmetic mean a setting that learns nothing and therefore
+keeps everything would be chosen.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,7 +31,9 @@ def _of_method(rows: pd.DataFrame, configs: pd.Series) -> pd.DataFrame:
     tried = pd.DataFrame([identity(configs[runs[0]]) for runs in rows["runs"]], index=rows.index)
     tried = tried.drop(columns=[key for key in BLOCK_KEYS if key in tried])
     swept = tried.loc[:, tried.astype(str).nunique() > 1]
-    learned, kept = rows["average_accuracy"], rows["retention_probability"].clip(0.0, 1.0)
+    probed = rows["retention_probability"].notna().any()
+    learned, kept = rows["average_accuracy"], rows["retention_probability"] if probed else 1 / rows["perplexity_ratio"]
+    kept = kept.clip(0.0, 1.0)
     value = 2 * learned * kept / (learned + kept)
     table = rows.assign(
         settings=[", ".join(f"{key}={one[key]}" for key in swept) for one in swept.to_dict("records")],
