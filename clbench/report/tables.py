@@ -12,6 +12,7 @@ from rich.text import Text
 
 from clbench.record.runs import read_runs, remove_left, replace_file
 from clbench.report.columns import legend
+from clbench.report.findings import findings
 from clbench.report.measures import SETTING
 from clbench.report.search import search
 from clbench.report.summary import NAMED, Summary, marks, summarise
@@ -55,7 +56,7 @@ def refresh(results_dir: Path) -> Table:
     remove_left(results_dir)
     for name, content in generated(summary).items():
         replace_file(results_dir / name, content)
-    return _terminal(summary.listed, unranked(summary.records.runs))
+    return _terminal(summary, unranked(summary.records.runs))
 
 
 def generated(summary: Summary) -> dict[str, bytes]:
@@ -78,7 +79,7 @@ def generated(summary: Summary) -> dict[str, bytes]:
         {name: None if pd.isna(value) else value for name, value in row.items()} for row in board.to_dict("records")
     ]
     files["leaderboard.json"] = (json.dumps(objects, indent=1) + "\n").encode()
-    files["leaderboard.md"] = _markdown(rows, unranked(runs)).encode()
+    files["leaderboard.md"] = _markdown(summary, unranked(runs)).encode()
     return files
 
 
@@ -136,24 +137,27 @@ def readable(rows: pd.DataFrame, *, spread: bool) -> pd.DataFrame:
     return shown.assign(notes=rows["notes"])
 
 
-def _markdown(rows: pd.DataFrame, left: str) -> str:
+def _markdown(summary: Summary, left: str) -> str:
     lines = ["# Leaderboard", "", plain(left), ""]
-    for setting, own in settings(rows):
+    for setting, own in settings(summary.listed):
         shown = readable(own, spread=True)
         rule = ["---", *["---:"] * (shown.shape[1] - 2), "---"]
         lines += [f"## {plain(setting)}", "", references(own), ""]
         cells = shown.map(plain)
         lines += [f"| {' | '.join(row)} |" for row in (shown.columns, rule, *cells.to_numpy())]
-        lines.append("")
+        found = [f"- {plain(sentence)}" for sentence in findings(summary.differences, own)]
+        lines += ["", *found, ""] if found else [""]
     return "\n".join(lines) + "\n" + LEGEND
 
 
-def _terminal(rows: pd.DataFrame, left: str) -> Table:
+def _terminal(summary: Summary, left: str) -> Table:
+    rows = summary.listed
     sections, notes = settings(rows), rows[rows["notes"] != ""]
+    found = [sentence for _, own in sections for sentence in findings(summary.differences, own)]
     columns = [Column(heading, justify="right", no_wrap=True) for heading in ON_TERMINAL[1:]]
     table = Table(Column(ON_TERMINAL[0], overflow="fold"), *columns, box=None)
     table.title = f"Leaderboard of {sections[0][0]}" if len(sections) == 1 else "Leaderboard"
-    table.caption = Text("\n".join([*(notes["label"] + ": " + notes["notes"]), left]))
+    table.caption = Text("\n".join([*found, *(notes["label"] + ": " + notes["notes"]), left]))
     table.title_justify = table.caption_justify = "left"
     for setting, own in sections:
         if len(sections) > 1:
