@@ -3,6 +3,7 @@
 import math
 
 import pandas as pd
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -49,6 +50,7 @@ def test_a_peer_that_gives_other_results_stops_the_race():
     raise RuntimeError
 
 
+@pytest.mark.slow
 def test_a_tiny_model_of_the_real_ones_kind_passes_every_race():
     def tiny() -> PreTrainedModel:
         torch.manual_seed(0)

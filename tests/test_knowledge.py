@@ -437,6 +437,7 @@ def test_shots_give_what_lm_eval_gives_item_by_item(shown_dir, tmp_path, monkeyp
         assert prompts == [sample["arguments"][0][0] for sample in samples]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL_ROWS, reason="CLBENCH_DATA names no folder of real rows")
 def test_published_shots_of_real_rows_equal_lm_evals_own():
     student = tiny_student(positions=12_000)
@@ -529,6 +530,7 @@ def test_a_group_that_weighs_its_tasks_equally_is_the_mean_of_their_means(studen
     assert by_task.items == (sum(score.items[:2]) / 2, sum(score.items[2:]) / 4) and by_task.value == score.value
 
 
+@pytest.mark.slow
 def test_a_group_of_unlike_tasks_is_its_members():
     ((name, mmlu),) = named("mmlu").items()
     assert (name, len(mmlu.tasks), mmlu.tasks[0].config.get("num_fewshot")) == ("mmlu", 57, None)

@@ -115,7 +115,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("moment", ["before the scores", "after the scores", "after the checkpoint"])
-@pytest.mark.parametrize("method", ["seq", "er", "ewc"])
+@pytest.mark.parametrize("method", [pytest.param("seq", marks=pytest.mark.slow), "er", "ewc"])
 def test_a_killed_run_continues_to_the_same_bytes(overrides, tmp_path, monkeypatch, method, moment):
     run(elsewhere(overrides, tmp_path, "whole"), f"method={method}")
     append, save = Ledger.append, Ledger.save
