@@ -7,7 +7,8 @@ import os
 import sys
 import warnings
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from inspect import isfunction, signature
 from pathlib import Path
@@ -22,6 +23,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch.nn import Module
 
 from clbench.config import Config
+from clbench.config.names import choices
 from clbench.data.encoder import Encoder
 from clbench.models.limits import check_length, check_read
 from clbench.models.sharding import is_sharded
@@ -57,25 +59,28 @@ def set_up_torch(config: Config) -> None:
     transformers.logging.disable_progress_bar()
 
 
-def build(config: Config) -> Parts:
-    """Reads the rows and the tokenizer; no model is loaded."""
+def build(config: Config, *, working: Callable[[str], AbstractContextManager[object]] = nullcontext) -> Parts:
+    """Reads the rows and the tokenizer; no model is loaded. What is done inside of `working` takes long, which it says."""
     check_classes(config)
     device = _device_of(config)
-    tasks, probes = make_tasks(config), make_probes(config)
-    # What is wrong with rows is said at once: the tokenizer of a model that is pretrained here is there when that is done.
-    for task in tasks.values():
-        for split in ("train", "test"):
-            task.examples(split)
+    with working("reading the rows of tasks and probes"):
+        tasks, probes = make_tasks(config), make_probes(config)
+        # What is wrong with rows is said at once: the tokenizer of a model that is pretrained here is there when that is done.
+        for task in tasks.values():
+            for split in ("train", "test"):
+                task.examples(split)
     source = instantiate(config.model, _convert_="all")
     tokenizer = source.load_tokenizer(Path(config.cache_dir))
     train, positions = config.train, source.positions(Path(config.cache_dir))
     check_length(train.max_length, positions=positions)
-    encoder = Encoder(tokenizer, max_length=train.max_length, cut=train.cut, device=device)
+    chat = config.prompt == "chat"
+    encoder = Encoder(tokenizer, max_length=train.max_length, cut=train.cut, device=device, chat=chat)
     if (config.stream.limit or 0) > len(config.stream.tasks):
         log.warning("stream.limit=%d, but the stream has %d tasks: all are trained", config.stream.limit, len(tasks))
-    stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
-    for probe in probes:
-        check_read(probe.longest(encoder), positions=positions)
+    with working("encoding the rows"):
+        stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
+        for probe in probes:
+            check_read(probe.longest(encoder), positions=positions)
     return Parts(source=source, method=make_method(config), encoder=encoder, stream=stream, probes=probes)
 
 
@@ -186,7 +191,7 @@ def _check_target(key: str, settings: Mapping[str, Any], hint: Any) -> None:
     hints = _hints(found.__init__, *found.__mro__) if isinstance(found, type) else _hints(found)
     given = {name: value for name, value in settings.items() if name != "_target_"}
     for name in () if takes_any else given.keys() - fields.keys():
-        raise UserMistake(f"{key}.{name} is no field of {target}; it has {', '.join(fields)}")
+        raise UserMistake(f"{key}.{name} is no field of {target}; {choices(name, fields)}")
     for name, field in fields.items():
         if name in given:
             check_value(f"{key}.{name}", given[name], hints.get(name, Any))

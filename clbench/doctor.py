@@ -228,7 +228,8 @@ def forecast(arguments: Sequence[str]) -> Iterator[Table | str]:
     counts = count_parameters(model)
     yield f"{source.label} with {config.method['name']}: {counts['parameters']:,} parameters, {counts['trainable']:,} of them trainable"
     try:
-        encoder = Encoder(source.load_tokenizer(Path(config.cache_dir)), max_length=config.train.max_length)
+        tokenizer, chat = source.load_tokenizer(Path(config.cache_dir)), config.prompt == "chat"
+        encoder = Encoder(tokenizer, max_length=config.train.max_length, chat=chat)
         tokens = count_tokens(config, sizes, tasks, encoder)
         rows = work(tokens, counts, GPUS[gpu][0] * 1e12 * share * ranks)
         yield table(
