@@ -5,7 +5,6 @@ As in lm-eval, a special token that a message spells is one. Not here: token ids
 
 import re
 from collections.abc import Mapping, Sequence
-from datetime import date
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -13,8 +12,20 @@ from transformers import PreTrainedTokenizerBase
 from clbench.types import UserMistake
 
 Message = Mapping[str, str]
-DAY = date(2024, 7, 26)
-"""What a template hears that asks for the date: a run reads the same prompts on whatever day it goes on."""
+DAY = {
+    "d": "26",
+    "m": "07",
+    "b": "Jul",
+    "B": "July",
+    "y": "24",
+    "Y": "2024",
+    "a": "Fri",
+    "A": "Friday",
+    "H": "00",
+    "M": "00",
+    "S": "00",
+}
+"""What a template is told that asks for the date: a run reads the same prompts on whatever day it goes on."""
 PROBE = "?"
 """A message that no template changes."""
 
@@ -34,9 +45,19 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
         ) from error
 
 
+def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's template, in which the day is always the same."""
+    template = tokenizer.get_chat_template()
+    if "strftime_now" not in template:
+        return template
+    written = "".join(f" | replace('%{form}', '{value}')" for form, value in DAY.items())
+    return f"{{%- macro strftime_now(form) -%}}{{{{ form{written} }}}}{{%- endmacro -%}}{template}"
+
+
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **settings: bool) -> str:
     """The text that the template makes of messages, each with a `role` and its `content`."""
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, strftime_now=DAY.strftime, **settings)
+    template = own_template(tokenizer)
+    return tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False, **settings)
 
 
 def asked(tokenizer: PreTrainedTokenizerBase, question: str) -> str:

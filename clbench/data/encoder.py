@@ -61,15 +61,17 @@ class Encoder:
         self._answers: dict[str, Ids] = {}
         self._own: dict[tuple[str, bool], Ids] = {}
         first, *_ = tokenizer(SIGN, add_special_tokens=True, split_special_tokens=True)["input_ids"]
-        self.begin: Ids = (first,) if first == tokenizer.bos_token_id else ()
+        self._first = (first,) if first == tokenizer.bos_token_id else ()
+        self.begin: Ids = self._first
         self.end: Ids = ()
         self._before, self._spacing = SIGN, " "
         if chat:
             chats.check_template(tokenizer)
             self._before, self._spacing = chats.after_special(tokenizer, self.spelled(SIGN)), chats.spacing(tokenizer)
-            around, whole = (self.own(chats.asked(tokenizer, text), special=False) for text in ("", SIGN))
-            self.begin = commonprefix([around, whole])
-            self.end = commonprefix([around[len(self.begin) :][::-1], whole[::-1]])[::-1]
+            # What differs is the message, and what a tokenizer makes one token of with its edge.
+            alike = [self.own(chats.asked(tokenizer, text), special=False) for text in ("", SIGN, "A")]
+            self.begin = commonprefix(alike)
+            self.end = commonprefix([ids[len(self.begin) :][::-1] for ids in alike])[::-1]
 
     @property
     def frame(self) -> int:
@@ -89,7 +91,7 @@ class Encoder:
         """The prompt's token ids, after `begin`, untruncated; of an empty one BOS in any case, as something must come before an answer."""
         if prompt not in self._prompts:
             chat = self.own(self.spelled(prompt), special=False) if self.chat and prompt else ()
-            self._prompts[prompt] = chat or (*self.begin, *self.text(prompt)) or (self.tokenizer.bos_token_id,)
+            self._prompts[prompt] = chat or (*self._first, *self.text(prompt)) or (self.tokenizer.bos_token_id,)
         return self._prompts[prompt]
 
     def answer(self, answer: str) -> Ids:

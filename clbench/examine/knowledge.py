@@ -29,6 +29,7 @@ from scipy.special import softmax
 from clbench.data.rows import DatasetSpec
 from clbench.examine.lm import StudentLM
 from clbench.examine.lm_tasks import (
+    FEWSHOT_SEED,
     NamedRow,
     Rows,
     RowSource,
@@ -184,6 +185,7 @@ class Knowledge(Probe):
 
 def build_requests(task: Task, chosen: Sequence[int], *, chat_template: Callable[..., str] | None = None) -> None:
     """Has lm-eval make the requests of the chosen documents; what it draws meanwhile would lie over the run's own line."""
+    task.set_fewshot_seed(FEWSHOT_SEED)  # each time, as examples are drawn from where the last draw left off
     chat = {"apply_chat_template": True, "fewshot_as_multiturn": True} if chat_template else {}
     with contextlib.redirect_stderr(io.StringIO()):
         samples = list(chosen) if len(chosen) < len(task.eval_docs) else None

@@ -166,7 +166,6 @@ class RowSource:
                 f"probe task {named.name!r}: {hub!r} could not be loaded ({reason}); mend that, leave the task out of probe.tasks (probe=mini_local "
                 f"has no lambada_openai), or set data_dir and the folder of {hub}:{part} under probe.probes.*.folders (conf/probe)"
             ) from error
-        task.set_fewshot_seed(FEWSHOT_SEED)
         shots = named.config.get("num_fewshot") or 0
         if shots and len(there := task.fewshot_docs()) < shots:
             raise UserMistake(

@@ -18,7 +18,7 @@ from torch.nn import Module
 from clbench.data.encoder import Encoder
 from clbench.data.sampling import seeded
 from clbench.examine.canaries.answers import Verdict, chance, copier, near_zero, reference, shuffled, swap, wrong_scores
-from clbench.examine.canaries.tokens import NEW_TOKENS, Watched, one_bos, own_template, same_prompt
+from clbench.examine.canaries.tokens import NEW_TOKENS, Watched, in_template, one_bos, same_prompt
 from clbench.examine.student import Student
 from clbench.models.tiny import fresh_llama
 from clbench.protocols import Stage, Stream
@@ -82,5 +82,5 @@ def check_task(stage: Stage, *, model: Module, encoder: Encoder, unusable: Seque
         "bos": one_bos(stage, encoder),
         "prompt": same_prompt(stage, encoder, asked=student.asked),
         **({"swap": swap(pairs)} if pairs else {}),
-        **({"template": own_template(stage, encoder, asked=student.asked)} if encoder.chat else {}),
+        **({"template": in_template(stage, encoder, asked=student.asked)} if encoder.chat else {}),
     }

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from clbench.data.chat import DAY
+from clbench.data.chat import own_template
 from clbench.data.encoder import Encoder, Ids
 from clbench.examine.canaries.answers import Verdict
 from clbench.examine.student import Student
@@ -77,7 +77,7 @@ def same_prompt(stage: Stage, encoder: Encoder, *, asked: set[tuple[Ids, Ids]]) 
     )
 
 
-def own_template(stage: Stage, encoder: Encoder, *, asked: set[tuple[Ids, Ids]]) -> Verdict:
+def in_template(stage: Stage, encoder: Encoder, *, asked: set[tuple[Ids, Ids]]) -> Verdict:
     """Whether training and examination read the tokens that the tokenizer itself gives of its chat template; cut ones as far as they go.
 
     `asked` is what the student was given for `chance`.
@@ -86,8 +86,8 @@ def own_template(stage: Stage, encoder: Encoder, *, asked: set[tuple[Ids, Ids]])
 
     def by_itself(example: Example) -> Ids:
         messages = [{"role": "user", "content": example.prompt}]
-        settings = {"add_generation_prompt": True, "return_dict": False, "strftime_now": DAY.strftime}
-        return tuple(encoder.tokenizer.apply_chat_template(messages, **settings))
+        settings = {"chat_template": own_template(encoder.tokenizer), "add_generation_prompt": True}
+        return tuple(encoder.tokenizer.apply_chat_template(messages, return_dict=False, **settings))
 
     examples = encodable(stage, encoder)
     trained = [encoder.example(example) for example in examples]
