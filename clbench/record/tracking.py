@@ -70,7 +70,7 @@ class Tracker:
         """The stages after the `finished` first come now, and are expected to take so long."""
         self._forecast = forecast
         self._line.begin(forecast.until(len(self.stages)), done=forecast.until(finished))
-        self._line.say(f"{self.run}  {forecast.spoken(done=finished)}")
+        self._line.say(fill(f"{self.run}  {forecast.spoken(done=finished)}", WIDTH, **FOLDED))
 
     def step(self, stage: Stage, step: int, steps: int, loss: float) -> None:
         """Where training is within a stage, and the last reading of the loss (NaN where there is none yet)."""
