@@ -21,11 +21,12 @@ import transformers
 from hydra.utils import instantiate
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch.nn import Module
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from clbench.config import Config
 from clbench.config.names import choices
 from clbench.data.encoder import Encoder
-from clbench.models.limits import check_length, check_read
+from clbench.models.limits import check_length, check_read, positions
 from clbench.models.sharding import is_sharded
 from clbench.protocols import Method, ModelSource, Probe, Stream, Task
 from clbench.stream import build_stream, chosen
@@ -71,16 +72,20 @@ def build(config: Config, *, working: Callable[[str], AbstractContextManager[obj
                 task.examples(split)
     source = instantiate(config.model, _convert_="all")
     tokenizer = source.load_tokenizer(Path(config.cache_dir))
-    train, positions = config.train, source.positions(Path(config.cache_dir))
-    check_length(train.max_length, positions=positions)
+    own = source.configuration(Path(config.cache_dir))
+    check_method(config, own)
+    train, longest = config.train, positions(own)
+    check_length(train.max_length, positions=longest)
     chat = config.prompt == "chat"
     encoder = Encoder(tokenizer, max_length=train.max_length, cut=train.cut, device=device, chat=chat)
+    if tokenizer.chat_template is not None and not chat:
+        log.info("the model's tokenizer has a chat template, which prompt=plain leaves out; prompt=chat uses it")
     if (config.stream.limit or 0) > len(config.stream.tasks):
         log.warning("stream.limit=%d, but the stream has %d tasks: all are trained", config.stream.limit, len(tasks))
     with working("encoding the rows"):
         stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
         for probe in probes:
-            check_read(probe.longest(encoder), positions=positions)
+            check_read(probe.longest(encoder), positions=longest)
     return Parts(source=source, method=make_method(config), encoder=encoder, stream=stream, probes=probes)
 
 
@@ -97,10 +102,12 @@ def load_model(config: Config, source: Any) -> Module:
         return model.to(device=device, dtype=dtype)
 
 
-def check_method(config: Config, model: Module) -> None:
-    """Raises UserMistake where the method's layers are not to be had on `model`, before that is examined: tries on one without storage."""
+def check_method(config: Config, model: PretrainedConfig) -> None:
+    """Raises UserMistake where the method's layers are not to be had on such a `model`, before that is read: tries on one without storage."""
+    # Code that lies beside weights is asked for where there is no other; that it may run was said when the configuration was read.
+    is_remote = type(model) not in AutoModelForCausalLM._model_mapping
     with torch.device("meta"):
-        make_method(config).wrap(type(model)(copy.deepcopy(model.config)))
+        make_method(config).wrap(AutoModelForCausalLM.from_config(copy.deepcopy(model), trust_remote_code=is_remote))
 
 
 def wrap(config: Config, method: Method, model: Module) -> Module:

@@ -222,7 +222,7 @@ def forecast(arguments: Sequence[str]) -> Iterator[Table | str]:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     tasks, source = make_tasks(config), instantiate(config.model, _convert_="all")
     yield datasets_table(tasks)
-    sizes = source.configuration(Path(config.cache_dir))
+    sizes = source.sizes(Path(config.cache_dir))
     yield table("Trainable parameters", ("method", ""), trainable_rows(config, sizes), box=None)
     model = sketch(config, sizes)[1]
     counts = count_parameters(model)

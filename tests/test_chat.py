@@ -1,18 +1,24 @@
 """Prompts in a chat template: transformers' own tokens in training and examination, and lm-eval's own requests in the probes."""
 
+import json
 from dataclasses import replace
 
 import pytest
 from tokenizers import AddedToken
 
+from clbench.config.composition import compose
 from clbench.data.chat import asked
 from clbench.data.encoder import Encoder
 from clbench.examine.canaries import check_stream
 from clbench.examine.canaries.own_model import check_model
 from clbench.examine.student import Student
+from clbench.experiment import run
 from clbench.models.folding import folded
-from clbench.models.tiny import bpe_tokenizer, fresh_llama
+from clbench.models.tiny import bpe_tokenizer, fresh_llama, word_tokenizer
+from clbench.record.runs import read_runs
 from clbench.types import Example, UserMistake
+from tasks.world_words import VOCABULARY
+from tests.conftest import QUIET, TINY_STREAM
 from tests.test_canaries import LINES, colours, numbers, stream_of
 from tests.test_tokens import KINDS, tokenizer_like
 
@@ -146,3 +152,20 @@ def test_the_fast_way_of_reading_chats_equals_plain_forwards(template):
     stream = stream_of(colours(), numbers(), encoder=encoder, rows=8)
     gaps = check_model(Student(model, encoder), stream, folded=folded(model))
     assert {gap.name for gap in gaps if gap.failed} == set(), gaps
+
+
+def test_a_run_in_a_chat_says_so_and_shares_no_score_with_a_plain_one(tmp_path):
+    tokenizer = chatting("headers", word_tokenizer(VOCABULARY))
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    fresh_llama(tokenizer, architecture=size, seed=0).save_pretrained(tmp_path / "mine")
+    tokenizer.save_pretrained(tmp_path / "mine")
+    places = (f"results_dir={tmp_path / 'results'}", f"cache_dir={tmp_path}", "train.max_length=64")
+    given = [f"model.name={tmp_path / 'mine'}", "+model.world_seed=0", *TINY_STREAM, *QUIET, *places]
+    paths = [run(compose([*given, f"prompt={prompt}"])) for prompt in ("plain", "chat")]
+    plain, chat = (json.loads((path / "manifest.json").read_text()) for path in paths)
+    assert (plain["model"], chat["model"]) == ("mine", "mine+chat") and chat["config"]["prompt"] == "chat"
+    assert plain["untouched_measured_by"] == plain["run"] != chat["run"] == chat["untouched_measured_by"]
+    names = {one["name"] for one in chat["canaries"]["results"]}
+    assert names - {one["name"] for one in plain["canaries"]["results"]} == {"template"}
+    assert not chat["canaries"]["failed"]
+    assert {*read_runs(tmp_path / "results").runs["problem"]} == {""}

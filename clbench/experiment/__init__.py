@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn import Module
 
-from clbench.build import build, check_method, load_model, set_up_torch, wrap
+from clbench.build import build, load_model, set_up_torch, wrap
 from clbench.config import Config, run_directory, run_name
 from clbench.examine.canaries.own_model import said
 from clbench.examine.together import reads_together
@@ -68,7 +68,6 @@ def run(
         return path
     with working("loading the model"):
         model = load_model(config, parts.source)
-        check_method(config, model)
     shown = Tracker(config, parts.stream.stages, silent=not ranks.is_first, row=partial(row, path))
     with written_to(path if ranks.is_first else None), shown as tracker:
         with gathering(model):
