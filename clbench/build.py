@@ -7,7 +7,8 @@ import os
 import sys
 import warnings
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from inspect import isfunction, signature
 from pathlib import Path
@@ -20,10 +21,12 @@ import transformers
 from hydra.utils import instantiate
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch.nn import Module
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from clbench.config import Config
+from clbench.config.names import choices
 from clbench.data.encoder import Encoder
-from clbench.models.limits import check_length, check_read
+from clbench.models.limits import check_length, check_read, positions
 from clbench.models.sharding import is_sharded
 from clbench.protocols import Method, ModelSource, Probe, Stream, Task
 from clbench.stream import build_stream, chosen
@@ -57,25 +60,32 @@ def set_up_torch(config: Config) -> None:
     transformers.logging.disable_progress_bar()
 
 
-def build(config: Config) -> Parts:
-    """Reads the rows and the tokenizer; no model is loaded."""
+def build(config: Config, *, working: Callable[[str], AbstractContextManager[object]] = nullcontext) -> Parts:
+    """Reads the rows and the tokenizer; no model is loaded. What is done inside of `working` takes long, which it says."""
     check_classes(config)
     device = _device_of(config)
-    tasks, probes = make_tasks(config), make_probes(config)
-    # What is wrong with rows is said at once: the tokenizer of a model that is pretrained here is there when that is done.
-    for task in tasks.values():
-        for split in ("train", "test"):
-            task.examples(split)
+    with working("reading the rows of tasks and probes"):
+        tasks, probes = make_tasks(config), make_probes(config)
+        # What is wrong with rows is said at once: the tokenizer of a model that is pretrained here is there when that is done.
+        for task in tasks.values():
+            for split in ("train", "test"):
+                task.examples(split)
     source = instantiate(config.model, _convert_="all")
     tokenizer = source.load_tokenizer(Path(config.cache_dir))
-    train, positions = config.train, source.positions(Path(config.cache_dir))
-    check_length(train.max_length, positions=positions)
-    encoder = Encoder(tokenizer, max_length=train.max_length, cut=train.cut, device=device)
+    own = source.configuration(Path(config.cache_dir))
+    check_method(config, own)
+    train, longest = config.train, positions(own)
+    check_length(train.max_length, positions=longest)
+    chat = config.prompt == "chat"
+    encoder = Encoder(tokenizer, max_length=train.max_length, cut=train.cut, device=device, chat=chat)
+    if tokenizer.chat_template is not None and not chat:
+        log.info("the model's tokenizer has a chat template, which prompt=plain leaves out; prompt=chat uses it")
     if (config.stream.limit or 0) > len(config.stream.tasks):
         log.warning("stream.limit=%d, but the stream has %d tasks: all are trained", config.stream.limit, len(tasks))
-    stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
-    for probe in probes:
-        check_read(probe.longest(encoder), positions=positions)
+    with working("encoding the rows"):
+        stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
+        for probe in probes:
+            check_read(probe.longest(encoder), positions=longest)
     return Parts(source=source, method=make_method(config), encoder=encoder, stream=stream, probes=probes)
 
 
@@ -92,10 +102,12 @@ def load_model(config: Config, source: Any) -> Module:
         return model.to(device=device, dtype=dtype)
 
 
-def check_method(config: Config, model: Module) -> None:
-    """Raises UserMistake where the method's layers are not to be had on `model`, before that is examined: tries on one without storage."""
+def check_method(config: Config, model: PretrainedConfig) -> None:
+    """Raises UserMistake where the method's layers are not to be had on such a `model`, before that is read: tries on one without storage."""
+    # Code that lies beside weights is asked for where there is no other; that it may run was said when the configuration was read.
+    is_remote = type(model) not in AutoModelForCausalLM._model_mapping
     with torch.device("meta"):
-        make_method(config).wrap(type(model)(copy.deepcopy(model.config)))
+        make_method(config).wrap(AutoModelForCausalLM.from_config(copy.deepcopy(model), trust_remote_code=is_remote))
 
 
 def wrap(config: Config, method: Method, model: Module) -> Module:
@@ -186,7 +198,7 @@ def _check_target(key: str, settings: Mapping[str, Any], hint: Any) -> None:
     hints = _hints(found.__init__, *found.__mro__) if isinstance(found, type) else _hints(found)
     given = {name: value for name, value in settings.items() if name != "_target_"}
     for name in () if takes_any else given.keys() - fields.keys():
-        raise UserMistake(f"{key}.{name} is no field of {target}; it has {', '.join(fields)}")
+        raise UserMistake(f"{key}.{name} is no field of {target}; {choices(name, fields)}")
     for name, field in fields.items():
         if name in given:
             check_value(f"{key}.{name}", given[name], hints.get(name, Any))

@@ -11,7 +11,9 @@ import shlex
 import signal
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from textwrap import fill
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -22,12 +24,15 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from rich.console import Console
 
 from clbench.config import Config, run_directory
 from clbench.config.checks import check, one_of, writable
 from clbench.config.composition import CONF_DIR, register_schema, resolve, with_own_model
 from clbench.config.help import page
+from clbench.config.names import choices
 from clbench.config.secrets import masked
+from clbench.progress import Line, log, set_up_logging
 from clbench.types import NotWritten, RankFailed, UserMistake
 
 USERS_MISTAKES = (UserMistake, HydraException, OmegaConfBaseException)
@@ -135,11 +140,12 @@ def _run(config: Config) -> float | None:
         from clbench.report.columns import MEASURES
 
         one_of("optimize", config.optimize, MEASURES)
+    _say_first(config)
     path = _experiment(config, command=_command())
     if path is None:
         return None
     if HydraConfig.get().mode == RunMode.RUN:
-        show_leaderboard(Path(config.results_dir))
+        show_leaderboard(Path(config.results_dir), quiet=not config.tracking.progress)
     else:
         print(f"{path.name} is {(path / 'status').read_text().strip()}")
     if config.optimize is None:
@@ -152,6 +158,21 @@ def _run(config: Config) -> float | None:
     return value
 
 
+def _say_first(config: Config) -> None:
+    """A line at once, as libraries take seconds to load: what is run, and what was derived for a model of one's own."""
+    if {os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID")} != {"0"}:
+        return
+    set_up_logging()
+    if config.tracking.progress:
+        model = config.model
+        tasks = min(filter(None, (len(config.tasks), config.stream.limit, config.stream.last)))
+        own = f" ({model['name']}; adapters on {model['targets']})" if model.get("targets") else ""
+        what = f"{config.method['name']}, {tasks} tasks of {config.stream.name}, model {model['label']}{own}"
+        log.info(
+            "%s", fill(f"{run_directory(config).name}: {what}", 80, subsequent_indent="  ", break_on_hyphens=False)
+        )
+
+
 def _command() -> str:
     """What pastes back as this run, from the same folder: of a sweep, this job alone."""
     hydra_config = HydraConfig.get()
@@ -162,17 +183,17 @@ def _command() -> str:
 
 def _experiment(config: Config, *, command: str) -> Path | None:
     """Runs it in this process, in ranks started here, or as one rank of many; its directory, None where another rank writes."""
+    loading = Line("loading libraries", name=run_directory(config).name, quiet=not config.tracking.progress)
     if config.engine.name == "deepspeed":
-        from clbench.train.launch import assigned_rank, launch
-
+        with loading:
+            from clbench.train.launch import assigned_rank, launch
         launched = assigned_rank(os.environ)
         os.environ |= launched
         return take_part(config, command=command) if launched else launch(take_part, config, command=command)
-    from clbench.experiment import run
-    from clbench.record.tracking import set_up_logging
-
-    set_up_logging()
-    return run(config, command=command)
+    with loading:
+        from clbench.experiment import run
+        from clbench.report.standing import standing
+    return run(config, command=command, row=partial(standing, by_task=config.tracking.tasks))
 
 
 def take_part(config: Config, *, command: str) -> Path | None:
@@ -184,14 +205,15 @@ def take_part(config: Config, *, command: str) -> Path | None:
         )
     from clbench.build import set_up_torch
     from clbench.experiment import run
-    from clbench.record.tracking import set_up_logging
+    from clbench.report.standing import standing
     from clbench.train.launch import join, leave
 
     set_up_torch(config)
     ranks = join()
     if ranks.is_first:
         set_up_logging()
-    path = run(config, command=command, ranks=ranks)
+    own = {"row": partial(standing, by_task=config.tracking.tasks)} if ranks.is_first else {}
+    path = run(config, command=command, ranks=ranks, **own)
     ranks.wait()
     leave()
     return path if ranks.is_first else None
@@ -218,7 +240,7 @@ class Hooks(Callback):
         """Writes the tables, and exits with the code of what failed: 2 for mistakes of the user's, else 1."""
         lines = Path(os.environ[SWEEP]).read_text().splitlines()
         jobs = [Ended(**json.loads(line)) for line in lines]
-        show_leaderboard(Path(config.results_dir))
+        show_leaderboard(Path(config.results_dir), quiet=not config.tracking.progress)
         failed = [job for job in jobs if not job.is_complete]
         if failed:
             print(f"{len(jobs) - len(failed)} of {len(jobs)} jobs are complete", file=sys.stderr)
@@ -227,13 +249,13 @@ class Hooks(Callback):
             raise SystemExit(2 if all(job.code == 2 for job in failed) else 1)
 
 
-def show_leaderboard(results_dir: Path) -> None:
+def show_leaderboard(results_dir: Path, *, quiet: bool) -> None:
     """Writes the leaderboard, prints its table and where its CSV is: once a command, as it reads every run that there is."""
-    from rich.console import Console
-
     from clbench.report import tables as leaderboard
 
-    Console().print(leaderboard.refresh(results_dir))
+    with Line("writing the tables", quiet=quiet):
+        table = leaderboard.refresh(results_dir)
+    Console().print(table)
     print(f"leaderboard: {results_dir / 'leaderboard.csv'}")
 
 
@@ -258,10 +280,11 @@ def _message(error: Exception) -> str:
         if isinstance(inner, UserMistake):
             return str(inner)
         if isinstance(inner, (ConfigKeyError, ConfigAttributeError)) and inner.parent_node is not None:
-            allowed = ", ".join(sorted(str(key) for key in inner.parent_node if key != "experiment"))
-            return f"{inner.full_key} is no key of the configuration; allowed there: {allowed}"
+            allowed = sorted(str(key) for key in inner.parent_node if key != "experiment")
+            return f"{inner.full_key} is no key of the configuration; {choices(str(inner.key), allowed)}"
     if isinstance(error, MissingConfigException) and error.options:
-        return f"{error.missing_cfg_file!r} is unknown; choose one of {', '.join(error.options)} (conf/)"
+        name = f"{error.missing_cfg_file}".rpartition("/")[2]
+        return f"{error.missing_cfg_file!r} is unknown; {choices(name, error.options)} (conf/)"
     cause = error.__cause__
     text = str(error) if cause is None or str(error) in str(cause) else f"{error}: {cause}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]

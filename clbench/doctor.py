@@ -222,13 +222,14 @@ def forecast(arguments: Sequence[str]) -> Iterator[Table | str]:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     tasks, source = make_tasks(config), instantiate(config.model, _convert_="all")
     yield datasets_table(tasks)
-    sizes = source.configuration(Path(config.cache_dir))
+    sizes = source.sizes(Path(config.cache_dir))
     yield table("Trainable parameters", ("method", ""), trainable_rows(config, sizes), box=None)
     model = sketch(config, sizes)[1]
     counts = count_parameters(model)
     yield f"{source.label} with {config.method['name']}: {counts['parameters']:,} parameters, {counts['trainable']:,} of them trainable"
     try:
-        encoder = Encoder(source.load_tokenizer(Path(config.cache_dir)), max_length=config.train.max_length)
+        tokenizer, chat = source.load_tokenizer(Path(config.cache_dir)), config.prompt == "chat"
+        encoder = Encoder(tokenizer, max_length=config.train.max_length, chat=chat)
         tokens = count_tokens(config, sizes, tasks, encoder)
         rows = work(tokens, counts, GPUS[gpu][0] * 1e12 * share * ranks)
         yield table(

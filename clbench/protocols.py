@@ -42,10 +42,10 @@ class ModelSource(Protocol):
         """The model in `dtype` on the CPU, in eval mode, and its tokenizer."""
 
     def configuration(self, cache_dir: Path) -> PretrainedConfig:
-        """The model's configuration, which is enough to count its parameters."""
+        """The model's own configuration; no weights are read."""
 
-    def positions(self, cache_dir: Path) -> int:
-        """The longest input in tokens."""
+    def sizes(self, cache_dir: Path) -> PretrainedConfig:
+        """What is enough to count its parameters, without a download where that is to be had."""
 
     def load_tokenizer(self, cache_dir: Path) -> PreTrainedTokenizerFast:
         """The tokenizer alone."""

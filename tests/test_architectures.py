@@ -433,11 +433,11 @@ def test_what_is_longer_than_the_models_positions_is_refused_in_one_line():
     [
         (["train.max_length=129"], "train.max_length=129, but the model has 128 positions"),
         (["train.max_length=64", "probe.probes.perplexity.window=300"], r"a probe reads \d+ tokens at once"),
+        (["train.max_length=64", "method.lora.targets=[q_proj]"], r"'q_proj' is in no layer's name; choose .*c_attn"),
+        (["train.max_length=64", "prompt=chat"], "prompt=chat, but the model's tokenizer has no chat template"),
     ],
 )
-def test_what_is_longer_than_the_models_positions_is_refused_before_its_weights_are_read(
-    overrides, said, tmp_path, monkeypatch
-):
+def test_what_does_not_suit_the_model_is_refused_before_its_weights_are_read(overrides, said, tmp_path, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
 
     def long_texts(**unused: object) -> list[str]:

@@ -43,8 +43,8 @@ def test_help_lists_the_options_of_a_folder_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("mistake", "words"),
     [
-        ("method=nonesuch", ("nonesuch", "seq", "ewc")),
-        ("train.stpes=3", ("train.stpes", "steps")),
+        ("method=seqq", ("method/seqq", "did you mean seq", "choose one of agem, base, ")),
+        ("train.stpes=3", ("train.stpes", "did you mean steps? choose one of batch_size, ")),
         ("+train.stpes=3", ("train.stpes", "steps")),
         ("+stpes=3", ("stpes", "seed")),
         ("data_dir=/nonesuch", ("data_dir", "/nonesuch")),
@@ -54,7 +54,7 @@ def test_help_lists_the_options_of_a_folder_of_ones_own(tmp_path):
         ("train.steps=many", ("train.steps", "many")),
         ("train.lr=-1", ("train.lr=-1",)),
         ("stream.tasks=[world_total,world_sort,world_total]", ("world_total", "more than once")),
-        ("stream.tasks=[nonesuch]", ("nonesuch", "world_total")),
+        ("stream.tasks=[world_totl]", ("world_totl", "did you mean world_total", "choose one of alpaca, ")),
         ("stream.tasks=[]", ("stream.tasks", "empty")),
         ("order=sideways", ("order='sideways'", "reversed", "latin:K")),
         ("resume=perhaps", ("resume='perhaps'", "auto", "never", "must")),

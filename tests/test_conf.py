@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hydra import initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from clbench.config import run_hash
 from clbench.config.composition import CONF_DIR, compose, register_schema
 from clbench.types import UserMistake
 
@@ -78,14 +80,47 @@ def test_a_model_of_ones_own_needs_a_name_alone(tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ((), "stream=seq16 is about an invented world that model b was not told of; choose one of .*seq16_local"),
-        (("stream=seq16_local",), "probe=world is about .*choose one of .*mini"),
-        ((*OWN, "method=er_general"), "method=er_general is about"),
+        ((), r"world behind stream=seq16 and probe=world; choose stream=.*\bseq16_local\b.*; probe=.*\bmini\b"),
+        ((*OWN, "method=er_general"), r"world behind method=er_general; choose method=agem, .*\bseq\b"),
     ],
 )
-def test_a_model_is_not_asked_about_a_world_that_it_was_not_told_of(given, said, tmp_path):
-    with pytest.raises(UserMistake, match=said):
+def test_a_model_is_not_asked_about_a_world_that_it_was_not_told_of_and_what_suits_it_is_named(given, said, tmp_path):
+    with pytest.raises(UserMistake, match=said) as refused:
         compose(["model.name=a/b", *given, f"results_dir={tmp_path}"])
+    offered = re.findall(r"\w+", str(refused.value).partition("choose ")[2])
+    assert not {"seq16", "world", "er_general", "self_replay_text"} & {*offered}
+
+
+def test_one_task_may_have_a_folder_of_its_own_and_the_run_keeps_its_hash(tmp_path):
+    given = ["model.name=a/b", *OWN, f"results_dir={tmp_path}"]
+    everywhere, one = compose([*given, f"data_dir={tmp_path}"]), tmp_path / "one"
+    apart = compose([*given, f"data_dir={tmp_path}", f"+tasks.boolq.data_dir={one}"])
+    assert {name for name, task in apart.tasks.items() if task["data_dir"] == str(one)} == {"boolq"}
+    assert run_hash(asdict(apart)) == run_hash(asdict(everywhere))
+    with pytest.raises(UserMistake, match=r"tasks.bolq is no task of the stream; did you mean boolq\? choose one of "):
+        compose([*given, "+tasks.bolq.data_dir=x"])
+
+
+def test_a_prompt_in_a_chat_is_another_run_and_a_plain_one_the_run_that_it_was_before_there_were_others(tmp_path):
+    plain = asdict(compose([f"results_dir={tmp_path}"]))
+    before = {name: value for name, value in plain.items() if name != "prompt"}
+    before["probe"] = {name: value for name, value in plain["probe"].items() if name != "include_path"}
+    before["probe"]["probes"] = plain["probe"]["probes"] | {
+        "knowledge": {k: v for k, v in plain["probe"]["probes"]["knowledge"].items() if k != "include_path"}
+    }
+    assert run_hash(before) == run_hash(plain) != run_hash(plain | {"prompt": "chat"})
+
+
+def test_tasks_of_ones_own_for_lm_eval_are_part_of_the_run_wherever_their_folder_lies(tmp_path):
+    hashes = []
+    for folder, text in (("a", "task: x"), ("b", "task: x"), ("c", "task: y")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.yaml").write_text(text)
+        given = [f"probe.include_path={tmp_path / folder}", f"results_dir={tmp_path}"]
+        hashes.append(run_hash(asdict(compose(given))))
+    assert hashes[0] == hashes[1] != hashes[2]
+    with pytest.raises(UserMistake, match="probe.include_path='/nonesuch' is not a directory"):
+        compose(["probe.include_path=/nonesuch", f"results_dir={tmp_path}"])
 
 
 def test_a_method_without_settings_for_the_model_is_refused(tmp_path):

@@ -106,7 +106,7 @@ def test_parameters_tokens_and_operations_are_those_that_a_run_records(overrides
     lines = (run(config) / "cost.jsonl").read_text().splitlines()
     costs = [json.loads(line) for line in lines]
     source = instantiate(config.model, _convert_="all")
-    sizes = source.configuration(Path(config.cache_dir))
+    sizes = source.sizes(Path(config.cache_dir))
     encoder = Encoder(source.load_tokenizer(Path(config.cache_dir)), max_length=config.train.max_length)
     counts = count_parameters(sketch(config, sizes)[1])
     tokens = count_tokens(config, sizes, make_tasks(config), encoder)

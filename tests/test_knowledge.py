@@ -1,5 +1,6 @@
 """The lm-eval probe: the same numbers as lm-eval's own model class, item by item; groups, frozen items, floors, rows that lie offline."""
 
+import copy
 import hashlib
 import json
 import math
@@ -17,9 +18,11 @@ from lm_eval.tasks import TaskManager
 from omegaconf import OmegaConf
 
 from clbench.config.composition import CONF_DIR, compose
+from clbench.data.encoder import Encoder
 from clbench.examine.knowledge import Knowledge, answer
 from clbench.examine.lm import StudentLM
 from clbench.examine.lm_tasks import resolve, subset, task_index
+from clbench.examine.student import Student
 from clbench.examine.text import Text
 from clbench.types import UserMistake
 from tests.test_probes import SENTENCES, STREAM, tiny_student
@@ -407,14 +410,42 @@ def shown_dir(data_dir, tmp_path_factory):
     return root
 
 
-def test_shots_give_what_lm_eval_gives_item_by_item(shown_dir, tmp_path, monkeypatch):
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    "{{ m.role }}: {{ m.content | trim }}\n\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def chatting(student):
+    """The same student, whose tokenizer has a chat template that it uses; BOS stands in the template."""
+    tokenizer = copy.deepcopy(student.encoder.tokenizer)
+    tokenizer.chat_template = CHAT
+    return Student(student.model, Encoder(tokenizer, max_length=student.encoder.max_length, chat=True))
+
+
+def test_a_chat_is_rendered_as_by_lm_evals_own_class(student):
+    student = chatting(student)
+    ours, theirs = StudentLM(student), hflm(student)
+    told, asked, said = ({"role": role, "content": f"{role}s words"} for role in ("system", "user", "assistant"))
+    for chat in ([asked], [told, asked], [asked, said, asked]):
+        assert ours.apply_chat_template(chat) == theirs.apply_chat_template(chat)
+    assert ours.apply_chat_template([asked, said], False) == theirs.apply_chat_template([asked, said], False)
+    text = ours.apply_chat_template([asked])
+    assert ours.tok_encode(text) == theirs.tok_encode(text) == list(student.encoder.prompt(asked["content"]))
+    assert ours.tok_encode(text).count(student.encoder.tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_shots_give_what_lm_eval_gives_item_by_item(shown_dir, tmp_path, monkeypatch, chat):
     from lm_eval.evaluator import simple_evaluate
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     student = tiny_student(positions=1500)
+    student = chatting(student) if chat else student
     folders = FOLDERS | {"mandarjoshi/trivia_qa": "trivia_qa"}
     knowledge = probe(shown_dir, *SHOWN, shots=SHOWN, folders=folders, search=[*SEARCH, "triviaqa"])
     assert [row.name for row in knowledge.ledger_rows] == [f"{task}@{shots}" for task, shots in SHOWN.items()]
+    knowledge.begin(student)
     found = {(s.task, s.metric): s for s in knowledge.measure(student, STREAM, 1)}
     home = Path(lm_eval.tasks.__file__).parent
     manager = TaskManager(include_defaults=False, include_path=[home / name for name in (*SEARCH, "triviaqa")])
@@ -424,6 +455,8 @@ def test_shots_give_what_lm_eval_gives_item_by_item(shown_dir, tmp_path, monkeyp
             hflm(student),
             tasks=[from_files(shown_dir, task, "train", scored)],
             num_fewshot=shots,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
             task_manager=manager,
             bootstrap_iters=0,
             log_samples=True,
@@ -435,6 +468,7 @@ def test_shots_give_what_lm_eval_gives_item_by_item(shown_dir, tmp_path, monkeyp
         (row,) = [row for row in knowledge.ledger_rows if row.name == f"{task}@{shots}"]
         prompts = [asked[0].args[0] for _, asked in row.documents()]
         assert prompts == [sample["arguments"][0][0] for sample in samples]
+        assert all(prompt.startswith("<s>") and prompt.count("user:") == shots + 1 for prompt in prompts if chat)
 
 
 @pytest.mark.slow
@@ -521,6 +555,9 @@ def test_a_group_that_weighs_its_tasks_equally_is_the_mean_of_their_means(studen
     monkeypatch.syspath_prepend(tmp_path)
     knowledge = Knowledge(name="knowledge", tasks=["pair"], include="pairs:.")
     found = {s.metric: s for s in knowledge.measure(student, STREAM, 1)}
+    # The same folder by its path; that other rows lie offline is no matter to tasks that name files of their own.
+    by_path = Knowledge(name="k", tasks=["pair"], include_path=str(tmp_path / "pairs"), data_dir=str(tmp_path / "none"))
+    assert {s.metric: s.items for s in by_path.measure(student, STREAM, 1)} == {k: s.items for k, s in found.items()}
     score, by_task = found["acc"], found["acc_by_task"]
     manager = TaskManager(include_path=str(tmp_path / "pairs"), include_defaults=False)
     theirs = simple_evaluate(hflm(student), tasks=["pair"], task_manager=manager, verbosity="ERROR")["results"]["pair"]

@@ -12,7 +12,8 @@ from clbench.config import identity, run_hash
 from clbench.config.composition import compose
 from clbench.config.secrets import masked
 from clbench.experiment import run
-from clbench.record.tracking import set_up_logging, written_to
+from clbench.progress import set_up_logging
+from clbench.record.tracking import written_to
 from clbench.report import html as report
 from clbench.report import tables
 from tests.test_leaderboard import ALPHA, change_manifest, write_run

@@ -50,7 +50,7 @@ def load(folder: Path, **given):
     """As a run does it: tokenizer and length, then the fingerprint, then the weights."""
     source = Pretrained(label="x", name=str(folder), **given)
     source.load_tokenizer(folder)
-    source.positions(folder)
+    source.configuration(folder)
     source.record(folder)
     return source.load(folder)[0]
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from clbench.config.names import choices
 from clbench.config.secrets import masked
 from clbench.types import UserMistake
 
@@ -22,7 +23,10 @@ OFFLOADS = {"none": 0, "optimizer": 1, "all": 3}
 MESSAGE = 50_000_000
 """Most entries of one message between ranks, and of the buffer for it, unless one tensor has more."""
 
-PLACES = ("results_dir", "cache_dir", "data_dir")
+PLACES = ("results_dir", "cache_dir", "data_dir", "include_path")
+"""Keys that hold a path, wherever they stand."""
+LATER = {"sources": {}, "prompt": "plain", "probe.probes.knowledge.include_path": None}
+"""Keys that were added, each with the value that does what was done before: with it a run has the hash that it had."""
 BLOCK_KEYS = ("order", "seed", "method.seed")
 """What a method's replicates, called blocks, differ in."""
 
@@ -96,8 +100,8 @@ class StreamConfig:
 
 @dataclass
 class ProbeConfig:
-    """What is measured, and when: `probes` by name; `tasks`, `limit` and `shots` (5, or {mmlu: 5}) are read by the lm-eval probe,
-    `text_tokens` (null: all) by that of text.
+    """What is measured, and when: `probes` by name; `tasks`, `limit`, `shots` (5, or {mmlu: 5}) and `include_path` (a folder with yamls of one's
+    own, as lm-eval's option of that name) are read by the lm-eval probe, `text_tokens` (null: all) by that of text.
 
     `cadence` says of a probe after which stages it measures (`all` unless listed): all, quarters, ends, every:K. The untouched model and
     the last stage are always measured. `allow_overlap` lets a probe measure a dataset that the stream trains on; the row is flagged.
@@ -106,6 +110,7 @@ class ProbeConfig:
     tasks: list[Any] = field(default_factory=list)
     limit: int | None = key(None, least=1)
     shots: Any = None
+    include_path: str | None = key(None, identity=False)
     text_tokens: int | None = key(8192, least=64)
     probes: dict[str, Any] = field(default_factory=dict)
     cadence: dict[str, str] = field(default_factory=dict)
@@ -114,9 +119,10 @@ class ProbeConfig:
 
 @dataclass
 class TrackingConfig:
-    """What a person sees while it runs."""
+    """What a person sees while it runs; with `tasks` after a stage a line about every task, too."""
 
     progress: bool = key(True, identity=False)
+    tasks: bool = key(False, identity=False)
     wandb: str = key("disabled", among=("disabled", "offline", "online"), identity=False)
     project: str = key("clbench", identity=False)
 
@@ -125,14 +131,16 @@ class TrackingConfig:
 class Config:
     """One run, whole. `tasks` holds each stream task's own configuration; the command line fills it from `conf/task/`.
 
-    `optimize`: the column of leaderboard.csv that a job returns to Hydra's sweeper, which looks for the best. `sources`: the SHA-256 of the file
-    of every class that the configuration names and that is not clbench's own, by its module; the command line fills it, too.
+    `prompt`: how a question is put to the model, as it stands or in the tokenizer's own chat template (`data.chat`). `optimize`: the column of
+    leaderboard.csv that a job returns to Hydra's sweeper, which looks for the best. `sources`: the SHA-256 of the file of every class that the
+    configuration names and that is not clbench's own, by its module, and of the tasks in probe.include_path; the command line fills it, too.
     """
 
     method: Any = None
     model: Any = None
     stream: StreamConfig = field(default_factory=StreamConfig)
     order: str = "default"
+    prompt: str = key("plain", among=("plain", "chat"))
     engine: EngineConfig = field(default_factory=EngineConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -166,7 +174,7 @@ def from_plain(plain: dict[str, Any]) -> Config:
         allowed = [own.name for own in fields(shape)]
         for name in sorted(values.keys() - set(allowed)):
             raise UserMistake(
-                f"{f'{group}.{name}'.lstrip('.')} is no key of the configuration; allowed there: {', '.join(allowed)}"
+                f"{f'{group}.{name}'.lstrip('.')} is no key of the configuration; {choices(name, allowed)}"
             )
     return Config(**plain | {name: shape(**values) for name, (shape, values) in inner.items()})
 
@@ -174,18 +182,18 @@ def from_plain(plain: dict[str, Any]) -> Config:
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """Every value that decides a run's scores, by dotted key, of a configuration as nested values.
 
-    Left out are places on one machine and what changes no score; a path that stands inside another value reads "<path>", a secret "***". The ZeRO
-    stage counts below float32, where it changes the numbers.
+    Left out are places on one machine and what changes no score; a path that stands elsewhere reads "<path>", a secret "***". The ZeRO stage counts
+    below float32, where it changes the numbers.
     """
     values = dict(leaves(masked(config)))
     dropped = {name for name, facts in keys().items() if not facts.get("identity", True)}
     if values.get("engine.dtype", "float32") != "float32":
         dropped -= {"engine.name", "engine.zero_stage"}
-    places = {values.get(name) for name in PLACES} - {None, ""}
+    places = {v for name, v in values.items() if isinstance(v, str) and name.rpartition(".")[2] in PLACES} - {""}
     return {
         name: "<path>" if isinstance(value, str) and value in places else value
         for name, value in values.items()
-        if name not in dropped and (name, value) != ("sources", {})
+        if name not in dropped and (name not in LATER or value != LATER[name])
     }
 
 

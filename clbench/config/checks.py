@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from clbench.config import OFFLOADS, Config, EngineConfig, keys, leaves
+from clbench.config.names import choices
 from clbench.types import NotWritten, UserMistake
 
 ORDER = r"default|reversed|latin:\d+|random:\d+"
@@ -53,6 +54,10 @@ def check(config: Config) -> None:
     if config.data_dir is not None and not Path(config.data_dir).is_dir():
         raise UserMistake(
             f"data_dir={config.data_dir!r} is not a directory; give the folder that holds <dataset>/<split>.jsonl"
+        )
+    if config.probe.include_path is not None and not Path(config.probe.include_path).is_dir():
+        raise UserMistake(
+            f"probe.include_path={config.probe.include_path!r} is not a directory; give the folder of your lm-eval yamls"
         )
     for name in ("results_dir", "cache_dir"):
         writable(name, values[name])
@@ -124,7 +129,7 @@ def check_engine(engine: EngineConfig) -> None:
 def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
     """Raises UserMistake where `value` is not among the allowed."""
     if value not in allowed:
-        raise UserMistake(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
+        raise UserMistake(f"{name}={value!r} is unknown; {choices(value, allowed)}")
 
 
 def writable(name: str, value: str) -> None:

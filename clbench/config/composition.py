@@ -20,11 +20,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from clbench.config import Config, from_plain
 from clbench.config.checks import check
+from clbench.config.names import choices as listed
 from clbench.types import UserMistake
 
 _HERE = Path(__file__).resolve().parents[1]
 OURS = ("clbench", "baselines", "tasks", "hydra")
 """Packages whose code the commit and the version in a manifest name."""
+OF_WORLD = "model.world_seed"
+"""What stands in the yaml of whatever asks about the embedded world."""
 CONF_DIR = next(path for path in (_HERE.parent / "conf", _HERE / "conf") if (path / "config.yaml").is_file())
 
 
@@ -76,8 +79,13 @@ def resolve(composed: DictConfig) -> Config:
             composed.model.label = re.sub(r"[^A-Za-z0-9_.+-]+|^[^A-Za-z0-9_]+", "_", name)[-64:]
         if settings := composed.pop("settings"):
             _put_in(composed, settings, name=choices["settings"])
+        changed = OmegaConf.to_container(composed.tasks, resolve=False)
         composed.tasks = _tasks(composed.stream.tasks)
-        _check_world(composed, choices)
+        for name in changed:
+            if name not in composed.tasks:
+                raise UserMistake(f"tasks.{name} is no task of the stream; {listed(name, composed.tasks)}")
+        composed.tasks.merge_with(changed)
+        _check_world(composed)
         if not composed.experiment:
             composed.experiment = (choices.get("experiment") or composed.stream.name).replace("/", "-")
         if "method._target_" in overridden and "method.name" not in overridden:
@@ -88,10 +96,17 @@ def resolve(composed: DictConfig) -> Config:
 
 
 def _sources(plain: Any) -> dict[str, str]:
-    """By module, the SHA-256 of the file of every class that a `_target_` names and that is not our own; what is nowhere is refused later."""
+    """By module, the SHA-256 of the file of every class that a `_target_` names and that is not our own; what is nowhere is refused later.
+
+    Also, as "probe.tasks", that of the tasks in the folder `probe.include_path`.
+    """
     modules = {target.rpartition(".")[0] for target in _targets(plain)}
     files = {module: _file_of(module) for module in sorted(modules) if module.partition(".")[0] not in OURS}
-    return {module: hashlib.sha256(file.read_bytes()).hexdigest() for module, file in files.items() if file}
+    found = {module: hashlib.sha256(file.read_bytes()).hexdigest() for module, file in files.items() if file}
+    if folder := plain["probe"]["include_path"]:
+        own = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".yaml", ".py"))
+        found["probe.tasks"] = hashlib.sha256(b"".join(path.read_bytes() for path in own)).hexdigest()
+    return found
 
 
 def _file_of(module: str) -> Path | None:
@@ -112,18 +127,32 @@ def _targets(value: Any) -> Iterator[str]:
         yield from _targets(inner)
 
 
-def _check_world(composed: DictConfig, choices: DictConfig) -> None:
+def _check_world(composed: DictConfig) -> None:
     """Raises UserMistake where what is asked about the embedded world would be asked of a model that was never told of it."""
     if "world_seed" in composed.model:
         return
     groups = {"stream": composed.tasks, "probe": composed.probe, "method": composed.method}
-    for group, config in groups.items():
-        if "model.world_seed" in OmegaConf.to_yaml(config):
-            options = GlobalHydra.instance().config_loader().get_group_options(group)
-            others = ", ".join(option for option in options if option != choices[group])
-            raise UserMistake(
-                f"{group}={choices[group]} is about an invented world that model {composed.model.label} was not told of; choose one of {others}"
-            )
+    wrong = [group for group, config in groups.items() if OF_WORLD in OmegaConf.to_yaml(config)]
+    if wrong:
+        options = GlobalHydra.instance().config_loader().get_group_options
+        suited = {group: [name for name in options(group) if not _is_of_world(f"{group}/{name}")] for group in wrong}
+        asked = " and ".join(f"{group}={HydraConfig.get().runtime.choices[group]}" for group in wrong)
+        choose = "; ".join(f"{group}={', '.join(names)}" for group, names in suited.items())
+        raise UserMistake(
+            f"model {composed.model.label} was not told of the invented world behind {asked}; choose {choose}"
+        )
+
+
+def _is_of_world(option: str) -> bool:
+    """Whether the yaml of an option, one that it inherits, or one of a stream's tasks asks about the embedded world. Composing all takes long."""
+    folders = [Path(source.path) for source in HydraConfig.get().runtime.config_sources if source.schema == "file"]
+    found = next(filter(Path.is_file, (folder / f"{option}.yaml" for folder in folders)), None)
+    if found is None:
+        return False
+    own, group = OmegaConf.load(found), option.partition("/")[0]
+    used = [f"{group}/{name}" for name in own.get("defaults", ()) if isinstance(name, str)]
+    used += [f"task/{name}" for name in own.get("tasks", ()) if group == "stream"]
+    return OF_WORLD in OmegaConf.to_yaml(own) or any(map(_is_of_world, used))
 
 
 def _put_in(composed: DictConfig, settings: DictConfig, *, name: str) -> None:
@@ -147,7 +176,7 @@ def _tasks(names: Sequence[str]) -> DictConfig:
     for number, name in enumerate(names):
         if name not in known or name in names[:number]:
             wrong = "which has no yaml in conf/task" if name not in known else "more than once"
-            raise UserMistake(f"stream.tasks names {name!r}, {wrong}; known: {', '.join(sorted(known))}")
+            raise UserMistake(f"stream.tasks names {name!r}, {wrong}; {listed(name, sorted(known))}")
     together = [f"+task@{name}={name}" for name in dict.fromkeys(names)]
     loaded = loader.load_configuration(None, overrides=together, run_mode=RunMode.RUN)
     return OmegaConf.create({name: OmegaConf.to_container(loaded[name], resolve=False) for name in names})

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from clbench.data import chat as chats
 from clbench.types import IGNORED, Batch, Example, UserMistake
 
 Ids = tuple[int, ...]
@@ -33,6 +35,9 @@ class Encoder:
     one space. A prompt begins with BOS where the tokenizer puts one before a text by itself (Llama's does, Qwen's and GPT-2's do not): `begin`.
     When the whole is longer than `max_length`, the prompt loses tokens where `cut` says, but never that BOS; the answer never does
     (UserMistake where it alone is too long). Without `together` a batch has one row (`examine.together`).
+
+    With `chat` a prompt is a message in the tokenizer's own template (`data.chat`), which says where BOS stands; `begin` and `end` are what the
+    template puts around a message. The answer follows as the template sets it off, and ends with EOS. An empty prompt asks nothing and stays empty.
     """
 
     def __init__(
@@ -43,18 +48,40 @@ class Encoder:
         cut: str = "left",
         device: torch.device | str = "cpu",
         together: bool = True,
+        chat: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.cut = cut
         self.device = torch.device(device)
         self.together = together
-        first, *_ = tokenizer(SIGN, add_special_tokens=True, split_special_tokens=True)["input_ids"]
-        self.begin: Ids = (first,) if first == tokenizer.bos_token_id else ()
+        self.chat = chat
         self._encoded: dict[tuple[str, str], Encoded] = {}
         self._prompts: dict[str, Ids] = {}
         self._answers: dict[str, Ids] = {}
         self._own: dict[tuple[str, bool], Ids] = {}
+        first, *_ = tokenizer(SIGN, add_special_tokens=True, split_special_tokens=True)["input_ids"]
+        self._first = (first,) if first == tokenizer.bos_token_id else ()
+        self.begin: Ids = self._first
+        self.end: Ids = ()
+        self._before, self._spacing = SIGN, " "
+        if chat:
+            chats.check_template(tokenizer)
+            self._before, self._spacing = chats.after_special(tokenizer, self.spelled(SIGN)), chats.spacing(tokenizer)
+            # What differs is the message, and what a tokenizer makes one token of with its edge.
+            alike = [self.own(chats.asked(tokenizer, text), special=False) for text in ("", SIGN, "A")]
+            self.begin = commonprefix(alike)
+            self.end = commonprefix([ids[len(self.begin) :][::-1] for ids in alike])[::-1]
+
+    @property
+    def frame(self) -> int:
+        """The tokens of a prompt that are never cut; of one without any, one."""
+        return len(self.begin) + len(self.end) or 1
+
+    def spelled(self, prompt: str, answer: str | None = None) -> str:
+        """The text that the model reads for a prompt, and where one is given its answer."""
+        text = chats.asked(self.tokenizer, prompt) if self.chat and prompt else prompt
+        return text if answer is None else f"{text}{self._spacing}{answer}"
 
     def text(self, text: str) -> list[int]:
         """Token ids of bare text, without special tokens; one that is spelled out in the text (`<s>` in a program) is plain characters."""
@@ -63,22 +90,24 @@ class Encoder:
     def prompt(self, prompt: str) -> Ids:
         """The prompt's token ids, after `begin`, untruncated; of an empty one BOS in any case, as something must come before an answer."""
         if prompt not in self._prompts:
-            self._prompts[prompt] = (*self.begin, *self.text(prompt)) or (self.tokenizer.bos_token_id,)
+            chat = self.own(self.spelled(prompt), special=False) if self.chat and prompt else ()
+            self._prompts[prompt] = chat or (*self._first, *self.text(prompt)) or (self.tokenizer.bos_token_id,)
         return self._prompts[prompt]
 
     def answer(self, answer: str) -> Ids:
         """The answer's token ids as they follow a prompt, without EOS."""
         if answer not in self._answers:
             # Behind a sign: at a text's beginning some tokenizers put a space of their own, which behind a prompt would be a second one.
-            sign, whole = self.text(SIGN), self.text(f"{SIGN} {answer}")
-            follows = whole[: len(sign)] == sign
-            self._answers[answer] = tuple(whole[len(sign) :] if follows else self.text(f" {answer}"))
+            sign, follows = self.text(self._before), f"{self._spacing}{answer}"
+            whole = self.text(f"{self._before}{follows}")
+            self._answers[answer] = tuple(whole[len(sign) :] if whole[: len(sign)] == sign else self.text(follows))
         return self._answers[answer]
 
     def fits(self, answer: str) -> bool:
-        """Whether the answer has at most `max_length` tokens together with one before it and EOS."""
-        # A token stands for a byte at least; the margin is for BOS, EOS and what marks the beginning. So a short text need not be read.
-        return len(answer.encode()) + 8 <= self.max_length or len(self.answer(answer)) + 2 <= self.max_length
+        """Whether the answer has at most `max_length` tokens together with the frame before it and EOS."""
+        # A token stands for a byte at least; the margin is for EOS and what marks the beginning. So a short text need not be read.
+        most = self.max_length - self.frame
+        return len(answer.encode()) + 7 <= most or len(self.answer(answer)) + 1 <= most
 
     def own(self, text: str, *, special: bool) -> Ids:
         """The text's ids as the tokenizer itself gives them, special tokens that the text spells as such; with `special` those that it adds, too."""
@@ -93,7 +122,7 @@ class Encoder:
         key = (example.prompt, example.answer)
         if key not in self._encoded:
             answer = (*self.answer(example.answer), self.tokenizer.eos_token_id)
-            if len(answer) + 1 > self.max_length:
+            if len(answer) + self.frame > self.max_length:
                 raise UserMistake(
                     f"the answer of {example.id} has {len(answer)} tokens; train.max_length={self.max_length} must hold it and a prompt"
                 )
@@ -179,6 +208,7 @@ def split_rows(drawn: Sequence[Drawn], *, rows: int, tokens: int | None) -> list
 def clip_left(ids: Ids, length: int, *, kept: int = 1) -> Ids:
     """`ids` cut to `length` by dropping what follows the first `kept` (BOS)."""
     assert length >= 1, length
+    kept = min(kept, length)
     return ids if len(ids) <= length else (*ids[:kept], *ids[len(ids) - length + kept :])
 
 

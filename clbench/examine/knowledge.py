@@ -6,15 +6,17 @@ row of the ledger, its items one after the other.
 """
 
 import contextlib
+import importlib.resources
 import io
 import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby, islice, zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from scipy.special import softmax
 from clbench.data.rows import DatasetSpec
 from clbench.examine.lm import StudentLM
 from clbench.examine.lm_tasks import (
+    FEWSHOT_SEED,
     NamedRow,
     Rows,
     RowSource,
@@ -90,7 +93,8 @@ class Knowledge(Probe):
     the items of more tasks than a run measures. `shots` is the number of few-shot examples, of all tasks or by such a name (None: what each
     task's own yaml says); a row that shows another number is named `task@shots`. `max_length` is the longest input in tokens; None: what the
     model can read, as in lm-eval.
-    `search` and `include`: see `lm_tasks.task_index`; the last four: see `lm_tasks.RowSource`.
+    `include` ("package:folder") and `include_path`, lm-eval's option of that name, are folders with yamls of one's own; `search`: see
+    `lm_tasks.task_index`; the last four: see `lm_tasks.RowSource`.
     """
 
     name: str
@@ -101,6 +105,7 @@ class Knowledge(Probe):
     max_length: int | None = None
     search: Sequence[str] = ()
     include: str | None = None
+    include_path: str | None = None
     rows: Mapping[str, Rows] = field(default_factory=dict)
     data_dir: str | None = None
     folders: Mapping[str, str] = field(default_factory=dict)
@@ -116,7 +121,11 @@ class Knowledge(Probe):
                     f"probe.shots asks for {count!r} of {task}; give whole numbers from 0 on, as 5 or {{mmlu: 5}}"
                 )
         named = {task if isinstance(task, str) else str(task.get("group") or task["task"]) for task in self.tasks}
-        index = task_index(wanted | named, search=self.search, include=self.include)
+        own = [] if self.include_path is None else [Path(self.include_path).resolve()]
+        if self.include is not None:
+            package, _, folder = self.include.partition(":")
+            own.append(Path(str(importlib.resources.files(package)), folder))
+        index = task_index(wanted | named, search=self.search, own=own)
         for task in shots.keys() - named - index.task_index.keys() - {"all"}:
             raise UserMistake(
                 f"probe.shots names {task!r}; it goes by the names of probe.tasks: {', '.join(sorted(named))}"
@@ -142,7 +151,7 @@ class Knowledge(Probe):
             size = len(task.eval_docs)
             chosen.append(subset(task.task_name, size=size, wanted=each)[: self.limit])
             check_targets(task, chosen[-1])
-            task.build_all_requests(samples=list(chosen[-1]) if len(chosen[-1]) < size else None)
+            build_requests(task, chosen[-1])
         return LedgerRow(name=name, tasks=tasks, chosen=tuple(chosen), unweighted=row.unweighted)
 
     def datasets(self) -> Sequence[DatasetSpec]:
@@ -152,6 +161,14 @@ class Knowledge(Probe):
     def documents(self) -> Mapping[str, Sequence[str]]:
         """Each chosen document's text without few-shot examples, with its choices."""
         return {row.name: [text(task, asked[0].doc) for task, asked in row.documents()] for row in self.ledger_rows}
+
+    def begin(self, student: Student) -> None:
+        """Puts the questions as a chat where the tasks' are, as `lm-eval --apply_chat_template` does: examples are turns of it."""
+        if student.encoder.chat:
+            model = StudentLM(student)
+            for row in self.ledger_rows:
+                for task, chosen in zip(row.tasks, row.chosen, strict=True):
+                    build_requests(task, chosen, chat_template=model.apply_chat_template)
 
     def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:
         """Each row's metrics; at stage 0 also its `floors`."""
@@ -164,6 +181,15 @@ class Knowledge(Probe):
                 found |= aggregated(row, metric, values)
             seconds = time.perf_counter() - started
             yield from scores(found, stream=stream, stage=stage, probe=self.name, task=row.name, seconds=seconds)
+
+
+def build_requests(task: Task, chosen: Sequence[int], *, chat_template: Callable[..., str] | None = None) -> None:
+    """Has lm-eval make the requests of the chosen documents; what it draws meanwhile would lie over the run's own line."""
+    task.set_fewshot_seed(FEWSHOT_SEED)  # each time, as examples are drawn from where the last draw left off
+    chat = {"apply_chat_template": True, "fewshot_as_multiturn": True} if chat_template else {}
+    with contextlib.redirect_stderr(io.StringIO()):
+        samples = list(chosen) if len(chosen) < len(task.eval_docs) else None
+        task.build_all_requests(samples=samples, chat_template=chat_template, **chat)
 
 
 def answer(row: LedgerRow, model: StudentLM) -> dict[str, list[Any]]:

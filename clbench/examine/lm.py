@@ -10,11 +10,13 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text, resolve_max_length
 from transformers import PreTrainedTokenizerBase
 
+from clbench.data.chat import Message, rendered
 from clbench.data.encoder import Ids
 from clbench.examine.student import Student
 from clbench.examine.text import rolling_nll
@@ -48,6 +50,15 @@ class StudentLM(TemplateLM):
             encoder = self.student.encoder
             add_special_tokens = not has_bos_prefix(string, encoder.tokenizer.decode([self.prefix_token_id]))
         return list(self.student.encoder.own(string, special=add_special_tokens))
+
+    def apply_chat_template(self, chat_history: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """The text of a chat, its last message open where no prompt is added; without the system's messages where the template takes none."""
+        form = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        tokenizer = self.student.encoder.tokenizer
+        try:
+            return rendered(tokenizer, chat_history, **form)
+        except TemplateError:
+            return rendered(tokenizer, [one for one in chat_history if one["role"] != "system"], **form)
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         pairs = [self._pair(*request) for request in requests]

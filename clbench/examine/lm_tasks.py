@@ -13,7 +13,6 @@ itself, and a larger subset holds every smaller one.
 """
 
 import hashlib
-import importlib.resources
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,12 +26,15 @@ from datasets.exceptions import DatasetsError
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
+from clbench.config.names import nearest
 from clbench.data.rows import DatasetSpec, kind_of, load_rows, place
 from clbench.types import UserMistake
 
 Rows = list[dict[str, Any]]
 Settings = dict[str, Any]
 Wanted = int | Sequence[int] | None  # how many documents, or which, or all
+FILES = ("json", "csv", "parquet", "text")
+"""What stands for a dataset where a task's yaml names files of its own (`dataset_kwargs`)."""
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 # Keys of lm-eval's yamls that say nothing of how a task is measured.
 STRUCTURE = {"group", "group_alias", "aggregate_metric_list", "metadata", "tag", "task", "task_list"}
@@ -58,12 +60,9 @@ class NamedRow:
     unweighted: frozenset[str] = frozenset()
 
 
-def task_index(names: Iterable[str], *, search: Sequence[str] = (), include: str | None = None) -> TaskManager:
-    """An index that knows `names`: of our folder `include` ("package:folder") and the folders `search` of lm_eval/tasks, or the whole."""
-    home, own = Path(lm_eval.tasks.__file__).parent, []
-    if include is not None:
-        package, _, folder = include.partition(":")
-        own = [Path(str(importlib.resources.files(package)), folder)]
+def task_index(names: Iterable[str], *, search: Sequence[str] = (), own: Sequence[Path] = ()) -> TaskManager:
+    """An index that knows `names`: of the folders `own` and the folders `search` of lm_eval/tasks, or the whole."""
+    home = Path(lm_eval.tasks.__file__).parent
     few = TaskManager(include_defaults=False, include_path=[*(home / folder for folder in search), *own])
     # A tag may have tasks in other folders.
     return few if {*few.all_subtasks, *few.all_groups} >= set(names) else whole_index(*own)
@@ -95,7 +94,9 @@ def resolve(member: str | Settings, index: TaskManager, inherited: Settings | No
     changes = (inherited or {}) | _settings(stated)
     entry, means = index.task_index.get(name), stated.get("aggregate_metric_list")
     if entry is None and not isinstance(below, list):  # a list: a group that is defined where it is used
-        raise UserMistake(f"probe.tasks names {name!r}, which lm-eval does not know; see `lm-eval ls tasks`")
+        raise UserMistake(
+            f"probe.tasks names {name!r}, which lm-eval does not know; {nearest(name, index.task_index)}all: `lm-eval ls tasks`"
+        )
     if entry is not None and entry.kind.name == "TAG":
         below = sorted(entry.tags)
     elif entry is not None and entry.kind.name == "GROUP":
@@ -165,7 +166,6 @@ class RowSource:
                 f"probe task {named.name!r}: {hub!r} could not be loaded ({reason}); mend that, leave the task out of probe.tasks (probe=mini_local "
                 f"has no lambada_openai), or set data_dir and the folder of {hub}:{part} under probe.probes.*.folders (conf/probe)"
             ) from error
-        task.set_fewshot_seed(FEWSHOT_SEED)
         shots = named.config.get("num_fewshot") or 0
         if shots and len(there := task.fewshot_docs()) < shots:
             raise UserMistake(
@@ -175,7 +175,7 @@ class RowSource:
 
     def _local(self, named: Named) -> Settings:
         """The settings that make the task read memory or `data_dir`; none where it reads the hub."""
-        if named.name not in self.rows and self.data_dir is None:
+        if named.name not in self.rows and (self.data_dir is None or named.config.get("dataset_path") in FILES):
             return {}
         scored = "test_split" if named.config.get("test_split") else "validation_split"
         # lm-eval reads all splits that the yaml names; here those may be absent that nothing is taken from.

@@ -5,26 +5,26 @@ the student; then the ledger. A kill at any point costs at most the stage it fel
 """
 
 import logging
-import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 
-from clbench.build import build, check_method, load_model, set_up_torch, wrap
+from clbench.build import build, load_model, set_up_torch, wrap
 from clbench.config import Config, run_directory, run_name
 from clbench.examine.canaries.own_model import said
 from clbench.examine.together import reads_together
 from clbench.experiment.examination import check_evaluation, check_own_model, examine, measure_untouched, replay_scores
-from clbench.experiment.underway import Run
+from clbench.experiment.underway import Run, cost_of
 from clbench.models.loss import causal_lm
 from clbench.models.sharding import gathering
-from clbench.models.weights import check_trained, count_parameters, load_trainable_state, trainable, trainable_state
+from clbench.models.weights import check_trained, load_trainable_state, trainable, trainable_state
+from clbench.progress import Line
 from clbench.protocols import Engine, Stage
 from clbench.record.forecast import Forecast, seconds_of
 from clbench.record.ledger import COMPLETE, DIVERGED, Checkpoint, Ledger, status_of
@@ -43,29 +43,32 @@ from clbench.types import Cost, Diverged, Score, Source, UserMistake
 log = logging.getLogger("clbench")
 
 
-def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Path:
+def run(
+    config: Config, *, command: str = "", ranks: Ranks | None = None, row: Callable[[Path, int], str] = lambda *_: ""
+) -> Path:
     """Runs (or continues) one experiment to its end; gives its directory. A run that is complete is left alone.
 
-    `command` is what the user typed, for the record. `ranks`: the processes that run it together, each of which calls this.
+    `command` is what the user typed, for the record. `ranks`: the processes that run it together, each of which calls this. `row` says how the run
+    recorded at a path stands after a stage, for a person.
     """
     set_up_torch(config)
     ranks, path = ranks or Ranks(), run_directory(config)
-    parts = ranks.in_turn(lambda: build(config))  # the first rank fills the cache for the others
-    data = check_data(parts.stream, parts.probes, allow_overlap=config.probe.allow_overlap)
-    manifest = describe(config, parts.stream, model_label=parts.source.label, command=command)
-    cuts = cut_prompts(parts.stream, parts.encoder)
-    manifest |= (
-        data.record
-        | {"cut_prompts": {name: asdict(cut) for name, cut in cuts.items()}}
-        | ranks.share(parts.source.record(Path(config.cache_dir)) if ranks.is_first else {})
-    )
-    status = ranks.share(status_of(path, manifest, resume=config.resume) if ranks.is_first else "")
+    working = partial(Line, name=path.name, quiet=not (ranks.is_first and config.tracking.progress))
+    parts = ranks.in_turn(lambda: build(config, working=working))  # the first rank fills the cache for the others
+    with working("checking the data"):
+        data = check_data(parts.stream, parts.probes, allow_overlap=config.probe.allow_overlap)
+        label = f"{parts.source.label}{'+chat' if config.prompt == 'chat' else ''}"
+        manifest = describe(config, parts.stream, model_label=label, command=command)
+        cuts = cut_prompts(parts.stream, parts.encoder)
+        manifest |= data.record | {"cut_prompts": {name: asdict(cut) for name, cut in cuts.items()}}
+        manifest |= ranks.share(parts.source.record(Path(config.cache_dir)) if ranks.is_first else {})
+        status = ranks.share(status_of(path, manifest, resume=config.resume) if ranks.is_first else "")
     if status in (COMPLETE, DIVERGED):
         log.info("%s has %s already", path, {COMPLETE: "been completed", DIVERGED: "diverged"}[status])
         return path
-    model = load_model(config, parts.source)
-    check_method(config, model)
-    shown = Tracker(config, parts.stream.stages, silent=not ranks.is_first)
+    with working("loading the model"):
+        model = load_model(config, parts.source)
+    shown = Tracker(config, parts.stream.stages, silent=not ranks.is_first, row=partial(row, path))
     with written_to(path if ranks.is_first else None), shown as tracker:
         with gathering(model):
             try:
@@ -149,7 +152,7 @@ def record_untouched(run: Run, untouched: Untouched, tracker: Tracker) -> None:
     scores = list(untouched.scores)
     scores += [replace(score, probe=f"{score.probe}@{view}") for view in others for score in untouched.scores]
     seconds = sum(score.seconds for score in untouched.scores)
-    cost = _cost_of(run, 0, Trained(), tokens_scored=untouched.tokens, seconds_train=0.0, seconds_probe=seconds)
+    cost = cost_of(run, 0, Trained(), tokens_scored=untouched.tokens, seconds_train=0.0, seconds_probe=seconds)
     record(run, [*scores, *check_own_model(run, 0)], cost, moments={})
     tracker.stage(0, "base", scores, loss=float("nan"), seconds=seconds)
 
@@ -171,7 +174,7 @@ def run_stage(
         where = f"stage {stage.index} of {len(run.stream.stages)} ({stage.name})"
         raise Diverged(f"{where}, {error}") from error
     scores = [*replay_scores(run, stage, sources[1:]), *examined, *own]
-    cost = _cost_of(
+    cost = cost_of(
         run,
         stage.index,
         trained,
@@ -195,26 +198,6 @@ def record(run: Run, scores: Sequence[Score], cost: Cost, *, moments: Mapping[st
         weights = trainable_state(run.model)
         run.ledger.save(Checkpoint(stage=cost.stage, weights=weights, state=state, moments=dict(moments)))
     run.ranks.wait()
-
-
-def _cost_of(run: Run, stage: int, trained: Trained, *, tokens_scored: int, **seconds: float) -> Cost:
-    counts = count_parameters(run.model)
-    read = trained.tokens_trained + trained.tokens_replayed
-    # Forward 2, activation gradients 2, gradients of trainable weights 2 operations per parameter and token (arXiv 2001.08361).
-    operations = read * (4 * counts["parameters"] + 2 * counts["trainable"]) + 2 * tokens_scored * counts["parameters"]
-    return Cost(
-        stage=stage,
-        steps=trained.steps,
-        tokens_trained=trained.tokens_trained,
-        tokens_replayed=trained.tokens_replayed,
-        tokens_scored=tokens_scored,
-        seconds_other=0.0,
-        trainable_parameters=counts["trainable"],
-        peak_memory_bytes=peak_memory(run.encoder.device),
-        flops=float(operations),
-        joules=float("nan"),
-        **seconds,
-    )
 
 
 def train(
@@ -289,10 +272,3 @@ def open_engine(
     from clbench.train.zero import DeepSpeedEngine
 
     return DeepSpeedEngine(model, optimizer=optimizer, schedule=schedule, config=config, moments=moments)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Highest memory use so far, in bytes: of the accelerator, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -48,7 +48,7 @@ def measure_untouched(
     for probe in parts.probes:
         probe.begin(student)
     settings = identity(manifest["config"])
-    shared = ("engine.", "order", "stream", "tasks", "probe", "train.max_length", "train.cut")
+    shared = ("engine.", "order", "prompt", "stream", "tasks", "probe", "train.max_length", "train.cut")
     depends_on = {key: value for key, value in settings.items() if key.startswith(shared)}
     depends_on |= {key: manifest[key] for key in ("model_fingerprint", "data", "probe_data", "versions", "hardware")}
     depends_on["source"] = source_hash([*(stage.task for stage in parts.stream.stages), *parts.probes])

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from clbench.hashes import of_folder, of_json, weights_in
-from clbench.models.limits import check_tokens, positions, rope_settings, settings
+from clbench.models.limits import check_tokens, rope_settings, settings
 from clbench.models.sharding import is_sharded, stored
 from clbench.types import UserMistake
 
@@ -68,14 +68,13 @@ class Pretrained:
         return load(self.name, dtype=dtype, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
     def configuration(self, cache_dir: Path) -> PretrainedConfig:
-        """The model's configuration, from `architecture` alone."""
-        if "model_type" not in self.architecture:
-            raise UserMistake(f"model {self.label!r} states no architecture with a model_type; add it in conf/model")
-        return AutoConfig.for_model(**self.architecture)
+        """What lies beside the weights."""
+        return configuration(self.name, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
-    def positions(self, cache_dir: Path) -> int:
-        """The longest input in tokens, as the model's own configuration has it."""
-        return positions(configuration(self.name, revision=self.revision, trust_remote_code=self.trust_remote_code))
+    def sizes(self, cache_dir: Path) -> PretrainedConfig:
+        """From `architecture` alone, where it is stated."""
+        stated = "model_type" in self.architecture
+        return AutoConfig.for_model(**self.architecture) if stated else self.configuration(cache_dir)
 
     def load_tokenizer(self, cache_dir: Path) -> PreTrainedTokenizerFast:
         return load_tokenizer(self.name, revision=self.revision, trust_remote_code=self.trust_remote_code)

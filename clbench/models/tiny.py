@@ -27,7 +27,6 @@ from transformers import (
 from clbench.config.checks import writing
 from clbench.data.sampling import generator
 from clbench.hashes import of_folder, of_json
-from clbench.models.limits import positions
 from clbench.models.pretrained import load, load_tokenizer, log
 from clbench.models.pretraining import pretrain
 from clbench.types import UserMistake
@@ -115,9 +114,8 @@ class Recipe:
     def configuration(self, cache_dir: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(self.folder(cache_dir))
 
-    def positions(self, cache_dir: Path) -> int:
-        """The longest input in tokens."""
-        return positions(self.configuration(cache_dir))
+    def sizes(self, cache_dir: Path) -> PretrainedConfig:
+        return self.configuration(cache_dir)
 
     def load_tokenizer(self, cache_dir: Path) -> PreTrainedTokenizerFast:
         return with_bos(load_tokenizer(self.folder(cache_dir)))

@@ -49,14 +49,6 @@ class Records:
     costs: pd.DataFrame
     files: Mapping[str, Mapping[str, bytes]]
 
-    def only(self, run: str) -> "Records":
-        """The records of one run."""
-        tables = {
-            name: table[table["run"] == run]
-            for name, table in (("runs", self.runs), ("scores", self.scores), ("costs", self.costs))
-        }
-        return Records(**tables, files={run: self.files[run]})
-
     def by_view(self) -> "Records":
         """The same records, in which what a run measured of a secondary view of its weights (I-LoRA's fast adapter, a shrunk update) is a run
         RUN@VIEW of the method METHOD@VIEW, at the costs of RUN."""
@@ -93,9 +85,9 @@ class Records:
         return found
 
 
-def read_runs(results_dir: Path) -> Records:
-    """Every run of `results_dir`; one that cannot be read says so in its state."""
-    files, runs, scores, costs = _files(results_dir), [], [], []
+def read_runs(results_dir: Path, *, only: str | None = None) -> Records:
+    """Every run of `results_dir`, or `only` the one of that name, which has a directory; one that cannot be read says so in its state."""
+    files, runs, scores, costs = _files(results_dir) if only is None else _of_directories(results_dir, only), [], [], []
     for run in files:
         try:
             own = files[run] = _whole(files[run])
@@ -185,7 +177,14 @@ def _files(results_dir: Path) -> dict[str, dict[str, bytes]]:
         pass  # all runs are directories
     except (tarfile.TarError, LZMAError, EOFError, ValueError) as error:
         raise UserMistake(f"{results_dir / ARCHIVE} is damaged ({error}); restore it, or remove it") from error
-    for directory in (results_dir / "runs").glob("*/"):
+    found |= _of_directories(results_dir, "*")
+    return dict(sorted(found.items()))
+
+
+def _of_directories(results_dir: Path, names: str) -> dict[str, dict[str, bytes]]:
+    """The content of FILES of the runs whose directories have such names."""
+    found: dict[str, dict[str, bytes]] = {}
+    for directory in (results_dir / "runs").glob(f"{names}/"):
         paths = [path for pattern in FILES for path in directory.glob(pattern)]
         if not paths and (directory / LOG).is_file():
             continue  # nothing is recorded yet: the untouched model is being measured
@@ -193,7 +192,7 @@ def _files(results_dir: Path) -> dict[str, dict[str, bytes]]:
             found[directory.name] = {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
         except OSError:
             found[directory.name] = {}  # may not be read, or is being removed
-    return dict(sorted(found.items()))
+    return found
 
 
 def _manifest(files: Mapping[str, bytes]) -> dict[str, Any]:

@@ -5,37 +5,43 @@ Nothing here is read back: machine numbers go through the ledger.
 
 import logging
 import math
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from textwrap import fill
 from types import TracebackType
 from typing import Any, Self
 
 from clbench.config import Config, run_name
 from clbench.config.checks import writing
 from clbench.config.secrets import masked, masking
-from clbench.progress import Line, spoken
+from clbench.progress import Line
 from clbench.protocols import Stage
 from clbench.record.forecast import Asked, Forecast
 from clbench.record.runs import LOG
 from clbench.types import Score
 
+Row = Callable[[int], str]
+WIDTH = 80
+FOLDED = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
 log = logging.getLogger("clbench")
 
 
 class Tracker:
-    """Follows one run; use as a context. `silent`: shows nothing at all."""
+    """Follows one run; use as a context. `silent`: shows nothing at all. `row` says in a line what a finished stage amounts to."""
 
-    def __init__(self, config: Config, stages: Sequence[Stage], *, silent: bool = False) -> None:
+    def __init__(
+        self, config: Config, stages: Sequence[Stage], *, silent: bool = False, row: Row = lambda stage: ""
+    ) -> None:
         self.run = run_name(config)
         self.stages = stages
+        self._row = row
         self._forecast: Forecast | None = None
         self._loss = math.nan
         self._stage = 0
         self._examined: dict[tuple[str, Asked], float] = {}
-        self._line = Line(self.run, total=1, quiet=silent or not config.tracking.progress)
+        self._line = Line("", name=self.run, quiet=silent or not config.tracking.progress)
         self._wandb = None if silent else _wandb_run(config, run=self.run)
 
     def __enter__(self) -> Self:
@@ -57,14 +63,14 @@ class Tracker:
 
     def doing(self, text: str) -> None:
         """What takes a while before the first stage."""
-        self._line.begin(1)
-        self._line.show(0, f"{self.run}  {text}")
+        self._line.begin(None)
+        self._line.show(0, text)
 
     def begin(self, forecast: Forecast, *, finished: int) -> None:
         """The stages after the `finished` first come now, and are expected to take so long."""
         self._forecast = forecast
         self._line.begin(forecast.until(len(self.stages)), done=forecast.until(finished))
-        self._line.say(f"{self.run}  {forecast.spoken(done=finished)}")
+        self._line.say(fill(f"{self.run}  {forecast.spoken(done=finished)}", WIDTH, **FOLDED))
 
     def step(self, stage: Stage, step: int, steps: int, loss: float) -> None:
         """Where training is within a stage, and the last reading of the loss (NaN where there is none yet)."""
@@ -85,7 +91,7 @@ class Tracker:
         if self._forecast:
             self._show(index, text, trained=1.0)
         else:
-            self._line.show(done, f"{self.run}  untouched model, {text}")
+            self._line.show(done, f"untouched model, {text}")
 
     def _show(self, index: int, text: str, *, trained: float) -> None:
         forecast, done = self._forecast or Forecast(), 0.0
@@ -93,33 +99,18 @@ class Tracker:
         if self._forecast:
             done = forecast.until(index - 1) + trained * forecast.training[index - 1]
             done += sum(share * forecast.examining.get(asked, 0.0) for (_, asked), share in self._examined.items())
-        self._line.show(done, f"{self.run}  stage {index}/{len(self.stages)} {text}")
+        self._line.show(done, f"stage {index}/{len(self.stages)} {text}")
 
     def stage(self, index: int, name: str, scores: Sequence[Score], *, loss: float, seconds: float) -> None:
-        """One line after a stage."""
+        """After a stage: which it was, and below how the run stands."""
         if self._wandb is not None:
             values = {f"{score.probe}/{score.task}/{score.metric}": score.value for score in scores}
             self._wandb.log(values | {"stage": index})
         if self._forecast:
-            self._line.show(self._forecast.until(index), f"{self.run}  stage {index}/{len(self.stages)} {name}")
-        left = self._line.left
-        summary = "  ".join(f"{key} {value:.3g}" for key, value in headline(scores, self.stages[:index]).items())
-        remaining = f", about {spoken(left)} left" if left > 0 else ""
-        where = f"{self.run}  stage {index}/{len(self.stages)} {name}  loss {loss:.3f}"
-        self._line.say(f"{where}  {summary}  ({seconds:.1f} s{remaining})")
-
-
-def headline(scores: Sequence[Score], seen: Sequence[Stage]) -> dict[str, float]:
-    """The few numbers of a stage that fit one line: mean score on the tasks seen so far, each other probe's first metric."""
-    line: dict[str, float] = {}
-    metrics = {stage.name: stage.task.metric for stage in seen}
-    matrix = [score.value for score in scores if score.probe == "stream" and score.metric == metrics.get(score.task)]
-    if matrix:
-        line["seen"] = sum(matrix) / len(matrix)
-    for score in scores:
-        if score.probe != "stream" and "@" not in score.probe:
-            line.setdefault(f"{score.probe} {score.metric}", score.value)
-    return line
+            self._line.show(self._forecast.until(index), f"stage {index}/{len(self.stages)} {name}")
+        read = "" if math.isnan(loss) else f"  loss {loss:.3f}"
+        where = f"{self.run}  stage {index}/{len(self.stages)} {name}{read}  {seconds:.1f} s"
+        self._line.say("\n".join(filter(None, [fill(where, WIDTH, **FOLDED), self._row(index)])))
 
 
 def _wandb_run(config: Config, *, run: str) -> Any:
@@ -159,14 +150,3 @@ def written_to(path: Path | None) -> Iterator[None]:
         log.removeHandler(handler)
         log.setLevel(before)
         handler.close()
-
-
-def set_up_logging() -> None:
-    """Human lines of clbench on standard error."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    handler.setLevel(logging.INFO)
-    handler.addFilter(masking)
-    log.handlers[:] = [handler]
-    log.setLevel(logging.INFO)
-    log.propagate = False

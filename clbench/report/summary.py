@@ -80,9 +80,9 @@ class Summary:
 def summarise(records: Records) -> Summary:
     """Works everything out, once."""
     records = records.by_view()
-    runs, (retention, probes) = records.runs, _retention(records)
+    runs, (retention, probes) = records.runs, retention_by_stage(records)
     ranked = runs[(runs["state"] == "complete") & (runs["problem"] == "")].set_index("run")
-    matrices = dict(_matrices(records.scores, ranked))
+    matrices = dict(score_matrices(records.scores, ranked))
     ranked = ranked.assign(stages=[len(matrix) - 1 for matrix in matrices.values()])
     measures = _measures(records, ranked, retention, matrices)
     rows = _leaderboard(ranked, measures)
@@ -95,7 +95,7 @@ def summarise(records: Records) -> Summary:
 
 def measured(path: Path, measure: str) -> float:
     """The `measure` of the run recorded at `path`, NaN where it is not ranked."""
-    measures = summarise(read_runs(path.parents[1]).only(path.name)).measures
+    measures = summarise(read_runs(path.parents[1], only=path.name)).measures
     return float(measures[measure].get(path.name, nan))
 
 
@@ -121,7 +121,7 @@ def _block_means(values: ArrayLike, blocks: pd.DataFrame) -> list[float]:
     return [values[[name == block for name in names]].mean() for block in dict.fromkeys(names)]
 
 
-def _retention(records: Records) -> tuple[pd.DataFrame, pd.DataFrame]:
+def retention_by_stage(records: Records) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What each stage of each run left of base knowledge and of the perplexity on known text, beside stage 0 of the same run.
 
     The second table has base knowledge by probe. Perplexity is per token. `lost` to `gained_corrected` are means over probes (`metrics.Retention`).
@@ -200,7 +200,7 @@ def _over_texts(scores: pd.DataFrame, metric: str) -> pd.Series:
     return measured.agg(_mean).where(measured.size().ge(texts.groupby("run")["task"].nunique(), level="run"))
 
 
-def _matrices(scores: pd.DataFrame, runs: pd.DataFrame) -> Iterator[tuple[str, metrics.Floats]]:
+def score_matrices(scores: pd.DataFrame, runs: pd.DataFrame) -> Iterator[tuple[str, metrics.Floats]]:
     """Each task's primary score after each stage, (stages + 1, tasks), by run; NaN where it was not measured."""
     own, last = scores[scores["probe"] == MATRIX_PROBE], scores.groupby("run")["stage"].max()
     cells = own.pivot(index=["run", "stage"], columns=["task", "metric"], values="value")

@@ -2,7 +2,7 @@
 
 Per task, on its first test examples: what cannot know the answer does not find it (`chance`, a model with random weights; `copier`,
 readers that only copy out of the prompt; `swap`, another row's answer put into the row; `shuffled`, wrong answers), what is right counts
-as right (`reference`), and training and examination read the same tokens (`bos`, `prompt`). Each is described where it is
+as right (`reference`), and training and examination read the same tokens (`bos`, `prompt`, of a chat `template`). Each is described where it is
 defined: `canaries.answers` and `canaries.tokens`. `canaries.own_model` examines the run's own model, before and after its first stage.
 
 Not here: duplicates and overlaps between texts (`record.overlaps`), and what becomes of a run whose canary failed (the leaderboard).
@@ -18,7 +18,7 @@ from torch.nn import Module
 from clbench.data.encoder import Encoder
 from clbench.data.sampling import seeded
 from clbench.examine.canaries.answers import Verdict, chance, copier, near_zero, reference, shuffled, swap, wrong_scores
-from clbench.examine.canaries.tokens import NEW_TOKENS, Watched, one_bos, same_prompt
+from clbench.examine.canaries.tokens import NEW_TOKENS, Watched, in_template, one_bos, same_prompt
 from clbench.examine.student import Student
 from clbench.models.tiny import fresh_llama
 from clbench.protocols import Stage, Stream
@@ -68,7 +68,7 @@ def check_stream(stream: Stream, encoder: Encoder, *, seed: int = 0, rows: int =
 
 
 def check_task(stage: Stage, *, model: Module, encoder: Encoder, unusable: Sequence[Unusable]) -> dict[str, Verdict]:
-    """The verdict of every canary on `stage`'s test examples; `swap` is absent where the task has no rows."""
+    """The verdict of every canary on `stage`'s test examples; without `swap` where the task has no rows, without `template` unless in a chat."""
     student = Watched(Student(model, encoder))
     closed = bool(stage.test[0].choices)
     wrong = wrong_scores(stage)
@@ -82,4 +82,5 @@ def check_task(stage: Stage, *, model: Module, encoder: Encoder, unusable: Seque
         "bos": one_bos(stage, encoder),
         "prompt": same_prompt(stage, encoder, asked=student.asked),
         **({"swap": swap(pairs)} if pairs else {}),
+        **({"template": in_template(stage, encoder, asked=student.asked)} if encoder.chat else {}),
     }

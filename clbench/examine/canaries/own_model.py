@@ -103,9 +103,10 @@ def plain_request(encoder: Encoder, example: Example) -> tuple[Ids, Ids]:
     The encoder's own prompt where training cuts it, its own answer where one token spans both.
     """
     one, eos = encoder.example(example), encoder.tokenizer.eos_token_id
+    settings = {"add_special_tokens": False} if encoder.chat else {"split_special_tokens": True}
     prompt, whole = (
-        tuple(encoder.tokenizer(text, split_special_tokens=True)["input_ids"])
-        for text in (example.prompt, f"{example.prompt} {example.answer}")
+        tuple(encoder.tokenizer(encoder.spelled(example.prompt, answer), **settings)["input_ids"])
+        for answer in (None, example.answer)
     )
     follows = prompt and whole[: len(prompt)] == prompt
     answer = (*whole[len(prompt) :], eos) if follows else one.ids[one.answer_start :]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from clbench.data.chat import own_template
 from clbench.data.encoder import Encoder, Ids
 from clbench.examine.canaries.answers import Verdict
 from clbench.examine.student import Student
@@ -31,28 +32,28 @@ class Watched:
 
 def encodable(stage: Stage, encoder: Encoder) -> list[Example]:
     """The test and training examples whose answer, with BOS and EOS, fits `train.max_length`: no other can be trained on at all."""
-    examples = (*stage.test, *stage.train)
-    return [example for example in examples if len(encoder.answer(example.answer)) + 2 <= encoder.max_length]
+    return [example for example in (*stage.test, *stage.train) if encoder.fits(example.answer)]
 
 
 def one_bos(stage: Stage, encoder: Encoder) -> Verdict:
-    """Whether encoded examples begin with BOS where the tokenizer gives one, end with EOS and hold no other BOS.
+    """Whether encoded examples begin with BOS where the tokenizer, or its chat template, gives one, end with EOS and hold no BOS of their own.
 
     The final EOS is not looked at, so the count is right where BOS and EOS are one token; PAD is never part of an encoded example.
     """
     bos, eos = encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id
     examples = [example for example in encodable(stage, encoder) if example.prompt]
-    encoded, begin = [encoder.example(example).ids for example in examples], encoder.begin
-    good = sum(ids[: len(begin)] == begin and ids[-1] == eos and ids[:-1].count(bos) == len(begin) for ids in encoded)
-    said = "one BOS, at the start" if begin else "no BOS, as the tokenizer gives none"
+    encoded, first = [encoder.example(example).ids for example in examples], encoder.begin[:1] == (bos,)
+    count = (*encoder.begin, *encoder.end).count(bos)
+    good = sum((ids[0] == bos) == first and ids[-1] == eos and ids[:-1].count(bos) == count for ids in encoded)
+    said = "one BOS, at the start" if first else "no BOS, as the tokenizer gives none"
     return good == len(encoded) > 0, f"{good} of {len(encoded)} examples have {said}"
 
 
 def same_prompt(stage: Stage, encoder: Encoder, *, asked: set[tuple[Ids, Ids]]) -> Verdict:
     """Whether prompts and answers have the same ids in training and in examination, and examination did read them so.
 
-    A prompt that training cuts must be what its cut leaves of the one examined, and more than the BOS. Of closed tasks the right answer must
-    have been scored, too. `asked` is what the student was given for `chance`.
+    A prompt that training cuts must be what its cut leaves of the one examined, and more than what is never cut. Of closed tasks the right answer
+    must have been scored, too. `asked` is what the student was given for `chance`.
     """
     examples = encodable(stage, encoder)
     same = cut = lost = 0
@@ -62,7 +63,7 @@ def same_prompt(stage: Stage, encoder: Encoder, *, asked: set[tuple[Ids, Ids]]) 
         kept = encoder.clipped(context, encoder.max_length - len(answer) - 1)
         same += encoded.ids == (*kept, *answer, encoder.tokenizer.eos_token_id) and encoded.answer_start == len(kept)
         cut += kept != context
-        lost += len(context) > len(kept) == len(encoder.begin)
+        lost += len(context) > len(kept) == len(encoder.begin) + len(encoder.end)
     asked = asked | {(context, ()) for context, _ in asked}
     read = sum(
         (encoder.prompt(example.prompt), encoder.answer(example.answer) if example.choices else ()) in asked
@@ -73,4 +74,29 @@ def same_prompt(stage: Stage, encoder: Encoder, *, asked: set[tuple[Ids, Ids]]) 
         same == len(examples) > 0 == lost and read == len(stage.test),
         f"{same} of {len(examples)} examples are the same in training and examination, {cut} cut and {lost} without a prompt among them "
         f"({left_out} left out: the answer alone is longer than train.max_length); {read} of {len(stage.test)} were examined as they are",
+    )
+
+
+def in_template(stage: Stage, encoder: Encoder, *, asked: set[tuple[Ids, Ids]]) -> Verdict:
+    """Whether training and examination read the tokens that the tokenizer itself gives of its chat template; cut ones as far as they go.
+
+    `asked` is what the student was given for `chance`.
+    """
+    contexts = {context for context, _ in asked}
+
+    def by_itself(example: Example) -> Ids:
+        messages = [{"role": "user", "content": example.prompt}]
+        settings = {"chat_template": own_template(encoder.tokenizer), "add_generation_prompt": True}
+        return tuple(encoder.tokenizer.apply_chat_template(messages, return_dict=False, **settings))
+
+    examples = encodable(stage, encoder)
+    trained = [encoder.example(example) for example in examples]
+    same = sum(
+        one.ids[: one.answer_start] == encoder.clipped(by_itself(example), one.answer_start)
+        for example, one in zip(examples, trained, strict=True)
+    )
+    read = sum(by_itself(example) in contexts for example in stage.test)
+    return (
+        same == len(examples) > 0 and read == len(stage.test),
+        f"{same} of {len(examples)} examples are trained on and {read} of {len(stage.test)} are examined in the tokenizer's own template",
     )
