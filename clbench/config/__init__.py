@@ -114,10 +114,11 @@ class ProbeConfig:
 
 @dataclass
 class TrackingConfig:
-    """What a person sees while it runs."""
+    """What a person sees while it runs, and where its curves go besides."""
 
     progress: bool = key(True, identity=False)
     wandb: str = key("disabled", among=("disabled", "offline", "online"), identity=False)
+    tensorboard: bool = key(False, identity=False)
     project: str = key("clbench", identity=False)
 
 
