@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from clbench.config import Config, run_directory
-from clbench.config.checks import check, one_of, writable
+from clbench.config.checks import check, check_extras, one_of, writable
 from clbench.config.composition import CONF_DIR, register_schema, resolve, with_own_model
 from clbench.config.help import page
 from clbench.config.secrets import masked
@@ -131,6 +131,7 @@ def _swept(composed: DictConfig) -> None:
 def _run(config: Config) -> float | None:
     """Runs it; gives the measure that `optimize` names, for a sweeper that looks for its best."""
     check(config)
+    check_extras(config)
     if config.optimize is not None:
         from clbench.report.columns import MEASURES
 
