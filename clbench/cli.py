@@ -27,7 +27,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from rich.console import Console
 
 from clbench.config import Config, run_directory
-from clbench.config.checks import check, one_of, writable
+from clbench.config.checks import check, check_extras, one_of, writable
 from clbench.config.composition import CONF_DIR, register_schema, resolve, with_own_model
 from clbench.config.help import page
 from clbench.config.names import choices
@@ -136,6 +136,7 @@ def _swept(composed: DictConfig) -> None:
 def _run(config: Config) -> float | None:
     """Runs it; gives the measure that `optimize` names, for a sweeper that looks for its best."""
     check(config)
+    check_extras(config)
     if config.optimize is not None:
         from clbench.report.columns import MEASURES
 

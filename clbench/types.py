@@ -125,6 +125,17 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How training went since the reading before: means over its steps of `loss` and of the part of it that is the method's penalty on
+    parameters, both in nats per answer token; the last step's `learning_rate`; tokens read by all ranks together."""
+
+    loss: float
+    penalty: float
+    learning_rate: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cost:
     """What one stage cost: counts, seconds of wall time, bytes and floating-point operations."""
 

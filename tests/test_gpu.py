@@ -111,7 +111,7 @@ def train(architecture: dict, device: str, *, config) -> Trained:
             tokens += sum(len(encoder.example(example).ids) for example, _, _ in drawn)
         if step == WARM_UP:
             began = synchronised(device)
-        losses.append(train_step(drawn, method=method, engine=engine, encoder=encoder, config=training))
+        losses.append(train_step(drawn, method=method, engine=engine, encoder=encoder, config=training)[0])
     seconds = synchronised(device) - began
     engine.close()
     found = Trained(

@@ -123,7 +123,7 @@ def test_no_folder_of_clbench_is_crowded():
     [
         ("deepspeed", ("train/", "models/sharding.py")),
         ("lm_eval", ("examine/",)),
-        ("wandb", ("record/tracking.py",)),
+        ("wandb", ("record/curves.py",)),
         ("pandas", ("report/", "record/runs.py")),
     ],
 )

@@ -94,7 +94,7 @@ def test_the_live_line_stands_where_the_forecast_says(overrides):
     shown = []
     tracker._line.show = lambda done, text: shown.append((done, text))
     tracker.begin(FORECAST, finished=1)
-    tracker.step(stages[0], 5, 10, 2.0)  # of stage 1: half of 10 s
+    tracker.step(stages[0], 5, 10, None)  # of stage 1: half of 10 s
     tracker.examining(4, "fast", "knowledge", "quiz", 1, 2)
     tracker.examining(4, "fast", "stream", "a", 1, 4)
     tracker.examining(4, "slow", "knowledge", "quiz", 2, 2)

@@ -106,18 +106,6 @@ def test_the_log_alone_has_no_secrets(tmp_path):
     assert "reading https://***@host" in (tmp_path / "run.log").read_text()
 
 
-def test_the_tracker_is_sent_no_secrets(overrides, monkeypatch):
-    import wandb
-
-    from clbench.record import tracking
-
-    sent = []
-    monkeypatch.setattr(wandb, "init", lambda **given: sent.append(given))
-    config = compose([*overrides, "tracking.wandb=offline", f"+model.note={PLANTED[0]}"])
-    tracking._wandb_run(config, run="x")
-    assert sent and PLANTED[0] not in json.dumps(sent)
-
-
 def test_a_cell_that_begins_like_a_formula_is_text(tmp_path):
     cells = ["=cmd()", "+1", "-1", "@x", "\tx", "plain", "a=b", ""]
     content = tables.inert(pd.DataFrame({"text": cells, "number": [-1.5] * 8})).to_csv(index=False)

@@ -119,11 +119,12 @@ class ProbeConfig:
 
 @dataclass
 class TrackingConfig:
-    """What a person sees while it runs; with `tasks` after a stage a line about every task, too."""
+    """What a person sees while it runs, with `tasks` after a stage a line about every task, too, and where its curves go besides."""
 
     progress: bool = key(True, identity=False)
     tasks: bool = key(False, identity=False)
     wandb: str = key("disabled", among=("disabled", "offline", "online"), identity=False)
+    tensorboard: bool = key(False, identity=False)
     project: str = key("clbench", identity=False)
 
 

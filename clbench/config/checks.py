@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,20 @@ def check_engine(engine: EngineConfig) -> None:
             f"{given}, engine.processes={engine.processes}, engine.shard_base=true: "
             "it needs engine=deepspeed, engine.zero_stage=3 and at least 2 processes"
         )
+
+
+def check_extras(config: Config) -> None:
+    """Raises UserMistake where what is asked for comes with an extra of clbench that is not installed."""
+    asked = {
+        "deepspeed": ("engine=deepspeed", config.engine.name == "deepspeed"),
+        "wandb": (f"tracking.wandb={config.tracking.wandb}", config.tracking.wandb != "disabled"),
+        "tensorboard": ("tracking.tensorboard=true", config.tracking.tensorboard),
+    }
+    for package, (given, is_asked) in asked.items():
+        spec = find_spec(package) if is_asked else None
+        # A folder of that name, such as W&B's own, is no package of it.
+        if is_asked and not (spec and spec.has_location):
+            raise UserMistake(f"{given} needs {package}, which is not installed; pip install 'clbench[{package}]'")
 
 
 def one_of(name: str, value: str, allowed: Iterable[str]) -> None:

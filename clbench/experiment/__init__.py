@@ -20,6 +20,7 @@ from clbench.config import Config, run_directory, run_name
 from clbench.examine.canaries.own_model import said
 from clbench.examine.together import reads_together
 from clbench.experiment.examination import check_evaluation, check_own_model, examine, measure_untouched, replay_scores
+from clbench.experiment.outcome import send_outcome
 from clbench.experiment.underway import Run, cost_of
 from clbench.models.loss import causal_lm
 from clbench.models.sharding import gathering
@@ -103,6 +104,7 @@ def run(
                 run_stages(started, untouched, tracker)
         except Diverged as result:
             log.warning("%s diverged in %s; it keeps the stages before and is not ranked", path.name, result)
+        send_outcome(path, tracker)
     return path
 
 
@@ -116,7 +118,7 @@ def run_stages(run: Run, untouched: Untouched, tracker: Tracker) -> None:
     done = max(first - 1, 0)
     if first == 0:
         record_untouched(run, untouched, tracker)
-    tracker.begin(forecast(run, untouched), finished=done)
+    tracker.begin(forecast(run, untouched), finished=done, steps=run.ledger.steps if run.ledger else 0)
     for stage in run.stream.stages[done:]:
         moments = run_stage(run, stage, tracker, moments=moments, within=within)
         within = None
@@ -222,7 +224,7 @@ def train(
         encoder=run.encoder,
         config=config.train,
         seed=config.seed,
-        report=lambda step, steps, loss: tracker.step(stage, step, steps, loss),
+        report=lambda step, steps, reading: tracker.step(stage, step, steps, reading),
         first=before.step,
         save=lambda step: save_within(run, stage, engine, step=step, seconds=time.perf_counter() - started),
     )

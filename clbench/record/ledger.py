@@ -75,6 +75,11 @@ class Ledger:
             self._cut(self.finished)
             unlock.pop_all()
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of all finished stages."""
+        return sum(cost["steps"] for cost in read_lines((self.path / "cost.jsonl").read_bytes()))
+
     def set_status(self, status: str) -> None:
         replace_file(self.path / "status", f"{status}\n".encode())
 

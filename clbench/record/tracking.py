@@ -1,4 +1,4 @@
-"""What a person sees of a run: one live line in a terminal, plain log lines elsewhere and in its directory, and Weights & Biases curves on request.
+"""What a person sees of a run: one live line in a terminal, plain log lines elsewhere and in its directory, and curves on request.
 
 Nothing here is read back: machine numbers go through the ledger.
 """
@@ -7,20 +7,20 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from textwrap import fill
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from clbench.config import Config, run_name
 from clbench.config.checks import writing
-from clbench.config.secrets import masked, masking
+from clbench.config.secrets import masking
 from clbench.progress import Line
 from clbench.protocols import Stage
+from clbench.record.curves import Outcome, curves_of
 from clbench.record.forecast import Asked, Forecast
 from clbench.record.runs import LOG
-from clbench.types import Score
+from clbench.types import Reading, Score
 
 Row = Callable[[int], str]
 WIDTH = 80
@@ -38,11 +38,12 @@ class Tracker:
         self.stages = stages
         self._row = row
         self._forecast: Forecast | None = None
-        self._loss = math.nan
+        self._reading: Reading | None = None
         self._stage = 0
+        self._steps = self._steps_before = 0
         self._examined: dict[tuple[str, Asked], float] = {}
         self._line = Line("", name=self.run, quiet=silent or not config.tracking.progress)
-        self._wandb = None if silent else _wandb_run(config, run=self.run)
+        self.curves = () if silent else curves_of(config)
 
     def __enter__(self) -> Self:
         self._line.__enter__()
@@ -58,28 +59,29 @@ class Tracker:
             error.args = (f"{self.run} is interrupted in {where}",)
             log.debug("%s", error)
         self._line.__exit__()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if kind is None else 1)
+        for curves in self.curves:
+            curves.close(failed=kind is not None)
 
     def doing(self, text: str) -> None:
         """What takes a while before the first stage."""
         self._line.begin(None)
         self._line.show(0, text)
 
-    def begin(self, forecast: Forecast, *, finished: int) -> None:
-        """The stages after the `finished` first come now, and are expected to take so long."""
-        self._forecast = forecast
+    def begin(self, forecast: Forecast, *, finished: int, steps: int = 0) -> None:
+        """The stages after the `finished` first, of `steps` optimizer steps, come now, and are expected to take so long."""
+        self._forecast, self._steps_before = forecast, steps
         self._line.begin(forecast.until(len(self.stages)), done=forecast.until(finished))
         self._line.say(fill(f"{self.run}  {forecast.spoken(done=finished)}", WIDTH, **FOLDED))
 
-    def step(self, stage: Stage, step: int, steps: int, loss: float) -> None:
-        """Where training is within a stage, and the last reading of the loss (NaN where there is none yet)."""
-        self._examined = {}
-        read = "" if math.isnan(loss) else f"  loss {loss:.3f}"
-        self._show(stage.index, f"{stage.name}  step {step}/{steps}{read}", trained=step / max(steps, 1))
-        if self._wandb is not None and not math.isnan(loss) and loss != self._loss:
-            self._loss = loss
-            self._wandb.log({"train/loss": loss, "train/stage": stage.index, "train/step": step})
+    def step(self, stage: Stage, step: int, steps: int, reading: Reading | None) -> None:
+        """Where training is within a stage, and the last reading."""
+        self._examined, self._steps = {}, steps
+        loss = f"  loss {reading.loss:.3f}" if reading else ""
+        self._show(stage.index, f"{stage.name}  step {step}/{steps}{loss}", trained=step / max(steps, 1))
+        if reading is not None and reading is not self._reading:
+            self._reading = reading
+            for curves in self.curves:
+                curves.training(self._steps_before + step, reading)
 
     def examining(self, index: int, view: str, probe: str, task: str, done: int, of: int) -> None:
         """`done` of the `of` requests of a probe's task are answered, after stage `index` or, at 0, by the untouched model."""
@@ -103,24 +105,19 @@ class Tracker:
 
     def stage(self, index: int, name: str, scores: Sequence[Score], *, loss: float, seconds: float) -> None:
         """After a stage: which it was, and below how the run stands."""
-        if self._wandb is not None:
-            values = {f"{score.probe}/{score.task}/{score.metric}": score.value for score in scores}
-            self._wandb.log(values | {"stage": index})
+        self._steps_before, self._steps = self._steps_before + self._steps, 0
+        for curves in self.curves:
+            curves.stage(index, scores)
         if self._forecast:
             self._line.show(self._forecast.until(index), f"stage {index}/{len(self.stages)} {name}")
         read = "" if math.isnan(loss) else f"  loss {loss:.3f}"
         where = f"{self.run}  stage {index}/{len(self.stages)} {name}{read}  {seconds:.1f} s"
         self._line.say("\n".join(filter(None, [fill(where, WIDTH, **FOLDED), self._row(index)])))
 
-
-def _wandb_run(config: Config, *, run: str) -> Any:
-    tracking = config.tracking
-    if tracking.wandb == "disabled":
-        return None
-    import wandb
-
-    where = {"project": tracking.project, "name": run, "dir": config.results_dir}
-    return wandb.init(mode=tracking.wandb, config=masked(asdict(config)), **where)
+    def outcome(self, outcome: Outcome) -> None:
+        """What the run amounts to, for its curves."""
+        for curves in self.curves:
+            curves.outcome(outcome, stages=[stage.name for stage in self.stages])
 
 
 class LogFile(logging.FileHandler):

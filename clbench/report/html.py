@@ -59,15 +59,20 @@ FIGURES = {
 
 def write(results_dir: Path) -> Path:
     """Writes report.html from the runs of `results_dir` and returns its path."""
-    summary, path = summarise(read_runs(results_dir)), results_dir / "report.html"
+    path = results_dir / "report.html"
+    replace_file(path, page(summarise(read_runs(results_dir)), results_dir).encode())
+    return path
+
+
+def page(summary: Summary, results_dir: Path) -> str:
+    """The whole page; `results_dir` may hold the search for settings, too (tuning/leaderboard.csv)."""
     body = [f"<h1>What was learned, what was kept, what it cost</h1><p>{escape(unranked(summary.records.runs))}</p>"]
     compared = [(name, rows.set_index("label", drop=False)) for name, rows in settings(summary.leaderboard)]
     for name, rows in compared:
         body.append(f"<article><h2>{escape(name)}</h2>{''.join(_setting(summary, rows))}</article>")
     body.append(_card("Where the numbers come from", _provenance(summary.records.runs), kind="text"))
     figures = as_script(of_setting(summary, rows, results_dir / "tuning" / "leaderboard.csv") for _, rows in compared)
-    replace_file(path, _page("".join(body), figures).encode())
-    return path
+    return _page("".join(body), figures)
 
 
 def _page(body: str, figures: str) -> str:

@@ -93,10 +93,14 @@ def summarise(records: Records) -> Summary:
     return Summary(records=records, **own, leaderboard=rows, diverged=diverged, differences=pairs)
 
 
+def of_run(path: Path) -> Summary:
+    """What the run recorded at `path` amounts to, alone."""
+    return summarise(read_runs(path.parents[1], only=path.name))
+
+
 def measured(path: Path, measure: str) -> float:
     """The `measure` of the run recorded at `path`, NaN where it is not ranked."""
-    measures = summarise(read_runs(path.parents[1], only=path.name)).measures
-    return float(measures[measure].get(path.name, nan))
+    return float(of_run(path).measures[measure].get(path.name, nan))
 
 
 def marks(rows: pd.DataFrame, measure: str) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Trains one stage: draws the global batch of every step, splits it, and calls the method and the engine in their fixed order."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ from clbench.config import TrainConfig
 from clbench.data.encoder import Encoder
 from clbench.data.sampling import draw, seeded
 from clbench.protocols import Engine, Method, Stage
-from clbench.types import Batch, Example, Source
+from clbench.train.optimizer import factor
+from clbench.types import Batch, Example, Reading, Source
 
 CPU_TOKENS = 384
 """Tokens of a forward that keep the CPU busy and in its caches (measured)."""
@@ -86,20 +88,20 @@ def train_stage(
     encoder: Encoder,
     config: TrainConfig,
     seed: int,
-    report: Callable[[int, int, float], None],
+    report: Callable[[int, int, Reading | None], None],
     first: int = 0,
     save: Callable[[int], None] = lambda step: None,
 ) -> Trained:
-    """Runs the stage's steps from `first` on; `report(step, steps, loss)` is called before the first and after each, with the mean
-    loss of the last few that were read (NaN before), `save(step)` every `checkpoint_steps`.
+    """Runs the stage's steps from `first` on; `report(step, steps, reading)` is called before the first and after each, with the last
+    reading (None before there is one), `save(step)` every `checkpoint_steps`.
 
     Dropout draws from a generator named by the step, so nothing of it needs to be kept. Raises FloatingPointError for a loss that is not finite.
     """
     engine.model.train()
-    losses: list[Tensor] = []
-    trained = replayed = 0
-    mean = math.nan
-    report(first, plan.total, mean)
+    unread: list[tuple[Tensor, Tensor | float]] = []
+    trained = replayed = tokens = 0
+    reading, since = None, time.perf_counter()
+    report(first, plan.total, reading)
     for step in range(plan.total):
         rows = global_batch(plan, step, config=config, seed=seed, stage=stage.index)
         lengths = [(len(encoder.example(example).ids), source) for example, source, _ in rows]
@@ -107,18 +109,28 @@ def train_stage(
         replayed += sum(length for length, source in lengths if source)
         if step < first:
             continue
+        tokens += sum(length for length, _ in lengths)
         with seeded(seed, f"dropout/{step}/{engine.rank}", stage.index):
-            losses.append(train_step(rows, method=method, engine=engine, encoder=encoder, config=config))
+            unread.append(train_step(rows, method=method, engine=engine, encoder=encoder, config=config))
         if (step + 1) % LOG_EVERY == 0 or step + 1 == plan.total:
-            mean = float(torch.stack(losses).mean())
-            losses.clear()
-            if not math.isfinite(mean):
-                raise FloatingPointError(f"step {step + 1} at the latest: the loss is {mean}")
-        report(step + 1, plan.total, mean)
+            losses, penalties = zip(*unread, strict=True)
+            loss, now = float(torch.stack(losses).mean()), time.perf_counter()
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"step {step + 1} at the latest: the loss is {loss}")
+            reading = Reading(
+                loss=loss,
+                penalty=float(sum(penalties)) / len(penalties),
+                learning_rate=config.lr * factor(config, step, steps=plan.total),
+                tokens_per_second=tokens / (now - since),
+            )
+            unread.clear()
+            tokens, since = 0, now
+        report(step + 1, plan.total, reading)
         if config.checkpoint_steps and (step + 1) % config.checkpoint_steps == 0:
             save(step + 1)
     engine.model.eval()
-    return Trained(steps=plan.total, tokens_trained=trained, tokens_replayed=replayed, loss=mean)
+    loss = reading.loss if reading else math.nan
+    return Trained(steps=plan.total, tokens_trained=trained, tokens_replayed=replayed, loss=loss)
 
 
 def micro_batches(
@@ -132,8 +144,8 @@ def micro_batches(
 
 def train_step(
     rows: list[tuple[Example, int, float]], *, method: Method, engine: Engine, encoder: Encoder, config: TrainConfig
-) -> Tensor:
-    """One optimizer step on `rows`; returns its loss in nats per answer token, the method's penalty included."""
+) -> tuple[Tensor, Tensor | float]:
+    """One optimizer step on `rows`; returns its loss in nats per answer token, the method's penalty included, and that penalty."""
     total = torch.zeros((), device=encoder.device)
     for batch in micro_batches(rows, encoder=encoder, config=config, rank=engine.rank, world_size=engine.world_size):
         loss = method.loss(engine.model, batch)
@@ -142,4 +154,4 @@ def train_step(
     penalty = method.correct_gradients(engine)
     engine.step()
     method.after_step(engine)
-    return engine.total(total) + penalty
+    return engine.total(total) + penalty, penalty

@@ -70,18 +70,18 @@ def set_moments(optimizer: AdamW, parameters: Mapping[str, Parameter], moments: 
 
 
 def schedule(optimizer: AdamW, config: TrainConfig, *, steps: int, done: int = 0) -> LambdaLR:
-    """Learning-rate factor per step: linear rise over `config.warmup * steps`, then `config.schedule`; `done` of the steps are over."""
+    """The learning rate of every step, `factor` times `config.lr`; `done` of the steps are over."""
+    return LambdaLR(optimizer, lambda step: factor(config, done + step, steps=steps))
+
+
+def factor(config: TrainConfig, step: int, *, steps: int) -> float:
+    """Learning-rate factor of optimizer step `step` (from 0): linear rise over `config.warmup * steps`, then `config.schedule`."""
     rise = max(1, math.ceil(config.warmup * steps))
-
-    def factor(step: int) -> float:
-        """The factor of optimizer step `step` (from 0)."""
-        if config.warmup > 0 and step < rise:
-            return (step + 1) / rise
-        progress = (step - rise) / max(1, steps - rise)
-        if config.schedule == "constant":
-            return 1.0
-        if config.schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-        return max(0.0, 1.0 - progress)
-
-    return LambdaLR(optimizer, lambda step: factor(done + step))
+    if config.warmup > 0 and step < rise:
+        return (step + 1) / rise
+    progress = (step - rise) / max(1, steps - rise)
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return max(0.0, 1.0 - progress)

@@ -59,7 +59,8 @@ def ours(model: Module, encoder: Encoder, rows: list[Example]) -> list[float]:
     losses = []
     for start in range(0, len(rows), BATCH):
         batch = [(row, 0, 1.0) for row in rows[start : start + BATCH]]
-        losses.append(train_step(batch, method=Seq(lora=LORA, seed=0), engine=engine, encoder=encoder, config=CONFIG))
+        loss, _ = train_step(batch, method=Seq(lora=LORA, seed=0), engine=engine, encoder=encoder, config=CONFIG)
+        losses.append(loss)
     return [float(loss) for loss in losses]
 
 
