@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from clbench.report.findings import findings
+from clbench.report.tables import findings
 
 SETTING = {"stream": "three", "model": "tiny", "stream_hash": "abc"}
 ROWS = pd.DataFrame([SETTING | {"method": name, "variant": "1", "label": name} for name in ("er", "seq", "ewc", "l2")])

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from math import isnan
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from rich.text import Text
 
 from clbench.record.runs import read_runs, remove_left, replace_file
 from clbench.report.columns import legend
-from clbench.report.findings import findings
 from clbench.report.measures import SETTING
 from clbench.report.search import search
 from clbench.report.summary import NAMED, Summary, marks, summarise
@@ -35,6 +35,12 @@ KEY_COLUMNS = (
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 MARKED = ("average_accuracy", "retention")
 ON_TERMINAL = ["method", "blocks", "accuracy", "BWT", "retention", "perplexity", "train s"]
+SAID = {
+    "average_accuracy": "average accuracy",
+    "retention_probability": "the probability kept of base knowledge",
+    "log_perplexity_ratio": "perplexity",
+}
+"""The measures of differences.csv that are spoken of, and how they read."""
 REFERENCES = (
     "Average accuracy of the untouched model {base_accuracy:.3f}, chance {chance_accuracy:.3f}, "
     "the majority class {majority_accuracy:.3f}, answers that have only the form {format_only_accuracy:.3f}, "
@@ -135,6 +141,39 @@ def readable(rows: pd.DataFrame, *, spread: bool) -> pd.DataFrame:
             cells.append({"best": f"**{text}**", "tied": f"{text} ≈"}.get(mark.get(label), text))
         shown[heading] = cells
     return shown.assign(notes=rows["notes"])
+
+
+def findings(differences: pd.DataFrame, rows: pd.DataFrame) -> Iterator[str]:
+    """A sentence for each measure of SAID: the rows that are better than the most others, and of how many pairs one can be told from the other.
+
+    `rows`: rows of the leaderboard that share a setting. `differences`: pairs of rows, these among them. Nothing is said of pairs without a test.
+    """
+    labels = {(row.method, row.variant): row.label for row in rows.itertuples()}
+    setting = rows.iloc[0][SETTING]
+    pairs = differences[(differences[setting.index] == setting).all(axis=1) & differences["q"].notna()]
+    for measure, name in SAID.items():
+        own = pairs[pairs["measure"] == measure]
+        if own.empty:
+            continue
+        beaten: dict[str, list[str]] = {}
+        for row in own[own["verdict"].isin(["better", "worse"])].itertuples():
+            left, right = labels[row.method, row.variant], labels[row.other, row.other_variant]
+            winner, loser = (left, right) if row.verdict == "better" else (right, left)
+            beaten.setdefault(winner, []).append(loser)
+        if not beaten:
+            yield f"In {name} none of {len(own)} pairs can be told apart."
+            continue
+        most = max(map(len, beaten.values()))
+        best = [f"{winner} is better than {listed(losers)}" for winner, losers in beaten.items() if len(losers) == most]
+        yield f"In {name} {'; '.join(best)}; {sum(map(len, beaten.values()))} of {len(own)} pairs can be told apart."
+
+
+def listed(names: list[str]) -> str:
+    """
+    >>> listed(["a"]), listed(["a", "b", "c"])
+    ('a', 'a, b and c')
+    """
+    return " and ".join([*filter(None, [", ".join(names[:-1])]), names[-1]])
 
 
 def _markdown(summary: Summary, left: str) -> str:
