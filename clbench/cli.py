@@ -274,7 +274,7 @@ def _one_line(error: Exception) -> str:
 
 def _message(error: Exception) -> str:
     """What went wrong, without Hydra's advice on debugging. A UserMistake inside a constructor speaks for itself."""
-    chain = [error]
+    chain: list[BaseException] = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
     for inner in chain:

@@ -5,11 +5,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
@@ -205,9 +205,7 @@ def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return with_bos(fast)
 
 
-def fresh_llama(
-    tokenizer: PreTrainedTokenizerFast, *, architecture: dict[str, int | bool | float], seed: int
-) -> LlamaForCausalLM:
+def fresh_llama(tokenizer: PreTrainedTokenizerFast, *, architecture: Mapping[str, Any], seed: int) -> LlamaForCausalLM:
     """An untrained Llama whose weights depend on `seed` alone."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),

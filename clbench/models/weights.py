@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from clbench.models.sharding import entries
 
 
-def trainable(model: Module) -> dict[str, Tensor]:
+def trainable(model: Module) -> dict[str, Parameter]:
     """The trainable tensors by full parameter name, in the model's order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 

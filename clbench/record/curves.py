@@ -65,7 +65,7 @@ class Wandb:
                 config=masked(asdict(config)),
                 mode=tracking.wandb,
                 dir=config.results_dir,
-                # The command line and the address of the repository may hold secrets; the manifest has both, masked.
+                # The command line and the repository's address may hold secrets; the manifest has the command, masked, and the commit.
                 settings=wandb.Settings(x_disable_meta=True, disable_git=True),
             )
         except Error as error:

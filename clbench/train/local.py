@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.optim import Optimizer
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 
 from clbench.models.weights import trainable
@@ -49,7 +49,7 @@ class LocalEngine(Engine):
         self,
         model: Module,
         *,
-        optimizer: Optimizer | None,
+        optimizer: AdamW | None,
         schedule: LRScheduler | None,
         clip: float,
         moments: Mapping[str, Tensor] | None = None,
@@ -59,7 +59,7 @@ class LocalEngine(Engine):
         self.schedule = schedule
         self.clip = clip
         self._parameters = trainable(model)
-        if moments:
+        if optimizer is not None and moments:
             set_moments(optimizer, self._parameters, moments)
 
     def backward(self, loss: Tensor) -> None:

@@ -9,7 +9,8 @@ from typing import TypeVar
 
 from torch import distributed
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
