@@ -280,7 +280,7 @@ def test_the_command_prints_a_table_of_80_columns(kept, command):
     assert code == 0 and max(map(len, lines)) <= 80, errors
     assert any(line.startswith("first: seq16-seq-s0") for line in lines)
     assert any(line.strip() == "perplexity" for line in lines)
-    row = r" *world_text +nll_token +\d\.\d{3} +\d\.\d{3} +[+-]0\.\d{3} +[+-]\d\.\d{3} to [+-]\d\.\d{3} +\d+"
+    row = r"world_text +nll_token +\d\.\d{3} +\d\.\d{3} +[+-]0\.\d{3} \([+-]\d\.\d{3}, [+-]\d\.\d{3}\) +\d+"
     assert any(re.fullmatch(row, line) for line in lines), out
     code, _, errors = command("clbench.compare", paths[0], kept.parent / "none")
     assert code == 2 and errors.count("\n") == 1, errors

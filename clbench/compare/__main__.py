@@ -1,7 +1,8 @@
-"""`python -m clbench.compare RUN RUN`: a table of how two runs differ."""
+"""`python -m clbench.compare RUN RUN`: tables of how two runs differ."""
 
 import sys
 from argparse import ArgumentParser
+from collections.abc import Iterator
 from itertools import groupby
 from math import isnan
 from pathlib import Path
@@ -14,41 +15,43 @@ from clbench.cli import FAILURES, refuse
 from clbench.compare import Row, Side, compare, read_side
 from clbench.types import UserMistake
 
-NOTE = "Differences are first less second; 95 % intervals over the same questions of both (seeds and orders: differences.csv)."
+NOTE = "First less second, with 95 % intervals over the questions that both answered; for seeds and orders see differences.csv."
+COLUMNS = {"task": 20, "metric": 13, "first": 6, "second": 6, "difference": 23, "items": 5}
+"""Headings and widths, in characters: 78 with the spaces between."""
 
 
-def table(first: Side, second: Side) -> Table:
-    """The rows by probe, within 80 columns."""
+def page(first: Side, second: Side) -> Iterator[Text | Table]:
+    """What is printed, within 80 columns: a table for each probe."""
     rows = compare(first, second)
     if not rows:
         raise UserMistake(
             f"{first.name} and {second.name} have measured nothing in common; name two runs of one stream or probe"
         )
-    names = [
-        f"{place}: {side.name}, after stage {side.stage}" for place, side in (("first", first), ("second", second))
-    ]
-    right = ("first", "second", "difference", "interval", "items")
-    found = Table(
-        Column("task", overflow="fold"),
-        "metric",
-        *(Column(name, justify="right", no_wrap=True) for name in right),
-        box=None,
-    )
-    found.title, found.caption = Text("\n".join(names)), Text(NOTE)
-    found.title_justify = found.caption_justify = "left"
+    for place, side in (("first", first), ("second", second)):
+        yield Text(f"{place}: {side.name}, after stage {side.stage}")
     for probe, own in groupby(rows, key=lambda row: row.key[0]):
-        found.add_row(Text(probe, style="italic"))
+        table = Table(
+            *(
+                Column(name, width=width, overflow="fold", justify="left" if name in ("task", "metric") else "right")
+                for name, width in COLUMNS.items()
+            ),
+            title=Text(f"\n{probe}"),
+            title_justify="left",
+            box=None,
+            padding=(0, 1, 0, 0),
+        )
         for row in own:
-            found.add_row(*map(Text, cells(row)))
-    return found
+            table.add_row(*map(Text, cells(row)))
+        yield table
+    yield Text(f"\n{NOTE}")
 
 
 def cells(row: Row) -> list[str]:
     """One row as text."""
     _, task, metric = row.key
-    interval = "-" if isnan(row.low) else f"{row.low:+.3f} to {row.high:+.3f}"
-    numbers = f"{row.first:.3f}", f"{row.second:.3f}", f"{row.first - row.second:+.3f}"
-    return [task, metric, *numbers, interval, f"{row.n_items or '-'}"]
+    interval = "" if isnan(row.low) else f" ({row.low:+.3f}, {row.high:+.3f})"
+    values = f"{row.first:.3f}", f"{row.second:.3f}", f"{row.first - row.second:+.3f}{interval}"
+    return [task, metric, *values, f"{row.n_items or '-'}"]
 
 
 if __name__ == "__main__":
@@ -57,7 +60,9 @@ if __name__ == "__main__":
     parser.add_argument("second", type=Path, help="the same of the other, of any results_dir")
     options = parser.parse_args()
     try:
-        both = table(read_side(options.first), read_side(options.second))
+        parts = list(page(read_side(options.first), read_side(options.second)))
     except FAILURES as error:
         refuse(error)
-    Console(highlight=False, width=None if sys.stdout.isatty() else 80).print(both)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 80)
+    for part in parts:
+        console.print(part)
