@@ -305,7 +305,7 @@ def test_weight_decay_alone_sets_lora_wd_apart_from_seq():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_examining_folded_gives_the_same_outputs_and_restores_every_bit(name):
+def test_examining_folded_gives_the_same_outputs_restores_every_bit_and_leaves_a_model_that_trains_on(name):
     contract.check_folding(lab(name))
 
 

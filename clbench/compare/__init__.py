@@ -82,8 +82,10 @@ class Row:
 def read_side(path: Path) -> Side:
     """The run recorded at `path`, results_dir/runs/NAME, or NAME@VIEW for a secondary view of its weights."""
     path = path.resolve()
-    records = read_runs(path.parents[1]).by_view()
-    run, own = path.name.partition("@")[0], records.scores[records.scores["run"] == path.name]
+    run = path.name.partition("@")[0]
+    # One that only runs.tar.xz holds is found by reading all.
+    records = read_runs(path.parents[1], only=run if (path.parent / run).is_dir() else None).by_view()
+    own = records.scores[records.scores["run"] == path.name]
     if own.empty:
         known = [name for name in records.runs["run"] if name.partition("@")[0] == run]
         raise UserMistake(
