@@ -23,7 +23,7 @@ from rich.table import Column, Table
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from clbench.build import DTYPES, make_method, make_tasks, set_up_torch
-from clbench.cli import USERS_MISTAKES, refuse
+from clbench.cli import USERS_MISTAKES, put_in_reach, refuse
 from clbench.config import Config
 from clbench.config.checks import one_of
 from clbench.config.composition import CONF_DIR, compose
@@ -263,4 +263,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    put_in_reach(Path.cwd())
     main(sys.argv[1:])

@@ -7,6 +7,10 @@ os.environ.update(
     HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="disabled", DS_ACCELERATOR="cpu", TQDM_DISABLE="1"
 )
 
+import runpy  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -49,3 +53,21 @@ def tiny(cache_dir: Path) -> list[str]:
 def overrides(tiny: list[str], tmp_path: Path) -> list[str]:
     """The command line of a run that takes about a second."""
     return [*tiny, f"results_dir={tmp_path / 'results'}"]
+
+
+@pytest.fixture()
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs `python -m MODULE WORDS` in this process; gives its exit code, output and errors."""
+
+    def run(module: str, *words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [module, *map(str, words)])
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.setattr("clbench.progress.set_up_logging", lambda: None)
+        code = 0
+        try:
+            runpy.run_module(module, run_name="__main__")
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    return run

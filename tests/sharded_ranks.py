@@ -22,11 +22,11 @@ from clbench.config import (
 )
 from clbench.data.encoder import Encoder  # noqa: E402
 from clbench.examine.student import Student  # noqa: E402
+from clbench.experiment.examination import Watch  # noqa: E402
 from clbench.models import sharding  # noqa: E402
 from clbench.models.folding import export, folded  # noqa: E402
 from clbench.models.loss import causal_lm  # noqa: E402
 from clbench.models.weights import count_parameters, trainable  # noqa: E402
-from clbench.record.tracking import Tracker  # noqa: E402
 from clbench.types import UserMistake  # noqa: E402
 from tests import ranks  # noqa: E402
 from tests.ranks import run  # noqa: E402
@@ -93,10 +93,10 @@ def held(*overrides: str) -> dict[str, object]:
         if slices and "model" in moments:
             moments["examining"].append(holding(moments["model"]))
 
-    def noted_examine(made: experiment.Run, index: int, tracker: Tracker) -> tuple[list, int]:
+    def noted_examine(made: experiment.Run, index: int, watch: Watch) -> tuple[list, int]:
         moments["between"].append(holding(made.model))
         adapters.append(sum(parameter.numel() for parameter in trainable(made.model).values()))
-        found = examine(made, index, tracker)
+        found = examine(made, index, watch)
         moments["between"].append(holding(made.model))
         return found
 

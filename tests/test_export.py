@@ -1,7 +1,5 @@
 """A run's model outside clbench: the same logits from transformers alone, and from PEFT where the method is plain LoRA."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,12 +22,14 @@ def logits(model: Module) -> Tensor:
         return model.eval()(input_ids=ids).logits
 
 
-def check(path: Path, out: Path, base: Path, *, has_adapter: bool) -> None:
-    assert export.export_run(path, out) == has_adapter == (out / "adapter").is_dir()
-    with export.trained(path) as found:
+def check(path: Path, out: Path, base: Path, *, stage: int | None = None, trains: bool = True) -> None:
+    """That a run's model is exported with the logits that it has in clbench; the adapter with them, where there is one."""
+    has_adapter = export.export_run(path, out, stage=stage)
+    assert has_adapter == (out / "adapter").is_dir()
+    with export.trained(path, stage=stage) as found:
         expected = logits(found.model)
     untouched = AutoModelForCausalLM.from_pretrained(base)
-    assert float((expected - logits(untouched)).abs().max()) > 1e-3
+    assert (float((expected - logits(untouched)).abs().max()) > 1e-3) == trains
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), expected, rtol=0, atol=1e-5)
     assert (
         AutoTokenizer.from_pretrained(out)("of")["input_ids"] == AutoTokenizer.from_pretrained(base)("of")["input_ids"]
@@ -55,18 +55,22 @@ SELDOM = ("ilora", "base_interpolation", "curlora", "osf")
 )
 def test_a_run_is_exported_with_the_logits_that_it_was_examined_with(method, overrides, cache_dir, tmp_path):
     path = run(compose([*overrides, *BASE, f"method={method}"]))
-    check(path, tmp_path / "out", base_of(cache_dir), has_adapter=method in PLAIN)
+    check(path, tmp_path / "out", base_of(cache_dir))
+    assert (tmp_path / "out" / "adapter").is_dir() == (method in PLAIN)
 
 
-def test_the_command_says_where_it_wrote_and_refuses_what_it_cannot_export(overrides, tmp_path):
-    path = run(compose([*overrides, *BASE]))
-
-    def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "clbench.export", *map(str, arguments)]
-        return subprocess.run(line, capture_output=True, text=True, timeout=120)
-
-    answer = command(path, tmp_path / "out")
-    assert answer.returncode == 0 and answer.stdout.strip().endswith("adapter for PEFT"), answer.stderr
-    for arguments, said in (((path, tmp_path / "out"), "is not empty"), ((tmp_path, tmp_path / "new"), "holds no run")):
-        answer = command(*arguments)
-        assert answer.returncode == 2 and said in answer.stderr and answer.stderr.count("\n") == 1, answer.stderr
+def test_the_command_says_where_it_wrote_and_refuses_what_it_cannot_export(overrides, tmp_path, command):
+    path, new = run(compose([*overrides, *BASE])), f"out={tmp_path / 'new'}"
+    code, out, _ = command("clbench.export", path, f"out={tmp_path / 'out'}", "stage=1")
+    assert code == 0 and out.strip().endswith("adapter for PEFT")
+    wrong = {
+        (path, f"out={tmp_path / 'out'}"): "is not empty",
+        (tmp_path, new): "holds no run",
+        (path, new, "stage=2"): "has not kept stage=2, but 1; train.checkpoint=all",
+        (path, new, "stages=1"): "stages=1 is not to be given here; allowed are out=..., stage=..., cache_dir=...",
+        (path,): "say where to",
+        (f"{path}@fast", new): "has no view 'fast'; it has model",
+    }
+    for words, said in wrong.items():
+        code, _, errors = command("clbench.export", *words)
+        assert code == 2 and said in errors and errors.count("\n") == 1, errors

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from clbench.build import DTYPES, make_method
 from clbench.config.composition import CONF_DIR, compose
+from clbench.contract.lab import ToyTask
 from clbench.data.encoder import Encoder
 from clbench.experiment import open_engine
 from clbench.models.weights import count_parameters, trainable_state
@@ -27,7 +28,6 @@ from clbench.train.launch import join, leave
 from clbench.train.loop import global_batch, plan_stage, train_step
 from clbench.train.ranks import Ranks
 from clbench.types import Example
-from tests.test_methods import ToyTask
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 

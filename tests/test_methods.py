@@ -1,11 +1,10 @@
-"""The contract of every method: each yaml in conf/method is composed, trained on a toy stream and held to it.
+"""The contract of every method (`clbench.contract`): each yaml in conf/method is composed, trained on a toy stream and held to it.
 
 A new yaml is tested because it exists. Every check that could pass for want of an effect has a mutation that must make it fail.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from functools import cache
 
 import pytest
@@ -18,73 +17,25 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from baselines import clora, ilora, l2, olora
 from baselines.base import Base
-from clbench import experiment
-from clbench.build import make_method
+from clbench import contract
 from clbench.config import Config, composition, from_plain
-from clbench.data.encoder import Encoder
+from clbench.contract.lab import ROWS, STEPS, TINY, TOY, TRAIN_ROWS, WORDS, Lab, everything, llama, same, watched
+from clbench.contract.lab import lab as laboratory
 from clbench.data.memory import Memory
 from clbench.data.sampling import draw
-from clbench.examine.canaries.own_model import said
 from clbench.models.folding import folded
 from clbench.models.loss import answer_loss
 from clbench.models.pairs import lora_pairs
 from clbench.models.pretrained import without_dropout
-from clbench.models.tiny import fresh_llama, word_tokenizer
+from clbench.models.tiny import word_tokenizer
 from clbench.models.weights import load_trainable_state, trainable, trainable_state
-from clbench.protocols import Engine, Method, Stage, Stream, Task
-from clbench.record.ledger import Checkpoint, Ledger
-from clbench.record.tracking import Tracker
+from clbench.protocols import Engine, Method
 from clbench.train.local import LocalEngine
-from clbench.train.loop import Plan, global_batch, plan_stage, train_stage
-from clbench.types import Batch, Example, Source, UserMistake
+from clbench.train.loop import global_batch, plan_stage
+from clbench.types import Example, Source, UserMistake
 
 NAMES = sorted(path.stem for path in (composition.CONF_DIR / "method").glob("*.yaml"))
-WORDS = [f"w{index}" for index in range(50)]
-STEPS, ROWS, TRAIN_ROWS = 5, 4, 10
-TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-
-TOY = (
-    f"train.steps={STEPS}",
-    f"train.batch_size={ROWS}",
-    "train.max_length=32",
-    "train.warmup=0",
-    "train.schedule=constant",
-)
-
 torch.set_num_threads(1)
-
-
-class ToyTask(Task):
-    """Words follow words: prompts and answers of uneven length, another rule for every `index`."""
-
-    metric = "accuracy"
-
-    def __init__(self, index: int) -> None:
-        self.name = f"toy{index}"
-        self.index = index
-
-    def examples(self, split: str) -> list[Example]:
-        rng = torch.Generator().manual_seed(self.index)
-        rows = []
-        for number in range(TRAIN_ROWS):
-            prompt = torch.randint(len(WORDS), (1 + number % 4,), generator=rng).tolist()
-            answer = [WORDS[(word * 7 + 11 * self.index) % len(WORDS)] for word in prompt[: 1 + number % 3]]
-            rows.append(
-                Example(
-                    id=f"{self.name}/{number}", prompt=" ".join(WORDS[word] for word in prompt), answer=" ".join(answer)
-                )
-            )
-        return rows
-
-    def score(self, example: Example, answer: str) -> float:
-        return float(answer == example.answer)
 
 
 @cache
@@ -115,64 +66,6 @@ def tokenizer():
     return word_tokenizer(WORDS)
 
 
-@dataclass(kw_only=True)
-class Lab:
-    """A method on a tiny model with a toy stream; `base` names the model's own parameters by identity."""
-
-    run: experiment.Run
-    base: set[int]
-    untouched: dict[int, Tensor]
-    moments: dict[str, Tensor] = field(default_factory=dict)
-    within: Checkpoint | None = None
-
-    @property
-    def method(self) -> Method:
-        return self.run.method
-
-    @property
-    def model(self) -> nn.Module:
-        return self.run.model
-
-    def stage(self, number: int) -> Stage:
-        return self.run.stream.stages[number - 1]
-
-    def train(self, number: int) -> None:
-        """Stage `number`, by the very function that an experiment calls."""
-        tracker = Tracker(self.run.config, self.run.stream.stages, silent=True)
-        *_, self.moments = experiment.train(
-            self.run, self.stage(number), tracker, moments=self.moments, within=self.within
-        )
-        self.within = None
-        self.model.eval()
-
-    def open(self, number: int) -> tuple[Plan, Engine]:
-        """Stage `number` up to its first step."""
-        self.method.begin_stage(self.stage(number), self.model)
-        plan = plan_stage(self.method.training_set(self.stage(number)), self.run.config.train)
-        return plan, experiment.open_engine(self.model, self.run.config, plan)
-
-    def step(self, number: int) -> Engine:
-        """Stage `number` up to its last step, the engine still open."""
-        plan, engine = self.open(number)
-        config = self.run.config
-        train_stage(
-            self.stage(number),
-            plan,
-            method=self.method,
-            engine=engine,
-            encoder=self.run.encoder,
-            config=config.train,
-            seed=config.seed,
-            report=lambda *_: None,
-        )
-        return engine
-
-    def logits(self) -> Tensor:
-        batch = self.run.encoder.collate(self.stage(1).train)
-        with torch.no_grad():
-            return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
-
-
 def gpt2(words: PreTrainedTokenizerFast) -> nn.Module:
     """A tiny GPT-2, whose linear layers keep their weights [in, out]; attention's last one is square."""
     size = {"n_embd": TINY["hidden_size"], "n_layer": TINY["num_hidden_layers"], "n_head": 4, "n_positions": 64}
@@ -181,54 +74,13 @@ def gpt2(words: PreTrainedTokenizerFast) -> nn.Module:
     return GPT2LMHeadModel(without_dropout(GPT2Config(vocab_size=len(words), initializer_range=0.05, **size)))
 
 
-def llama(words: PreTrainedTokenizerFast) -> nn.Module:
-    return fresh_llama(words, architecture=TINY, seed=0)
-
-
 def lab(
     name: str,
     *overrides: str,
     dtype: torch.dtype = torch.float32,
     made: Callable[[PreTrainedTokenizerFast], nn.Module] = llama,
 ) -> Lab:
-    config = composed(name, *overrides)
-    words = tokenizer()
-    model = made(words).eval().to(dtype)
-    base = list(model.parameters())
-    untouched = {id(parameter): parameter.detach().clone() for parameter in base}
-    encoder = Encoder(words, max_length=config.train.max_length)
-    tasks = [ToyTask(index) for index in (1, 2, 3)]
-    rows = [tuple(task.examples("train")) for task in tasks]
-    whole = tuple(example for examples in rows for example in examples)
-    stages = tuple(
-        Stage(index=i, name=task.name, task=task, train=train, test=train, collate=encoder.collate, whole_stream=whole)
-        for i, (task, train) in enumerate(zip(tasks, rows, strict=True), start=1)
-    )
-    method = make_method(config)
-    run = experiment.Run(
-        config=config,
-        method=method,
-        model=method.wrap(model),
-        stream=Stream(name="toy", order="default", stages=stages),
-        probes=(),
-        encoder=encoder,
-    )
-    return Lab(run=run, base={id(parameter) for parameter in base}, untouched=untouched)
-
-
-def everything(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters and buffers."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {name: tensor.detach().clone() for name, tensor in tensors}
-
-
-def same(left: dict[str, object], right: dict[str, object]) -> bool:
-    """Whether two states agree bitwise."""
-    if left.keys() != right.keys():
-        return False
-    return all(
-        torch.equal(left[key], right[key]) if isinstance(left[key], Tensor) else left[key] == right[key] for key in left
-    )
+    return laboratory(composed(name, *overrides), dtype=dtype, made=made)
 
 
 # --- 1 identity ---------------------------------------------------------------------------------------------------------
@@ -236,62 +88,20 @@ def same(left: dict[str, object], right: dict[str, object]) -> bool:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_wrapping_changes_no_output(name):
-    plain = fresh_llama(tokenizer(), architecture=TINY, seed=0).eval()
-    toy = lab(name)
-    batch = toy.run.encoder.collate(toy.stage(1).train)
-    with torch.no_grad():
-        before = plain(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    for view in toy.method.views(toy.model).values():
-        with view:
-            torch.testing.assert_close(toy.logits(), before, rtol=0, atol=1e-5)
+    contract.check_wrapping(lab(name))
 
 
 # --- 2 liveness ---------------------------------------------------------------------------------------------------------
 
 
-def check_liveness(toy: Lab) -> None:
-    """All that the method added trains and is moved by the optimizer; all else stays bitwise, merging apart."""
-    before, trains = everything(toy.model), set(trainable(toy.model))
-    parameters = dict(toy.model.named_parameters())
-    added = {name for name, parameter in parameters.items() if id(parameter) not in toy.base}
-    assert trains, "nothing trains"
-    assert added <= trains, f"added but frozen: {sorted(added - trains)}"
-    steps = watched(toy.method)
-    toy.step(1)
-    still = sorted(name for name in trains if all(torch.equal(before[name], step[name]) for step in steps))
-    assert not still, f"trainable but unmoved: {still}"
-    if not toy.method.merges:
-        after = everything(toy.model)
-        drifted = sorted(name for name in before.keys() - trains if not torch.equal(before[name], after[name]))
-        assert not drifted, f"frozen but moved: {drifted}"
-
-
-def watched(method: Method) -> list[dict[str, Tensor]]:
-    """Fills with the trainable tensors as each optimizer step leaves them, before the method's own `after_step`."""
-    steps: list[dict[str, Tensor]] = []
-    follow = method.after_step
-
-    def record(engine: Engine) -> None:
-        steps.append({tensor.name: tensor.value.clone() for tensor in engine.tensors()})
-        follow(engine)
-
-    method.after_step = record
-    return steps
-
-
 @pytest.mark.parametrize("name", TRAINED)
 def test_all_that_trains_moves_and_all_else_stays(name):
-    check_liveness(lab(name))
+    contract.check_liveness(lab(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_only_a_method_that_says_so_writes_into_frozen_weights(name):
-    toy = lab(name)
-    frozen = {key: parameter for key, parameter in toy.model.named_parameters() if not parameter.requires_grad}
-    before = {key: parameter.detach().clone() for key, parameter in frozen.items()}
-    toy.train(1)
-    changed = any(not torch.equal(before[key], parameter) for key, parameter in frozen.items())
-    assert changed == toy.method.merges
+    contract.check_frozen(lab(name))
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -302,7 +112,7 @@ def test_liveness_notices_a_tensor_that_is_frozen(name):
     else:
         next(iter(trainable(toy.model).values())).requires_grad_(False)
     with pytest.raises(AssertionError, match="frozen|nothing trains"):
-        check_liveness(toy)
+        contract.check_liveness(toy)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -317,45 +127,15 @@ def test_liveness_notices_a_tensor_that_never_moves(name, monkeypatch):
 
     monkeypatch.setattr(LocalEngine, "step", step_and_undo)
     with pytest.raises(AssertionError, match="unmoved"):
-        check_liveness(toy)
+        contract.check_liveness(toy)
 
 
 # --- 2 penalties --------------------------------------------------------------------------------------------------------
 
 
-def check_penalty(toy: Lab) -> None:
-    """In float64, in the second stage: the gradient that the method adds is that of the value that it reports."""
-    toy.train(1)
-    toy.step(2)
-    toy.model.double()
-    engine = LocalEngine(toy.model, optimizer=None, schedule=None, clip=0.0)
-    toy.method.correct_gradients(engine)
-    gradients = {tensor.name: tensor.grad.clone() for tensor in engine.tensors()}
-    assert sum(gradient.abs().sum() for gradient in gradients.values()) > 0, "the penalty has no gradient"
-    rng = torch.Generator().manual_seed(0)
-    for name, parameter in trainable(toy.model).items():
-        direction = torch.randn(parameter.shape, generator=rng, dtype=torch.float64)
-        slope = central_difference(
-            lambda: float(toy.method.correct_gradients(engine)), parameter, direction, width=1e-6
-        )
-        assert float((gradients[name] * direction).sum()) == pytest.approx(slope, rel=1e-4, abs=1e-6), name
-
-
-@torch.no_grad()
-def central_difference(value: Callable[[], float], parameter: Tensor, direction: Tensor, *, width: float) -> float:
-    """Slope of `value` along `direction` in `parameter`."""
-    before = parameter.clone()
-    ends = []
-    for sign in (1, -1):
-        parameter.copy_(before + sign * width * direction)
-        ends.append(value())
-    parameter.copy_(before)
-    return (ends[0] - ends[1]) / (2 * width)
-
-
 @pytest.mark.parametrize("name", PENALISED)
 def test_the_penalty_has_the_gradient_of_its_value(name):
-    check_penalty(lab(name))
+    contract.check_penalty(lab(name))
 
 
 @pytest.mark.parametrize("name", PENALISED)
@@ -371,7 +151,7 @@ def test_a_detached_penalty_is_noticed(name, monkeypatch):
 
     monkeypatch.setattr(method_class(name), "correct_gradients", detached)
     with pytest.raises(AssertionError, match="no gradient"):
-        check_penalty(lab(name))
+        contract.check_penalty(lab(name))
 
 
 @pytest.mark.parametrize("name", PENALISED)
@@ -526,17 +306,7 @@ def test_weight_decay_alone_sets_lora_wd_apart_from_seq():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_examining_folded_gives_the_same_outputs_restores_every_bit_and_leaves_a_model_that_trains_on(name):
-    toy = lab(name)
-    toy.train(1)
-    toy.train(2)
-    before = everything(toy.model)
-    for view in ("first", "last"):
-        with list(toy.method.views(toy.model).values())[0 if view == "first" else -1], torch.inference_mode():
-            plain = toy.logits()
-            with folded(toy.model):
-                torch.testing.assert_close(toy.logits(), plain, rtol=1e-5, atol=1e-5)
-        assert same(everything(toy.model), before)
-    toy.train(3)
+    contract.check_folding(lab(name))
 
 
 # --- 6 resume and invariance --------------------------------------------------------------------------------------------
@@ -545,85 +315,18 @@ def test_examining_folded_gives_the_same_outputs_restores_every_bit_and_leaves_a
 @pytest.mark.parametrize("name", NAMES)
 def test_the_first_view_after_stage_1_says_what_was_trained_unless_the_method_averages_or_merges_otherwise(name):
     toy = lab(name)
-    tracker = Tracker(toy.run.config, toy.run.stream.stages, silent=True)
-    _, trained, _ = experiment.train(toy.run, toy.stage(1), tracker, moments={}, within=None)
     assert toy.method.keeps == (name not in {"ilora", "secura_release", "base_interpolation", "lines"})
-    assert len(trained.said) == (3 if toy.method.keeps else 0)  # an example a task
-    view, *_ = toy.method.views(toy.model).values()
-    with view:
-        again = said(toy.model, toy.run.encoder, toy.run.stream)
-    assert not trained.said or again == pytest.approx(trained.said, abs=1e-5)
+    contract.check_kept(toy)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_stopping_between_stages_changes_nothing(name, tmp_path):
-    whole = lab(name)
-    whole.train(1)
-    ledger = Ledger(tmp_path, manifest={"run": "toy"})
-    ledger.save(Checkpoint(stage=1, weights=trainable_state(whole.model), state=whole.method.state_dict(), moments={}))
-    outputs = whole.logits()
-    whole.train(2)
-    again = lab(name)
-    kept = ledger.load()
-    load_trainable_state(again.model, kept.weights)
-    again.method.load_state_dict(kept.state)
-    assert torch.equal(again.logits(), outputs)
-    again.train(2)
-    assert same(everything(again.model), everything(whole.model))
-    assert same(again.method.state_dict(), whole.method.state_dict())
-    for left, right in zip(
-        again.method.views(again.model).values(), whole.method.views(whole.model).values(), strict=True
-    ):
-        with left, right:
-            assert torch.equal(again.logits(), whole.logits())
-
-
-def gradients(toy: Lab, engine: Engine, batches: list[Batch]) -> dict[str, Tensor]:
-    toy.model.train()
-    for batch in batches:
-        engine.backward(toy.method.loss(toy.model, batch))
-    toy.method.correct_gradients(engine)
-    found = {tensor.name: tensor.grad.clone() for tensor in engine.tensors()}
-    engine.clear()
-    return found
-
-
-def widened(batch: Batch, columns: int) -> Batch:
-    """`batch` with so many more columns of padding, whose ids are noise."""
-    rows = len(batch.input_ids)
-
-    def wider(tensor: Tensor, filler: Tensor) -> Tensor:
-        return torch.cat([tensor, filler], dim=1)
-
-    noise = torch.randint(len(WORDS), (rows, columns), generator=torch.Generator().manual_seed(1))
-    return replace(
-        batch,
-        input_ids=wider(batch.input_ids, noise),
-        attention_mask=wider(batch.attention_mask, torch.zeros_like(noise)),
-        labels=wider(batch.labels, torch.full_like(noise, -100)),
-    )
+def test_stopping_between_stages_changes_nothing(name):
+    contract.check_resume(lab(name), lab(name))
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_padding_and_micro_batches_change_no_gradient(name):
-    toy = lab(name)
-    toy.train(1)
-    plan, engine = toy.open(2)
-    encoder = toy.run.encoder
-    for step in {0, plan.total - 1}:
-        rows = global_batch(plan, step, config=toy.run.config.train, seed=0, stage=2)
-        whole = encoder.micro_batches(rows, rows=len(rows))
-        expected = gradients(toy, engine, whole)
-        assert any(gradient.abs().sum() > 0 for gradient in expected.values())
-        ranks = [batch for rank in range(2) for batch in encoder.micro_batches(rows, rows=2, rank=rank, world_size=2)]
-        for batches in (
-            encoder.micro_batches(rows, rows=1),
-            encoder.micro_batches(rows, rows=3),
-            encoder.micro_batches(rows[::-1], rows=len(rows)),
-            [widened(batch, 5) for batch in whole],
-            ranks,
-        ):
-            torch.testing.assert_close(gradients(toy, engine, batches), expected, rtol=1e-5, atol=1e-6)
+    contract.check_batches(lab(name))
 
 
 # --- 7 Fisher information -----------------------------------------------------------------------------------------------
@@ -669,14 +372,7 @@ def test_the_fisher_depends_neither_on_batches_nor_on_a_penalty(overrides):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_bfloat16_base_trains_with_float32_state(name):
-    toy = lab(name, dtype=torch.bfloat16)
-    assert {value.dtype for value in trainable(toy.model).values()} == {torch.float32}
-    check_liveness(toy)
-    toy.train(2)
-    state = [value for value in toy.method.state_dict().values() if isinstance(value, Tensor)]
-    for value in [*trainable_state(toy.model).values(), *state]:
-        assert torch.isfinite(value).all()
-    assert toy.logits().isfinite().all()
+    contract.check_bfloat16(lab(name, dtype=torch.bfloat16))
 
 
 # --- CLoRA --------------------------------------------------------------------------------------------------------------
@@ -748,7 +444,7 @@ def test_ilora_consistency_has_the_gradient_of_its_value():
     for (name, parameter), gradient in zip(trainable(toy.model).items(), steepest, strict=True):
         # Llama's norms compute in float32 whatever the weights are, so the step is wide and the direction the steepest.
         direction = gradient / gradient.norm()
-        slope = central_difference(lambda: float(pull().detach()), parameter, direction, width=1e-3)
+        slope = contract.central_difference(lambda: float(pull().detach()), parameter, direction, width=1e-3)
         assert float(gradient.norm()) == pytest.approx(slope, rel=1e-2), name
 
 

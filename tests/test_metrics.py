@@ -275,3 +275,26 @@ def test_metrics_need_neither_torch_nor_pandas():
 def test_a_score_array_of_another_shape_is_our_mistake(scores):
     with pytest.raises(AssertionError):
         metrics.average_accuracy(scores)
+
+
+@pytest.mark.parametrize(("both", "first", "second", "neither"), [(40, 9, 3, 8), (6, 0, 0, 0), (0, 5, 5, 90)])
+def test_the_paired_interval_is_that_of_a_dirichlet_posterior_with_half_an_item_a_corner(both, first, second, neither):
+    pairs = [(1.0, 1.0)] * both + [(1.0, 0.0)] * first + [(0.0, 1.0)] * second + [(0.0, 0.0)] * neither
+    low, high = metrics.paired_interval(*zip(*pairs, strict=True))
+    # A Dirichlet is gammas over their sum; here drawn otherwise, and a hundred times as often.
+    drawn = np.random.default_rng(3).gamma([both + 0.5, first + 0.5, second + 0.5, neither + 0.5], size=(200_000, 4))
+    expected = np.quantile((drawn[:, 1] - drawn[:, 2]) / drawn.sum(axis=1), (0.025, 0.975))
+    assert (low, high) == pytest.approx(expected.tolist(), abs=0.02)
+    assert low < 0 < high or both == 40
+
+
+@pytest.mark.parametrize(("items", "first", "second"), [(30, 0.15, 0.05), (12, 0.1, 0.1), (200, 0.3, 0.1)])
+def test_the_paired_interval_holds_the_true_difference_in_95_percent_of_cases(items, first, second):
+    rng, held, cases = np.random.default_rng(5), 0, 400
+    for _ in range(cases):
+        kind = rng.choice(
+            3, size=items, p=[first, second, 1 - first - second]
+        )  # right in the first alone, in the second alone, in both
+        low, high = metrics.paired_interval(kind != 1, kind != 0)
+        held += low <= first - second <= high
+    assert 0.92 <= held / cases <= 0.99

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -77,25 +79,22 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def clbench(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    own = (
-        "--config-dir",
-        "conf",
-        "model.name=model",
-        "stream.tasks=[sport]",
-        "stream.name=sport",
-        "method=shrink",
-        "probe=colours",
-    )
-    quick = ("train.steps=2", "train.batch_size=4", "train.max_length=32", "engine.threads=1", "cache_dir=cache")
-    command = [sys.executable, "-m", "clbench", *own, *quick, *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+OWN = ("model.name=model", "stream.tasks=[sport]", "stream.name=sport", "method=shrink", "probe=colours")
+QUICK = ("train.steps=2", "train.batch_size=4", "train.max_length=32", "engine.threads=1", "cache_dir=cache")
+RUN = ("python", "-m", "clbench", "--config-dir", "conf", *OWN, *QUICK)
+
+
+def shell(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    """What a line in the user's shell does, there."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = {"cwd": folder, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run(" ".join(f"'{word}'" for word in words), shell=True, **command)
 
 
 def test_a_model_rows_a_method_and_a_probe_of_ones_own_give_a_ranked_row(folder):
     lines = [line for text in FILES.values() for line in text.splitlines() if line]
     assert len(lines) <= 30
-    answer = clbench(folder)
+    answer = shell(folder, *RUN)
     assert answer.returncode == 0, answer.stderr
     (row,) = csv.DictReader((folder / "results" / "leaderboard.csv").open())
     assert (row["stream"], row["model"], row["method"]) == ("sport", "model", "shrink")
@@ -105,8 +104,30 @@ def test_a_model_rows_a_method_and_a_probe_of_ones_own_give_a_ranked_row(folder)
     assert {*manifest["config"]["sources"]} == {"mine.shrink", "mine.colours"}
     assert '"probe": "colours"' in (path / "scores.jsonl").read_text()
     assert manifest["command"].startswith("python -m clbench --config-dir conf ")
-    # The same command leaves it alone; other code is another run.
-    assert "has been completed already" in clbench(folder).stderr
+    # The recorded command pastes back, and leaves it alone; other code is another run.
+    assert "has been completed already" in shell(folder, *shlex.split(manifest["command"])).stderr
     (folder / "mine" / "shrink.py").write_text(FILES["mine/shrink.py"].replace("+=", "-="))
-    assert clbench(folder).returncode == 0
+    assert shell(folder, *RUN).returncode == 0
     assert len([*(folder / "results" / "runs").iterdir()]) == 2
+
+
+@pytest.mark.slow
+def test_such_runs_are_examined_compared_and_exported_from_there(folder):
+    for seed in (0, 1):
+        assert shell(folder, *RUN, "train.checkpoint=all", f"seed={seed}").returncode == 0
+    paths = sorted((folder / "results" / "runs").iterdir())
+    asked = ("probe=colours", "~probe.probes.stream", "--config-dir", "conf")
+    for path in paths:
+        answer = shell(folder, "python", "-m", "clbench.examine", path, *asked)
+        assert answer.returncode == 0, answer.stderr
+    (file,) = (paths[0] / "examined").iterdir()
+    answer = shell(folder, "python", "-m", "clbench.compare", *paths)
+    assert answer.returncode == 0 and f"{file.stem}/colours" in answer.stdout, answer.stdout + answer.stderr
+    answer = shell(folder, "python", "-m", "clbench.export", paths[0], "out=out", "stage=1")
+    assert answer.returncode == 0 and (folder / "out" / "adapter").is_dir(), answer.stderr
+    answer = shell(folder, "python", "-m", "clbench.verify", "results")
+    assert answer.returncode == 0, answer.stdout
+    answer = shell(
+        folder, "python", "-m", "clbench.doctor", *OWN[:1], "stream=seq16_local", "probe=local", "data_dir=."
+    )
+    assert "not this one" not in answer.stderr, answer.stderr

@@ -137,7 +137,7 @@ EDITS = {
     "answer": (items(flipped, of=("knowledge|", "|acc")), "stage 3: knowledge|"),
     "two items": (items(apart, of=KL), "has the standard error "),
     "one item more": (items(lambda key, own: {key: np.append(own, 0)}, of=KL), " items, "),
-    "no score": (items(lambda key, own: {"mine|own|acc": own}, of=KL), "has mine|own|acc, which scores.jsonl has not"),
+    "no score": (items(lambda key, own: {"mine|own|acc": own}, of=KL), "have mine|own|acc, which scores.jsonl has not"),
     "damaged": (lambda run: os.truncate(run / "items" / "stage-02.npz", 5000), "BadZipFile: "),
 }
 """An edit of a run's directory, and what is said of it though the records are sealed again."""

@@ -41,5 +41,18 @@ def test_an_installed_wheel_composes_and_refuses_like_a_checkout(tmp_path):
         timeout=60,
     )
     assert refused.returncode == 2 and "nonesuch" in refused.stderr
+    # A tasks.py of the user's hides none of the wheel's own: its tasks are found before the probe's field is refused.
+    (tmp_path / "tasks.py").write_text("raise RuntimeError('not this one')\n")
+    del environment["PYTHONSAFEPATH"]
+    for start in ([sys.executable, "-m", "clbench"], [str(tmp_path / "site" / "bin" / "clbench")]):
+        hidden = subprocess.run(
+            [*start, "+probe.probes.stream.nonesuch=1", f"cache_dir={tmp_path}"],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert hidden.returncode == 2 and "probe.probes.stream.nonesuch" in hidden.stderr, hidden.stderr
     assert (tmp_path / "site" / "tasks" / "lm_eval" / "world_facts_x4.yaml").is_file()
     assert (tmp_path / "site" / "clbench" / "report" / "report.js").is_file()

@@ -79,6 +79,7 @@ class TrainConfig:
     beta2: float = key(0.999, least=0, below=1)
     clip: float = key(1.0, least=0)
     carry_optimizer: bool = False
+    checkpoint: str = key("last", among=("last", "all"), identity=False)
     checkpoint_steps: int | None = key(None, least=1, identity=False)
 
 
@@ -206,6 +207,12 @@ def run_hash(config: Mapping[str, Any]) -> str:
 def variant(config: Mapping[str, Any]) -> str:
     """Eight digits of the SHA-256 of what a method's blocks have in common: its runs are one row of the leaderboard."""
     return _sha256({name: value for name, value in identity(config).items() if name not in BLOCK_KEYS})[:8]
+
+
+def probe_hash(config: Mapping[str, Any]) -> str:
+    """Eight digits of the SHA-256 of what the probes measure, on which items and by whose code."""
+    own = {name: value for name, value in identity(config).items() if name.startswith(("probe.", "sources."))}
+    return _sha256(own)[:8]
 
 
 def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

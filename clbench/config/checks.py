@@ -5,7 +5,7 @@ fields is checked where that is imported (`build`).
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -145,6 +145,24 @@ def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
     """Raises UserMistake where `value` is not among the allowed."""
     if value not in allowed:
         raise UserMistake(f"{name}={value!r} is unknown; {choices(value, allowed)}")
+
+
+def given(words: Sequence[str], *, among: Iterable[str]) -> dict[str, str]:
+    """The key=value words of a side command, by key; raises UserMistake for any other word."""
+    found = dict(word.partition("=")[::2] for word in words)
+    for key, value in found.items():
+        if key not in among or not value:
+            raise UserMistake(
+                f"{key}={value} is not to be given here; allowed are {', '.join(f'{one}=...' for one in among)}"
+            )
+    return found
+
+
+def whole_number(name: str, value: str | None) -> int | None:
+    """The number that was given, None where none was."""
+    if value is not None and not value.isdecimal():
+        raise UserMistake(f"{name}={value!r} is no whole number; give one from 0 on")
+    return None if value is None else int(value)
 
 
 def writable(name: str, value: str) -> None:

@@ -6,7 +6,8 @@ With `cli`, which starts what is composed here, the only place that sees a DictC
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from clbench.config import Config, from_plain
+from clbench.config import Config, ProbeConfig, from_plain
 from clbench.config.checks import check
 from clbench.config.names import choices as listed
 from clbench.types import UserMistake
@@ -43,17 +44,50 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="schema", node=Composed)
 
 
-def compose(overrides: Sequence[str]) -> Config:
-    """The checked configuration that `python -m clbench <overrides>` would run; for tools and tests in this process."""
-    register_schema()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
-        composed = hydra.compose("config", overrides=with_own_model(overrides), return_hydra_config=True)
-        HydraConfig.instance().set_config(composed)
-        with open_dict(composed):
-            del composed["hydra"]
+def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Config:
+    """The checked configuration that `python -m clbench --config-dir <config_dir> <overrides>` would run; for tools and tests in this process."""
+    with _composed(overrides, config_dir=config_dir) as composed:
         config = resolve(composed)
     check(config)
     return config
+
+
+def with_probes(config: Config, overrides: Sequence[str], *, config_dir: Path | None = None) -> tuple[str, Config]:
+    """`config` with the probes that `overrides` (probe=..., data_dir=...) name in place of its own, at every stage, and the name of their yaml."""
+    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    if wrong := [key for key in keys if key != "data_dir" and key.partition(".")[0] != "probe"]:
+        raise UserMistake(
+            f"{wrong[0]} is not to be given for an examination; allowed are probe, probe.KEY and data_dir"
+        )
+    if "probe" not in keys:
+        raise UserMistake("name the probes to examine with, probe=NAME (conf/probe, or a yaml in --config-dir)")
+    with _composed(overrides, config_dir=config_dir) as composed:
+        choices = HydraConfig.get().runtime.choices
+        data_dir = composed.data_dir if "data_dir" in keys else config.data_dir
+        probes = OmegaConf.to_container(composed.probe, resolve=False)
+        tree = OmegaConf.create(asdict(config) | {"tasks": {}, "probe": probes, "data_dir": data_dir})
+        _check_world(tree)
+        probe = OmegaConf.to_container(tree.probe, resolve=True, throw_on_missing=True)
+    assert isinstance(probe, dict), type(probe)
+    group = ProbeConfig(**{str(key): value for key, value in probe.items()} | {"cadence": {}})
+    found = replace(config, probe=group, data_dir=data_dir, sources=_sources({"probe": probe}))
+    check(found)
+    return choices["probe"], found
+
+
+@contextmanager
+def _composed(overrides: Sequence[str], *, config_dir: Path | None) -> Iterator[DictConfig]:
+    """What Hydra composes of conf/, and of the user's `config_dir`, with its own settings out of the way."""
+    register_schema()
+    if config_dir is not None and not config_dir.is_dir():
+        raise UserMistake(f"--config-dir {config_dir} is no folder; give one that holds yamls as conf/ does")
+    searched = [f"hydra.searchpath=['file://{config_dir.resolve()}']"] if config_dir else []
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+        composed = hydra.compose("config", overrides=[*searched, *with_own_model(overrides)], return_hydra_config=True)
+        HydraConfig.instance().set_config(composed)
+        with open_dict(composed):
+            del composed["hydra"]
+        yield composed
 
 
 def with_own_model(arguments: Sequence[str]) -> list[str]:

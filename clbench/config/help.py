@@ -26,8 +26,17 @@ what base knowledge was kept, how far perplexity drifted, and what it cost.
     data_dir=ROWS                                      a model of your own
 
 All keys and their values: --cfg job. A folder of your own yamls: --config-dir
-DIR. Hydra's flags: --hydra-help. Other commands: python -m clbench.leaderboard,
-.report, .verify, .export, .doctor
+DIR. Hydra's flags: --hydra-help. Other commands, each with --help, where RUN is
+RESULTS/runs/NAME:
+
+  python -m clbench.doctor [key=value ...]           what a run would cost
+  python -m clbench.contract method=NAME             what a method has to keep
+  python -m clbench.leaderboard RESULTS              the tables again
+  python -m clbench.report RESULTS                   one HTML page
+  python -m clbench.verify RUN|RESULTS               whether records are whole
+  python -m clbench.compare RUN RUN                  differences, with intervals
+  python -m clbench.examine RUN probe=NAME           other probes, afterwards
+  python -m clbench.export RUN out=DIR [stage=K]     for transformers and PEFT
 """
 
 

@@ -19,7 +19,14 @@ from clbench.build import build, load_model, set_up_torch, wrap
 from clbench.config import Config, run_directory, run_name
 from clbench.examine.canaries.own_model import said
 from clbench.examine.together import reads_together
-from clbench.experiment.examination import check_evaluation, check_own_model, examine, measure_untouched, replay_scores
+from clbench.experiment.examination import (
+    check_evaluation,
+    check_own_model,
+    examine,
+    measure_untouched,
+    replay_scores,
+    under_views,
+)
 from clbench.experiment.outcome import send_outcome
 from clbench.experiment.underway import Run, cost_of
 from clbench.models.loss import causal_lm
@@ -74,7 +81,8 @@ def run(
         with gathering(model):
             try:
                 parts.encoder.together = reads_together(model, parts.encoder)
-                untouched = measure_untouched(config, parts, model, manifest=manifest, ranks=ranks, tracker=tracker)
+                watch = partial(tracker.examining, 0)
+                untouched = measure_untouched(config, parts, model, manifest=manifest, ranks=ranks, watch=watch)
             except FloatingPointError as error:
                 raise UserMistake(
                     f"model={parts.source.label} untrained, engine.dtype={config.engine.dtype}: {error}; choose another"
@@ -87,7 +95,8 @@ def run(
                 log.warning("%s", said_of(cut, name, parts.encoder))
             tracker.doing("canaries")
             evaluation = check_evaluation(parts)
-            ledger = Ledger(path, manifest=manifest | {"canaries": evaluation, "untouched_measured_by": untouched.run})
+            begun = manifest | {"canaries": evaluation, "untouched_measured_by": untouched.run}
+            ledger = Ledger(path, manifest=begun, keep_all=config.train.checkpoint == "all")
         started = Run(
             config=config,
             method=parts.method,
@@ -150,9 +159,7 @@ def go_on(run: Run) -> tuple[dict[str, Tensor], Checkpoint | None]:
 
 def record_untouched(run: Run, untouched: Untouched, tracker: Tracker) -> None:
     """Stage 0: the untouched model's scores, under the name of each of the method's views."""
-    _, *others = run.method.views(run.model)
-    scores = list(untouched.scores)
-    scores += [replace(score, probe=f"{score.probe}@{view}") for view in others for score in untouched.scores]
+    scores = under_views(untouched.scores, run.method.views(run.model))
     seconds = sum(score.seconds for score in untouched.scores)
     cost = cost_of(run, 0, Trained(), tokens_scored=untouched.tokens, seconds_train=0.0, seconds_probe=seconds)
     record(run, [*scores, *check_own_model(run, 0)], cost, moments={})
@@ -170,7 +177,7 @@ def run_stage(
     try:
         sources, trained, moments = train(run, stage, tracker, moments=moments, within=within)
         after_training = time.perf_counter()
-        examined, tokens = examine(run, stage.index, tracker)
+        examined, tokens = examine(run, stage.index, partial(tracker.examining, stage.index))
         own = check_own_model(run, 1, before=trained.said) if stage.index == 1 else []
     except FloatingPointError as error:
         where = f"stage {stage.index} of {len(run.stream.stages)} ({stage.name})"

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -23,12 +23,13 @@ from clbench.models.sharding import gathering
 from clbench.protocols import Stage
 from clbench.record.manifest import failed_canaries
 from clbench.record.runs import CANARIES, FAILED
-from clbench.record.tracking import Tracker
 from clbench.record.untouched import Untouched, find, keep, kept_at, source_hash
 from clbench.train.ranks import Ranks
 from clbench.types import Score, Source
 
 log = logging.getLogger("clbench")
+Watch = Callable[[str, str, str, int, int], None]
+"""Hears of a view, a probe and a task how many requests are answered, and of how many."""
 
 
 def check_evaluation(parts: Parts) -> dict[str, Any]:
@@ -41,10 +42,10 @@ def check_evaluation(parts: Parts) -> dict[str, Any]:
 
 
 def measure_untouched(
-    config: Config, parts: Parts, model: Module, *, manifest: Mapping[str, Any], ranks: Ranks, tracker: Tracker
+    config: Config, parts: Parts, model: Module, *, manifest: Mapping[str, Any], ranks: Ranks, watch: Watch
 ) -> Untouched:
     """The untouched model's scores: those that another run has measured, or else measured now and kept for others."""
-    student = student_of(config, model, parts.encoder, ranks, report=partial(tracker.examining, 0, "model"))
+    student = student_of(config, model, parts.encoder, ranks, report=partial(watch, "model"))
     for probe in parts.probes:
         probe.begin(student)
     settings = identity(manifest["config"])
@@ -64,6 +65,12 @@ def measure_untouched(
     return measured
 
 
+def under_views(scores: Sequence[Score], views: Iterable[str]) -> list[Score]:
+    """The same scores under the name of each of a method's views, the first of which is the primary one."""
+    _, *others = views
+    return [*scores, *(replace(score, probe=f"{score.probe}@{view}") for view in others for score in scores)]
+
+
 def replay_scores(run: Run, stage: Stage, memory: Sequence[Source]) -> list[Score]:
     """How much of the replayed memory is also in a test or probe: a count of distinct examples; nothing without replay."""
     replayed = {example.id for source in memory for example in source.examples}
@@ -79,7 +86,7 @@ def student_of(config: Config, model: Module, encoder: Encoder, ranks: Ranks, *,
     return Student(model, encoder, ranks=Ranks() if config.engine.shard_base else ranks, report=report)
 
 
-def examine(run: Run, index: int, tracker: Tracker) -> tuple[list[Score], int]:
+def examine(run: Run, index: int, watch: Watch) -> tuple[list[Score], int]:
     """Every probe on every view of the model, and the tokens that were read; a secondary view's probes are named `probe@view`."""
     run.model.eval()
     scores, tokens = [], 0
@@ -87,8 +94,7 @@ def examine(run: Run, index: int, tracker: Tracker) -> tuple[list[Score], int]:
     due = [probe for probe in run.probes if is_due(cadence.get(probe.name, "all"), index, last)]
     for number, (view, weights) in enumerate(run.method.views(run.model).items()):
         with weights, folded(run.model) if number == 0 else nullcontext(), gathering(run.model):
-            report = partial(tracker.examining, index, view)
-            student = student_of(run.config, run.model, run.encoder, run.ranks, report=report)
+            student = student_of(run.config, run.model, run.encoder, run.ranks, report=partial(watch, view))
             for probe in due:
                 found = probe.measure(student, run.stream, index)
                 scores += [replace(score, probe=f"{score.probe}@{view}") if number else score for score in found]

@@ -1,25 +1,41 @@
-"""`python -m clbench.export RUN OUT`: the model that a run trained, as a checkpoint that transformers and PEFT open."""
+"""`python -m clbench.export RUN out=DIR [stage=K]`: the model that a run trained, as a checkpoint that transformers and PEFT open."""
 
-import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-from clbench.cli import put_in_reach, refuse
-from clbench.export import export_run
-from clbench.types import NotWritten, UserMistake
+from clbench.cli import FAILURES, put_in_reach, refuse
+from clbench.config.checks import given, whole_number
+from clbench.types import UserMistake
+
+
+def _export(run: Path, words: list[str]) -> str:
+    found = given(words, among=("out", "stage", "cache_dir"))
+    if "out" not in found:
+        raise UserMistake("say where to: out=DIR, a new folder")
+    out, cache_dir = Path(found["out"]), Path(found["cache_dir"]) if "cache_dir" in found else None
+    stage = whole_number("stage", found.get("stage"))
+    from clbench.export import export_run  # which is heavy: the words are right
+
+    has_adapter = export_run(run, out, stage=stage, cache_dir=cache_dir)
+    return f"{out} for transformers" + (f", {out / 'adapter'} for PEFT" if has_adapter else "")
+
 
 if __name__ == "__main__":
     parser = ArgumentParser(
         "python -m clbench.export", description="Writes what a run trained as an ordinary checkpoint."
     )
-    parser.add_argument("run", type=Path, help="results_dir/runs/NAME")
-    parser.add_argument("out", type=Path, help="a new folder")
-    parser.add_argument("--cache-dir", type=Path, help="where a model that was pretrained here is kept")
+    parser.add_argument(
+        "run", type=Path, help="results_dir/runs/NAME, or NAME@VIEW for a secondary view of its weights"
+    )
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="key=value",
+        help="out=DIR, a new folder; stage=K, the last unless given; cache_dir=DIR",
+    )
     options = parser.parse_args()
     put_in_reach(Path.cwd())
     try:
-        has_adapter = export_run(options.run, options.out, cache_dir=options.cache_dir)
-    except (UserMistake, NotWritten) as error:
+        print(_export(options.run, options.words))
+    except FAILURES as error:
         refuse(error)
-    print(f"{options.out} for transformers" + (f", {options.out / 'adapter'} for PEFT" if has_adapter else ""))
-    sys.exit(0)

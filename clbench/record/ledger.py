@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,8 @@ from clbench.types import Cost, Diverged, NotWritten, Score, UserMistake
 
 RUNNING, COMPLETE, FAILED, INTERRUPTED, DIVERGED = "running", "complete", "failed", "interrupted", "diverged"
 STAGE, WITHIN = "stage.safetensors", "within.safetensors"
+KEPT = "stage-{:02d}.safetensors"
+"""A finished stage's own checkpoint, where all are kept: without the optimizer's moments, as nothing continues from it."""
 FACTS = "clbench"
 """The one key of a checkpoint's metadata, as safetensors writes several in no fixed order: equal runs have equal bytes."""
 log = logging.getLogger("clbench")
@@ -53,10 +55,10 @@ class Checkpoint:
 
 
 class Ledger:
-    """One run's directory. `finished` is the last stage that is wholly recorded, -1 when none is."""
+    """One run's directory. `finished` is the last stage that is wholly recorded, -1 when none is. `keep_all`: the checkpoint of every stage."""
 
-    def __init__(self, path: Path, *, manifest: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, manifest: dict[str, Any], keep_all: bool = False) -> None:
+        self.path, self._keep_all = path, keep_all
         self._run = str(manifest["run"])
         with writing(path), ExitStack() as unlock:
             (path / "items").mkdir(parents=True, exist_ok=True)
@@ -103,6 +105,9 @@ class Ledger:
             return _write(within, checkpoint, run=self._run)
         with writing(self.path):
             self._lines(SEALS, [seal(self._records(), stage=checkpoint.stage)])
+            if self._keep_all and checkpoint.stage:
+                kept = self.path / "checkpoint" / KEPT.format(checkpoint.stage)
+                _write(kept, replace(checkpoint, moments={}), run=self._run)
             _write(self.path / "checkpoint" / STAGE, checkpoint, run=self._run)
             self.finished = checkpoint.stage
             within.unlink(missing_ok=True)

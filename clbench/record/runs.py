@@ -5,9 +5,10 @@ directory. Not here: what the numbers amount to (report).
 """
 
 import json
+import logging
 import os
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from io import BytesIO
 from lzma import LZMAError
@@ -19,11 +20,13 @@ import numpy as np
 import pandas as pd
 
 from clbench.config.checks import writing
+from clbench.record import examined
 from clbench.record.seals import SEALED, SEALS, sealed
 from clbench.types import Cost, Score, UserMistake
 
+log = logging.getLogger("clbench")
 ARCHIVE, LOG = "runs.tar.xz", "run.log"
-FILES = (*SEALED, SEALS, "status")
+FILES = (*SEALED, SEALS, "status", examined.EXAMINED)
 """What is read of a run's directory and what the archive holds of it: no checkpoint and no lock."""
 
 CANARIES, FAILED = "canaries", "failed"
@@ -74,15 +77,33 @@ class Records:
         """
         run, _, view = run.partition("@")
         name, found = f"items/stage-{stage:02d}.npz", {}
-        if name not in self.files[run]:
-            return {}
-        with np.load(BytesIO(self.files[run][name])) as archive:
-            for key in archive.files:
-                probe, task, metric = key.split("|", 2)
-                probe, _, seen = probe.partition("@")
-                if seen == view and (own := f"{probe}|{task}|{metric}").startswith(of):
-                    found[own] = archive[key].astype(np.float64)
+        if name in self.files[run]:
+            with np.load(BytesIO(self.files[run][name])) as archive:
+                wanted = ((key, _seen_as(key, view=view)) for key in archive.files)
+                found = {own: archive[key].astype(np.float64) for key, own in wanted if own and own.startswith(of)}
+        if not of or "/" in of:  # else of no examination, which are long
+            for row in _examined(self.files[run], run=run):
+                own = _seen_as("{probe}|{task}|{metric}".format(**row), view=view)
+                if row["stage"] == stage and row["items"] and own and own.startswith(of):
+                    found[own] = np.array(row["items"], dtype=np.float64)
         return found
+
+
+def _seen_as(key: str, *, view: str) -> str:
+    """A "probe|task|metric" without its view; "" where it is of another one."""
+    probe, task, metric = key.split("|", 2)
+    probe, _, seen = probe.partition("@")
+    return f"{probe}|{task}|{metric}" if seen == view else ""
+
+
+def _examined(files: Mapping[str, bytes], *, run: str) -> Iterator[dict[str, Any]]:
+    """The scores, items included, of every examination that is whole; of the others a warning."""
+    for file in files:
+        if file.startswith(examined.FOLDER):
+            try:
+                yield from examined.rows(examined.read(files, file=file, run=run), file=file)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                log.warning("%s: its numbers are left out, as %s; remove it, or restore it", run, error)
 
 
 def read_runs(results_dir: Path, *, only: str | None = None) -> Records:
@@ -95,9 +116,12 @@ def read_runs(results_dir: Path, *, only: str | None = None) -> Records:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             row, measured, paid = {"state": "unreadable", "problem": f"{type(error).__name__}: {error}"}, [], []
             files[run] = {}
-        own = [one for line in measured if (one := dict(zip(SCORE, line, strict=True)))["probe"] == CANARIES]
+        lines = [dict(zip(SCORE, line, strict=True)) for line in measured]
+        own, last = [one for one in lines if one["probe"] == CANARIES], max((one["stage"] for one in lines), default=-1)
         if row["state"] == "complete" and any(one["value"] for one in own if one["metric"] == FAILED):
             row["problem"] = "; ".join(filter(None, [row["problem"], _own_model(own)]))
+        later = (one for one in _examined(files[run], run=run) if one["stage"] <= last)
+        measured += [tuple(one[name] for name in SCORE) for one in later]
         runs.append(row | {"run": run})
         scores += [(run, *line) for line in measured]
         costs += [(run, *line) for line in paid]
@@ -212,7 +236,15 @@ def _manifest(files: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def _whole(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The records as they were when the last stage was finished; raises ValueError where they were touched since."""
+    """The records as they were when the last stage was finished; raises ValueError where they were touched since.
+
+    Examinations came later and have their own seals: they are as they are.
+    """
+    later = {name: content for name, content in files.items() if name.startswith(examined.FOLDER)}
+    return _sealed({name: content for name, content in files.items() if name not in later}) | later
+
+
+def _sealed(files: Mapping[str, bytes]) -> dict[str, bytes]:
     status, seals = files.get("status", b""), read_lines(files.get(SEALS, b""))
     unsealed = {name: files[name] for name in ("status", SEALS) if name in files}
     if not seals and status != b"complete\n":

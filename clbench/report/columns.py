@@ -179,7 +179,7 @@ PROBES = (
 
 STAGES = (
     *(STREAM, ORDER, MODEL, METHOD, SEED, STAGE, STAGE_NAME),
-    Column("probe", "name", "what measured; a second view of a method's weights is a method METHOD@VIEW", source="scores.jsonl"),
+    Column("probe", "name", "what measured; EXAMINATION/PROBE what did afterwards (clbench.examine), which ranks nothing; a second view of a method's weights is a method METHOD@VIEW", source="scores.jsonl, examined/"),
     Column("task", "name", "what was measured on", source="scores.jsonl"),
     Column("metric", "name", "what was measured", source="scores.jsonl"),
     Column("value", "unit of the metric", "what was found", source="scores.jsonl"),

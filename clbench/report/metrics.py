@@ -177,6 +177,17 @@ def interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, fl
     return mean, mean - half, mean + half
 
 
+def paired_interval(first: ArrayLike, second: ArrayLike) -> tuple[float, float]:
+    """Bounds at 95 % of the mean of `first` less that of `second`, outcomes in [0, 1] of the same items in the same order, (items,) each.
+
+    They are quantiles of that difference under the posterior of `_credible_interval`. A Student interval is too narrow for a few hundred right or
+    wrong answers (arXiv 2503.01747), and has no width where no answer differs.
+    """
+    means = _posterior(np.array([first, second], dtype=np.float64), np.random.default_rng(POSTERIOR_SEED))
+    low, high = np.quantile(means[0] - means[1], (0.025, 0.975))
+    return float(low), float(high)
+
+
 def _matrix(scores: ArrayLike) -> Floats:
     """The score matrix in float64, (stages + 1, tasks)."""
     matrix = np.asarray(scores, dtype=np.float64)
@@ -222,11 +233,16 @@ def _credible_interval(pairs: Mapping[str, Floats], floor: Mapping[str, float]) 
     """
     generator, above = np.random.default_rng(POSTERIOR_SEED), np.zeros((2, POSTERIOR_DRAWS))
     for name, pair in pairs.items():
-        # Equal pairs are drawn as one: four numbers a draw for right-or-wrong items, however many there are.
-        seen = np.concatenate([pair, CORNERS], axis=1)
-        outcomes, place = np.unique(seen, axis=1, return_inverse=True)
-        weights = np.bincount(place, weights=[1.0] * pair.shape[1] + [0.5] * 4)
-        above += outcomes @ generator.dirichlet(weights, size=POSTERIOR_DRAWS).T - floor[name]
+        above += _posterior(pair, generator) - floor[name]
     with np.errstate(divide="ignore", invalid="ignore"):
         low, high = np.quantile(above[1] / above[0], (0.025, 0.975))
     return float(low), float(high)
+
+
+def _posterior(pair: Floats, generator: np.random.Generator) -> Floats:
+    """The means of `pair` (2, items) that a posterior draws, (2, POSTERIOR_DRAWS)."""
+    # Equal pairs are drawn as one: four numbers a draw for right-or-wrong items, however many there are.
+    seen = np.concatenate([pair, CORNERS], axis=1)
+    outcomes, place = np.unique(seen, axis=1, return_inverse=True)
+    weights = np.bincount(place, weights=[1.0] * pair.shape[1] + [0.5] * 4)
+    return outcomes @ generator.dirichlet(weights, size=POSTERIOR_DRAWS).T

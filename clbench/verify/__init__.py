@@ -17,6 +17,7 @@ import numpy as np
 from clbench.config import name_of, run_hash, variant
 from clbench.examine.text import exponential
 from clbench.examine.together import TOLERANCES
+from clbench.record import examined
 from clbench.record.manifest import failed_canaries
 from clbench.record.overlaps import stream_hash
 from clbench.record.runs import ARCHIVE, CANARIES, FAILED, Records, read_lines, read_runs
@@ -81,6 +82,8 @@ def of_run(records: Records, run: str) -> Iterator[str]:
         manifest = json.loads(files["manifest.json"])
         for one in read_lines(files.get(SEALS, b"")):
             sealed(files, one)
+        for name in sorted(name for name in files if name.startswith(examined.FOLDER)):
+            examined.read(files, file=name, run=run)
         yield from of_manifest(manifest, name=run)
         yield from of_items(records, run)
         yield from of_scores(records, run, manifest)
@@ -120,16 +123,16 @@ def of_manifest(manifest: Mapping[str, Any], *, name: str) -> Iterator[str]:
 def of_items(records: Records, run: str) -> Iterator[str]:
     """Scores that are not the sum of their items over n, with the standard error of their mean; items without a score."""
     scores = records.scores[records.scores["run"] == run]
-    for name in sorted(file for file in records.files[run] if file.startswith("items/")):
-        stage = int(Path(name).stem.rpartition("-")[2])
+    kept = {int(Path(file).stem.rpartition("-")[2]) for file in records.files[run] if file.startswith("items/")}
+    for stage in sorted(kept.union(scores["stage"])):
         own = {f"{one.probe}|{one.task}|{one.metric}": one for one in scores[scores["stage"] == stage].itertuples()}
         for key, items in records.outcomes(run, stage=stage, of="").items():
             if key not in own:
-                yield f"{name} has {key}, which scores.jsonl has not"
+                yield f"the items of stage {stage} have {key}, which scores.jsonl has not"
                 continue
             one, is_mean = own[key], not math.isnan(own[key].stderr)
             # A perplexity of all items has no standard error; a mean of tasks' means is the mean of METRIC_by_task.
-            of_all = one.probe.partition("@")[0] == KNOWLEDGE_PROBE and one.n > 1 and not is_mean
+            of_all = examined.probe_of(one.probe) == KNOWLEDGE_PROBE and one.n > 1 and not is_mean
             if of_all or f"{key}_by_task" in own:
                 continue
             if not np.isclose(items.sum() / one.n, one.value, rtol=0, atol=ROUNDING * abs(items).sum() / one.n):
