@@ -14,7 +14,7 @@ BLOCKS ?= default,0 reversed,1 latin:5,2 latin:10,3 random:1,4 random:2,5
 JOBS ?= 2
 LAUNCH := hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
 
-.PHONY: help setup run tune reference test test-ranks test-slow test-learnability test-gpu bench report leaderboard check format clean
+.PHONY: help setup run tune reference test test-ranks test-slow test-faults test-learnability test-gpu bench report leaderboard check format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -60,6 +60,9 @@ test-learnability: setup ## that every task of the embedded stream can be learne
 
 test-gpu: setup ## what needs a CUDA device; skipped, and says so, where there is none
 	$(PY) -m pytest -m gpu -s -rs
+
+test-faults: setup ## a seeded campaign: 200 kills, 60 damaged files, every mistake; its last run is in results/README.md
+	$(PY) -m tests.faults $(FAULTS)
 
 bench: setup ## timings against peers, equality first
 	$(PY) -m tests.benchmarks $(BENCHMARKS)
