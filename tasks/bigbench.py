@@ -6,6 +6,7 @@ A row of logical_deduction:
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from clbench.data.rows import kind_of
 from clbench.types import Example, UserMistake
@@ -17,6 +18,8 @@ CHOICES, SCORES, TARGETS = "multiple_choice_targets", "multiple_choice_scores", 
 @dataclass(kw_only=True)
 class BigBenchChoice(ClosedTask):
     """The choices are the answers, in words. `{options}` in the template lists them as BIG-bench does, where `inputs` does not."""
+
+    metric: Literal["accuracy"]
 
     @property
     def answer_columns(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ A row of boolq, with the labels [no, yes]:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sklearn.metrics import f1_score
 
@@ -22,6 +22,7 @@ class Classification(ClosedTask):
     the code of each label word; a word may then stand for several codes.
     """
 
+    metric: Literal["accuracy"]
     labels: Sequence[str]
     label: str
     codes: Sequence[Any] | None = None

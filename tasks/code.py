@@ -8,6 +8,7 @@ A row of mbpp, and one of TRACE's Py150, whose answer is the next line:
 import re
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from typing import Literal
 
 from rapidfuzz import fuzz
 
@@ -22,6 +23,8 @@ LITERAL = re.compile("(<(?:STR|NUM|CHAR)_LIT:(.*?)>)", re.DOTALL)
 class Code(TextTask):
     """`answer` is the column with the program."""
 
+    metric: Literal["edit_similarity"]
+
     def example(self, row: Row, *, id: str) -> Example:
         return Example(id=id, prompt=render(self.template, row), answer=tidy(text_at(row, self.answer)))
 
@@ -34,6 +37,8 @@ class Code(TextTask):
 @dataclass(kw_only=True)
 class CodeLine(TextTask):
     """`answer` is the column with the line that comes next, in the tokens of CodeXGLUE."""
+
+    metric: Literal["indel_similarity"]
 
     def score(self, example: Example, answer: str) -> float:
         """Similarity in [0, 1], literals written out: 1 - insertions and deletions over the characters of both."""

@@ -6,6 +6,7 @@ A row of TRACE's NumGLUE-cm, and one of BIG-bench's object_counting, which lists
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from clbench.types import Example
 from tasks.hub import TextTask, accepted
@@ -14,6 +15,8 @@ from tasks.hub import TextTask, accepted
 @dataclass(kw_only=True)
 class ExactMatch(TextTask):
     """`answer` is the column with the right answer, or with a list of them."""
+
+    metric: Literal["exact_match"]
 
     def score(self, example: Example, answer: str) -> float:
         """1 for a right answer, character by character but for white space around it, else 0."""

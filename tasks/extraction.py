@@ -9,6 +9,7 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from clbench.types import Example
 from tasks.hub import TextTask, accepted
@@ -20,6 +21,8 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 @dataclass(kw_only=True)
 class Extraction(TextTask):
     """`answer` is the column with the span."""
+
+    metric: Literal["token_f1"]
 
     def score(self, example: Example, answer: str) -> float:
         """Token F1 in [0, 1] against the reference that fits best."""

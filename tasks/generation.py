@@ -6,6 +6,7 @@ A row of e2e_nlg; several rows share a meaning representation:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
@@ -20,6 +21,8 @@ ROUGE = RougeScorer(["rougeL"], use_stemmer=True)
 @dataclass(kw_only=True)
 class Generation(TextTask):
     """`answer` is the column with the text to write."""
+
+    metric: Literal["rougeL", "rougeL_stemmed"]
 
     def score(self, example: Example, answer: str) -> float:
         """ROUGE-L F-measure with stemming, in [0, 1], against the reference that fits best."""

@@ -171,7 +171,7 @@ class _Joining(Formatter):
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         try:
             value, first = super().get_field(field_name, args, kwargs)
-        except (KeyError, IndexError, TypeError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise UserMistake(f"column {field_name!r} is missing ({error}); the row has {sorted(kwargs)}") from error
         items = value if isinstance(value, (list, tuple)) else [value]
         if any(item is None or item != item for item in items):
@@ -184,7 +184,14 @@ class _Joining(Formatter):
 
 def render(template: str, row: Row) -> str:
     """`template` with the row's columns in place of its {fields}."""
-    return _Joining().vformat(template, (), row)
+    try:
+        return _Joining().vformat(template, (), row)
+    except UserMistake:
+        raise
+    except ValueError as error:
+        raise UserMistake(
+            f"the prompt {template!r} is not well formed ({error}); write {{column}}, and {{{{ for a brace"
+        ) from error
 
 
 def lookup(row: Row, path: str) -> Any:

@@ -7,6 +7,7 @@ A row of gsm8k; "####" is the marker that the answer must carry:
 import re
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Literal
 
 from clbench.types import Example
 from tasks.hub import Row, TextTask, render, text_at
@@ -18,6 +19,7 @@ NUMBER = re.compile(r"(?<![\d.])-?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.
 class Maths(TextTask):
     """`answer` is the column with the solution; `marker` stands before its final number ("": nothing does)."""
 
+    metric: Literal["exact_match"]
     marker: str = ""
 
     def example(self, row: Row, *, id: str) -> Example:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, Literal
 
 from clbench.types import Example, UserMistake
 from tasks.hub import ClosedTask, Row, lookup, render, text_at, texts_at
@@ -22,6 +22,7 @@ class MultipleChoice(ClosedTask):
     letter, its position from 0, or its entry in the column `option_labels`.
     """
 
+    metric: Literal["accuracy"]
     options: str | Sequence[str]
     answer: str
     option_labels: str | None = None

@@ -83,8 +83,12 @@ class Rows(ClosedTask):
 
     @cached_property
     def _is_short(self) -> bool:
-        answers = (right_answers(row, self.answer) for rows in self.lines.values() for _, row in rows.values())
-        return max(len(answer.split()) for own in answers for answer in own) <= SHORT
+        return max(self._longest(number, split) for split, rows in self.lines.items() for number in rows) <= SHORT
+
+    def _longest(self, number: int, split: str) -> int:
+        """Words of the longest right answer of a row."""
+        with self._located(number, split):
+            return max(len(answer.split()) for answer in right_answers(self.lines[split][number][1], self.answer))
 
     def _rows(self, split: str) -> dict[int, Row]:
         return {number: row for number, (_, row) in self.lines[split].items()}

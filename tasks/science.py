@@ -8,6 +8,7 @@ A row of ScienceQA without a picture:
 from dataclasses import dataclass
 from itertools import takewhile
 from string import ascii_uppercase
+from typing import Literal
 
 from clbench.types import Example, UserMistake
 from tasks.hub import HubTask, Row, lookup, render, texts_at
@@ -19,6 +20,8 @@ LETTERS = ascii_uppercase[:5]
 @dataclass(kw_only=True)
 class ScienceQA(HubTask):
     """In the template `{options}` stands for the lettered choices and `{hint}` for the hint under its heading, if there is one."""
+
+    metric: Literal["accuracy"]
 
     @property
     def answer_columns(self) -> tuple[str, ...]:

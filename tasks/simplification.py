@@ -11,7 +11,7 @@ A row of 20Minuten as TRACE has it; the whole prompt is the source there:
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
@@ -25,6 +25,8 @@ TOKENIZER = Tokenizer13a()
 @dataclass(kw_only=True)
 class Simplification(TextTask):
     """`source` is the column with the text to simplify, `answer` the one with a simple version."""
+
+    metric: Literal["sari"]
 
     # A reference that repeats a word less often than the source scores a little below 1.
     reference_score: ClassVar[float] = 0.98

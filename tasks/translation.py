@@ -7,6 +7,7 @@ A row of news_commentary de-en:
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from sacrebleu.metrics import BLEU, CHRF
 
@@ -21,6 +22,7 @@ class Translation(HubTask):
     `script` is that of its letters, the first word of their Unicode names: corpora have rows in a third language.
     """
 
+    metric: Literal["chrf"]
     source: str
     target: str
     script: str = "LATIN"
