@@ -16,7 +16,7 @@ from clbench import cli
 from clbench.config.composition import compose
 from clbench.experiment import run
 from clbench.record import ledger, untouched
-from clbench.record.ledger import Checkpoint, Ledger, status_of
+from clbench.record.ledger import Checkpoint, Ledger, mark_interrupted, status_of
 from clbench.record.manifest import FORMAT
 from clbench.record.runs import remove_left
 from clbench.types import Cost, NotWritten, Score, UserMistake
@@ -159,13 +159,38 @@ def test_records_that_were_touched_are_one_line_and_left_as_they_are(tmp_path, n
     assert Path(name).name in refused(path)
 
 
-@pytest.mark.parametrize("name", ["scores.jsonl", "cost.jsonl", "seals.jsonl"])
-def test_a_torn_tail_is_cut_back_to_the_last_sealed_stage(tmp_path, name):
+@pytest.mark.parametrize("name", ["scores.jsonl", "cost.jsonl", "seals.jsonl", "items/stage-01.npz"])
+def test_a_torn_tail_is_cut_back_to_the_last_sealed_stage(tmp_path, caplog, name):
     path = recorded(tmp_path)
     whole = (path / name).read_bytes()
     with (path / name).open("ab") as file:
         file.write(b'{"stage": 3, "val')
-    assert opened(path).finished == 2 and (path / name).read_bytes() == whole
+    with caplog.at_level(logging.INFO):
+        assert opened(path).finished == 2 and (path / name).read_bytes() == whole
+    assert f"beyond stage 2 is cut off: {name}" in caplog.text or name == "seals.jsonl"
+
+
+def test_records_of_a_stage_that_is_not_finished_are_cut_off_and_said_to_be(tmp_path, caplog):
+    path = recorded(tmp_path)
+    expected = files(path)
+    with Ledger(path, manifest=MANIFEST) as record:
+        record.append([Score(stage=3, stage_name="sums", items=(1.0, 0.0), **AT)])
+    with caplog.at_level(logging.INFO):
+        opened(path)
+    assert files(path) | {"status": b""} == expected | {"status": b""}
+    assert "beyond stage 2 is cut off: scores.jsonl, items/stage-03.npz" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        opened(path)
+    assert "cut off" not in caplog.text
+
+
+def test_a_status_that_is_no_text_is_read_as_that_of_a_run_that_goes_on(tmp_path):
+    path = recorded(tmp_path)
+    (path / "status").write_bytes(b"\xffcomplete\n")
+    assert opened(path).finished == 2
+    mark_interrupted(path)
+    assert (path / "status").read_text() == "interrupted\n"
 
 
 def test_a_removed_checkpoint_is_said_to_lose_what_it_stood_for(tmp_path, caplog):

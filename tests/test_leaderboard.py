@@ -433,6 +433,22 @@ def test_a_damaged_run_is_named_and_not_ranked(results):
     assert "2 of 7 runs are not ranked" in text and "2 unreadable" in text and run.name in text
 
 
+@pytest.mark.parametrize("status", ["complete\n", "complete"])
+def test_a_run_that_calls_itself_complete_with_fewer_stages_is_not_ranked(results, status):
+    # As a copy that was made while it ran leaves it: whole records of two stages, and the status of later.
+    run = write_run(results, "alpha", seed=7, matrix=ALPHA, stages=2)
+    (run / "status").write_text(status)
+    (run / SEALS).write_text((run / SEALS).read_text().replace('"stage": 3', '"stage": 2'))
+    assert [row["n_seeds"] for row in refreshed(results)] == ["3", "3"]
+    assert f"{run.name} (ValueError: its records end with stage 2 of 3" in (results / "leaderboard.md").read_text()
+
+
+def test_seals_that_cannot_be_read_are_named(results):
+    run = next((results / "runs").glob("demo-beta-s0*"))
+    (run / SEALS).write_text("garbage\n")
+    assert f"{SEALS} cannot be read" in (read_runs(results).runs.set_index("run").loc[run.name, "problem"])
+
+
 @pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
 def test_incomplete_runs_are_in_stages_csv_and_not_ranked(results, status):
     run = write_run(results, "alpha", seed=7, matrix=ALPHA, status=status, stages=1)

@@ -152,7 +152,8 @@ class Ledger:
             seals = {one["stage"]: one for one in lines if one["stage"] <= stage}
             if stage >= 0 and stage not in seals:
                 raise ValueError("it has no line of that stage")
-            kept = sealed(self._records(), seals[stage]) if stage >= 0 else {}
+            records = self._records()
+            kept = {"scores.jsonl": b"", "cost.jsonl": b""} | (sealed(records, seals[stage]) if stage >= 0 else {})
         except (ValueError, KeyError, TypeError) as error:
             raise UserMistake(
                 f"{self.path}: {SEALS} does not fit stage {stage}, the last finished one ({error}); "
@@ -160,12 +161,16 @@ class Ledger:
             ) from error
         if len(seals) < len(lines):
             log.warning("%s: no checkpoint of what was recorded after stage %d, which is done again", self.path, stage)
+        items = [path.relative_to(self.path).as_posix() for path in sorted(self.path.glob("items/stage-*.npz"))]
+        changed = [name for name in dict.fromkeys((*kept, *items)) if records.get(name) != kept.get(name)]
+        if any(map(records.get, changed)):
+            log.info("%s: what is beyond stage %d is cut off: %s", self.path, stage, ", ".join(changed))
         replace_file(path, "".join(json.dumps(one) + "\n" for one in seals.values()).encode())
-        for name in ("scores.jsonl", "cost.jsonl"):
-            replace_file(self.path / name, kept.get(name, b""))
-        for path in (self.path / "items").glob("stage-*.npz"):
-            if path.relative_to(self.path).as_posix() not in kept:
-                path.unlink()
+        for name in changed:
+            if name in kept:
+                replace_file(self.path / name, kept[name])
+            else:
+                (self.path / name).unlink()
         for left_by_a_kill in [*self.path.rglob("*.tmp"), *(self.path / "checkpoint").glob(".tmp*")]:
             left_by_a_kill.unlink()
         within = self.path / "checkpoint" / WITHIN
@@ -201,24 +206,30 @@ def status_of(path: Path, manifest: Mapping[str, Any], *, resume: str) -> str:
         if resume == "must":
             raise UserMistake(f"resume=must, but there is no run at {path}; use resume=auto to start it")
         return ""
-    status = (path / "status").read_text().strip().partition(":")[0] if (path / "status").is_file() else RUNNING
+    status = read_status(path).partition(":")[0] if (path / "status").is_file() else RUNNING
     if resume == "never":
         raise UserMistake(f"resume=never, but {path} holds this very run ({status}); remove it, or use resume=auto")
     before = read_manifest(path / "manifest.json", format=manifest["format"])
     for key in ("data", "probe_data", "model_fingerprint"):
-        now = json.loads(json.dumps(manifest[key]))
-        if before[key] != now:
-            changed = sorted(k for k in now if before[key].get(k) != now[k]) if isinstance(now, dict) else [key]
+        then, now = before.get(key), json.loads(json.dumps(manifest[key]))
+        if then != now:
+            inner = isinstance(then, dict) and isinstance(now, dict)
+            changed = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k)) if inner else [key]
             raise UserMistake(
                 f"{path} was begun on other data or weights ({key} differs: {', '.join(changed)}); restore them, or remove the directory"
             )
     return status
 
 
+def read_status(path: Path) -> str:
+    """What the run at `path` says of itself; bytes that are no text as "\ufffd"."""
+    return (path / "status").read_text(encoding="utf-8", errors="replace").strip()
+
+
 def mark_interrupted(path: Path) -> None:
     """Records at `path` that a run's processes ended before it was complete; for the parent that outlived them."""
     status = path / "status"
-    if status.is_file() and not status.read_text().startswith((COMPLETE, DIVERGED)):
+    if status.is_file() and not read_status(path).startswith((COMPLETE, DIVERGED)):
         replace_file(status, f"{INTERRUPTED}\n".encode())
 
 

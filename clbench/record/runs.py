@@ -21,7 +21,7 @@ import pandas as pd
 
 from clbench.config.checks import writing
 from clbench.record import examined
-from clbench.record.seals import SEALED, SEALS, sealed
+from clbench.record.seals import SEALED, SEALS, Seal, sealed
 from clbench.types import Cost, Score, UserMistake
 
 log = logging.getLogger("clbench")
@@ -224,9 +224,11 @@ def _manifest(files: Mapping[str, bytes]) -> dict[str, Any]:
     if missing := {"manifest.json", "status"} - {*files}:
         raise ValueError(f"no readable {', '.join(sorted(missing))}")
     manifest = json.loads(files["manifest.json"])
-    state, _, where = files["status"].decode().strip().partition(": ")
+    state, _, where = files["status"].decode(errors="replace").strip().partition(": ")
     if missing := {*NEEDED} - {*manifest} | {*manifest["tasks"]} - {*manifest["metrics"]}:
         raise ValueError(f"manifest.json lacks {', '.join(sorted(missing))}")
+    if state == "complete" and (last := _seals(files)[-1]["stage"]) != len(manifest["tasks"]):
+        raise ValueError(f"its records end with stage {last} of {len(manifest['tasks'])}, yet its status is complete")
     problem = "" if "canaries" in manifest else "no canaries in its manifest"
     if failed := manifest.get("canaries", {}).get("failed"):
         problem = f"failed canaries: {', '.join(failed)}"
@@ -245,16 +247,23 @@ def _whole(files: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 def _sealed(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    status, seals = files.get("status", b""), read_lines(files.get(SEALS, b""))
+    is_complete, seals = files.get("status", b"").strip() == b"complete", _seals(files)
     unsealed = {name: files[name] for name in ("status", SEALS) if name in files}
-    if not seals and status != b"complete\n":
+    if not seals and not is_complete:
         return unsealed | ({"manifest.json": files["manifest.json"]} if "manifest.json" in files else {})
     if not seals:
         raise ValueError(f"no readable {SEALS}")
     kept = sealed(files, seals[-1]) | unsealed
-    if status == b"complete\n" and kept != files:
+    if is_complete and kept != files:
         raise ValueError("it has records beyond its last finished stage")
     return kept
+
+
+def _seals(files: Mapping[str, bytes]) -> list[Seal]:
+    try:
+        return read_lines(files.get(SEALS, b""))
+    except ValueError as error:
+        raise ValueError(f"{SEALS} cannot be read ({error})") from error
 
 
 def _own_model(scores: Iterable[Mapping[str, Any]]) -> str:
