@@ -68,6 +68,11 @@ class CurLora(Method):
 
     def wrap(self, model: Module) -> Module:
         self.layers = cur.inject(model, targets=self.targets, make=self.layer)
+        most = max(len(layer.columns) for layer in self.layers.values())
+        if self.rank > most:
+            raise UserMistake(
+                f"method.rank={self.rank} is more than the smaller side of every layer; set it to {most} at most (conf/method)"
+            )
         return model
 
     def layer(self, name: str, base: Module) -> cur.CurLinear:

@@ -9,7 +9,7 @@ import warnings
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from inspect import isfunction, signature
 from pathlib import Path
 from pydoc import ErrorDuringImport, locate
@@ -162,6 +162,10 @@ def check_value(key: str, value: Any, hint: Any) -> None:
     """
     if isinstance(value, Mapping) and "_target_" in value:
         return _check_target(key, value, hint)
+    if isinstance(hint, type) and is_dataclass(hint):
+        raise UserMistake(
+            f"{key}={value!r} is not allowed, a {hint.__name__} is due; name its class as {key}._target_ (conf/)"
+        )
     inner = {list: get_args(hint)[:1], dict: get_args(hint)[1:]}.get(type(value), ())
     if _names_target(value):
         for name, one in value.items() if isinstance(value, Mapping) else enumerate(value):
@@ -183,6 +187,8 @@ def _check_target(key: str, settings: Mapping[str, Any], hint: Any) -> None:
     try:
         found = locate(str(target))
     except ErrorDuringImport as error:
+        if not issubclass(error.exc, Exception):
+            raise error.value from None  # Ctrl-C, which locate takes for a fault of the module
         raise UserMistake(f"{key}._target_={target} cannot be imported ({error})") from error
     makes = _hints(found).get("return") if isfunction(found) else found
     # A class has to be of a kind that is somebody's own; text, numbers and lists are given as such, or made by a function that says so.

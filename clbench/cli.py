@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,20 +26,22 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 from rich.console import Console
+from yaml import YAMLError
 
 from clbench.config import Config, run_directory
 from clbench.config.checks import check, check_extras, one_of, writable
-from clbench.config.composition import CONF_DIR, register_schema, resolve, with_own_model
+from clbench.config.composition import CONF_DIR, mask_typed, register_schema, resolve, with_own_model
 from clbench.config.help import page
 from clbench.config.names import choices
 from clbench.config.secrets import masked
 from clbench.progress import Line, log, set_up_logging
 from clbench.types import NotWritten, RankFailed, UserMistake
 
-USERS_MISTAKES = (UserMistake, HydraException, OmegaConfBaseException)
+USERS_MISTAKES = (UserMistake, HydraException, OmegaConfBaseException, YAMLError)
 FAILED = (RankFailed, NotWritten)
 FAILURES = (*USERS_MISTAKES, *FAILED)
 """What ends one job of a sweep and leaves the others alone; exit code 2 for the user's mistakes, else 1."""
+ADVICE = ("object_type", "reference_type", "Config search path", "Set the env")
 SWEEP = "CLBENCH_SWEEP"
 """The variable that tells the jobs of a sweep, in whatever process, which file they say in how they ended."""
 
@@ -61,7 +64,7 @@ class Ended:
     def is_complete(self) -> bool:
         """Also where another process completed it."""
         status = Path(self.path) / "status"
-        return not self.error or (self.path != "" and status.is_file() and status.read_text() == "complete\n")
+        return not self.error or (self.path != "" and status.is_file() and status.read_bytes() == b"complete\n")
 
 
 def main() -> None:
@@ -73,8 +76,8 @@ def main() -> None:
     register_schema()
     # Hydra then hands its exceptions to us instead of printing them over several lines and exiting with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = with_own_model(sys.argv[1:])
     try:
+        sys.argv[1:] = with_own_model(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(_job)()
     except FAILURES as error:
         refuse(error)
@@ -84,7 +87,9 @@ def main() -> None:
         raise SystemExit(128 + number) from None
     finally:
         if SWEEP in os.environ:
-            Path(os.environ[SWEEP]).unlink(missing_ok=True)
+            with suppress(NotWritten, OSError):  # what cannot be written there has been said
+                mask_typed(Path(os.environ[SWEEP]).parent)
+                Path(os.environ[SWEEP]).unlink(missing_ok=True)
 
 
 def put_in_reach(folder: Path) -> None:
@@ -96,6 +101,7 @@ def _job(composed: DictConfig) -> float | None:
     """One Hydra job. In a sweep what ends it is kept for the end, unless the sweeper is to hear of it, which `optimize` says, or a launcher
     did not pass the sweep's variable on; then Hydra tells it."""
     heed_signals()
+    mask_typed(Path(HydraConfig.get().sweep.dir))
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return _run(resolve(composed)) if composed.optimize or SWEEP not in os.environ else _swept(composed)
     try:
@@ -105,7 +111,7 @@ def _job(composed: DictConfig) -> float | None:
 
 
 def heed_signals() -> None:
-    """SIGTERM and a scheduler's warning, SIGUSR1 where nobody else waits for it, end a run as Ctrl-C does."""
+    """SIGTERM, and where nobody else waits for them a scheduler's warning, SIGUSR1, and a closed terminal's SIGHUP, end a run as Ctrl-C does."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         stopped = Stopped()
@@ -113,8 +119,9 @@ def heed_signals() -> None:
         raise stopped
 
     signal.signal(signal.SIGTERM, stop)
-    if signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
-        signal.signal(signal.SIGUSR1, stop)
+    for number in (signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, stop)
 
 
 def _swept(composed: DictConfig) -> None:
@@ -289,9 +296,4 @@ def _message(error: Exception) -> str:
     cause = error.__cause__
     text = str(error) if cause is None or str(error) in str(cause) else f"{error}: {cause}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    kept = [
-        line
-        for line in lines
-        if not line.startswith(("object_type", "reference_type", "Config search path", "Set the env"))
-    ]
-    return " ".join(kept)
+    return " ".join(line for line in lines if not line.startswith(ADVICE))

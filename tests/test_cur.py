@@ -1,6 +1,7 @@
 """CUR layers, CURLoRA and SECURA: what METHODS lists as CUR-1..9 and SEC-1..10, each worked out by hand or by brute force."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -130,6 +131,15 @@ def test_only_the_core_and_beta_train_in_float32_even_on_a_bfloat16_model(profil
     count = sum(parameter.numel() for parameter in trainable(model).values())
     # Weights are q [32, 32] and v [16, 32] in 2 layers: rank 8 and 4, inner ceil(4 / 3 rank) = 11 and 6.
     assert count == (2 * 2 * 4 * 4 if profile == "curlora" else 2 * (2 * 8 * 11 + 32 + 2 * 4 * 6 + 16))
+
+
+def test_a_rank_beyond_every_layer_is_a_mistake_and_one_beyond_some_is_not():
+    # q_proj is [32, 32], v_proj [16, 32].
+    wide = CurLora(targets=["q_proj", "v_proj"], rank=32, alpha=1.0, select="code_eps", seed=0)
+    wide.wrap(llama())
+    assert sorted({len(layer.columns) for layer in wide.layers.values()}) == [16, 32]
+    with pytest.raises(UserMistake, match="method.rank=33 .* 32 at most"):
+        replace(wide, rank=33).wrap(llama())
 
 
 def test_released_sizes_shrink_to_a_quarter_of_the_smaller_side():

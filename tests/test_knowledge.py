@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from clbench.config.composition import CONF_DIR, compose
 from clbench.data.encoder import Encoder
-from clbench.examine.knowledge import Knowledge, answer
+from clbench.examine.knowledge import Knowledge, answer, names_in
 from clbench.examine.lm import StudentLM
 from clbench.examine.lm_tasks import resolve, subset, task_index
 from clbench.examine.student import Student
@@ -581,11 +581,20 @@ def test_a_group_of_unlike_tasks_is_its_members():
 
 
 def test_the_folders_that_are_searched_hold_all_that_their_names_stand_for():
-    few, whole = task_index([], search=SEARCH), task_index(["nonesuch"])
+    few, whole = task_index([], search=SEARCH), task_index(["acp_bench"])  # which is named in a file that is no .yaml
     assert len(few.task_index) < 200 and len(whole.task_index) > 10_000
     for name in (*few.all_subtasks, *few.all_groups):
         assert resolve(name, few) == resolve(name, whole)
     assert set(OmegaConf.load(Path(CONF_DIR) / "probe" / "full.yaml").tasks) < {*few.all_subtasks, *few.all_groups}
+
+
+def test_a_slip_in_a_name_is_told_without_reading_all_of_lm_eval(monkeypatch):
+    monkeypatch.setattr("clbench.examine.lm_tasks.whole_index", lambda *_: pytest.fail("all of it is read"))
+    with pytest.raises(UserMistake, match="'nonesuch', which lm-eval does not know"):
+        Knowledge(name="k", tasks=["nonesuch"])
+    with pytest.raises(UserMistake, match="'nonesuch', which lm-eval does not know"):
+        Knowledge(name="k", tasks=[{"group": "nonegroup", "task": ["piqa", {"task": "nonesuch"}]}], search=["piqa"])
+    assert list(names_in(["a", {"group": "b", "task": ["c", {"task": "d", "num_fewshot": 1}]}])) == ["a", "b", "c", "d"]
 
 
 def test_frozen_items_are_those_of_the_lowest_hashes():

@@ -83,6 +83,24 @@ def test_a_row_that_does_not_fit_is_named_with_its_line(tmp_path, row, words):
     assert all(word in str(told.value) for word in words), told.value
 
 
+def test_free_text_without_an_answer_is_named_with_its_line(tmp_path):
+    for split in ("train", "test"):
+        written(tmp_path / f"{split}.jsonl", [{"text": "a", "label": "b"}, {"text": "a", "label": None}])
+    with pytest.raises(UserMistake, match=r"train.jsonl, line 2: column 'label' is None"):
+        task(str(tmp_path))
+
+
+@pytest.mark.parametrize("prompt", ["{text ?", "{text} }", "{text:d}", "{text!x}"])
+def test_a_prompt_that_is_not_well_formed_is_named(labelled, prompt):
+    with pytest.raises(UserMistake, match=r"the prompt '.*' is not well formed"):
+        Rows(rows=labelled, prompt=prompt, answer="label", choices=["no", "yes"]).examples("train")
+
+
+def test_a_prompt_that_asks_for_a_part_of_a_text_is_named(labelled):
+    with pytest.raises(UserMistake, match=r"line \d+: column 'text.nonesuch' is missing"):
+        Rows(rows=labelled, prompt="{text.nonesuch}", answer="label", choices=["no", "yes"]).examples("train")
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserMistake, match=r"nowhere.jsonl' is no file"):
         task(str(tmp_path / "nowhere.jsonl"))

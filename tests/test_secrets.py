@@ -17,6 +17,7 @@ from clbench.record.tracking import written_to
 from clbench.report import html as report
 from clbench.report import tables
 from tests.test_leaderboard import ALPHA, change_manifest, write_run
+from tests.test_sweep import sweep
 
 PLANTED = [
     "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345",
@@ -86,6 +87,16 @@ def test_a_planted_secret_is_in_no_record_log_or_report(overrides, tmp_path, mon
     report.write(path.parents[1])
     for file in path.parents[1].rglob("*"):
         assert not file.is_file() or secret.encode() not in file.read_bytes(), file
+
+
+def test_a_sweeps_own_files_have_no_secrets(overrides, tmp_path, monkeypatch):
+    secret = PLANTED[0]
+    more = ("hydra.output_subdir=.hydra", "+model.note='see https://u:pa55w0rd@host'", f"+method.lora.token={secret}")
+    assert sweep(monkeypatch, overrides, *more) == 2, "a LoRA has no token"
+    texts = {file: file.read_bytes() for file in (tmp_path / "results").rglob("*") if file.is_file()}
+    assert {"multirun.yaml", "overrides.yaml", "config.yaml", "hydra.yaml"} <= {file.name for file in texts}
+    for file, text in texts.items():
+        assert secret.encode() not in text and b"pa55w0rd" not in text, file
 
 
 def test_the_screen_and_the_log_have_no_secrets(tmp_path, capsys):

@@ -118,7 +118,9 @@ def test_a_run_that_another_process_completed_meanwhile_is_no_failure(tmp_path):
     assert busy.is_complete and not Ended(error="a mistake before there was a run", code=2).is_complete
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)]
+)
 def test_a_signal_ends_the_sweep_in_one_line(overrides, tmp_path, monkeypatch, capsys, number, code):
     append = Ledger.append
 
@@ -127,7 +129,9 @@ def test_a_signal_ends_the_sweep_in_one_line(overrides, tmp_path, monkeypatch, c
             signal.raise_signal(number)
         append(self, scores)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    before = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+    }
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a script ignores it
     monkeypatch.setattr(Ledger, "append", stop)
     try:

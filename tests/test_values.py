@@ -5,13 +5,17 @@ from dataclasses import asdict, fields
 from typing import Any
 
 import pytest
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
+from clbench import cli
 from clbench.build import check_classes, check_value
 from clbench.config import Config, from_plain
 from clbench.config.checks import check
-from clbench.config.composition import compose
+from clbench.config.composition import CONF_DIR, check_groups, compose
 from clbench.doctor import methods
-from clbench.protocols import Method
+from clbench.protocols import Method, ModelSource, Task
 from clbench.types import UserMistake
 from tests.conftest import TINY_MODEL
 
@@ -165,6 +169,68 @@ class Own(Seq):
     strength: Annotated[float, Field(ge=0, le=1)]
     kept: dict[str, Tensor] = field(default_factory=dict)
 """
+
+
+def test_a_plain_value_where_a_target_is_due_is_refused(configured):
+    for value in (None, 3, {"rank": 4}):
+        assert "a Lora is due; name its class as method.lora._target_" in refused(configured, "method.lora", value)
+    assert "no group of settings" in refused(configured, "probe.probes.stream", None)
+    assert "no group of settings" in refused(configured, "tasks.world_total", [1])
+
+
+@pytest.mark.parametrize("value", ["null", "3", "true", "0.5", "seq,null"])
+@pytest.mark.parametrize("group", ["method", "model", "stream", "train", "probe", "engine", "tracking", "settings"])
+def test_a_group_without_an_option_is_one_line(group, value):
+    with pytest.raises(UserMistake, match=f"{group}={value} names no option of {group}; .*conf/{group}"):
+        compose([f"{group}={value}"])
+
+
+def test_settings_of_a_group_are_no_option(configured):
+    check_groups(["method={strength: 3}", "method=seq,er", "+experiment=[a,b]", "seed=null", "method.lora=null"])
+
+
+def test_an_architecture_that_is_no_llamas_is_refused_before_a_model_is_made(configured):
+    wrong = {"nonesuch": 3, "hidden_size": 33, "num_attention_heads": 0, "num_hidden_layers": -1}
+    for name, value in wrong.items():
+        plain = copy.deepcopy(configured["model"])
+        plain["architecture"][name] = value
+        with pytest.raises((UserMistake, HydraException), match="model.architecture"):
+            check_value("model", plain, ModelSource)
+            instantiate(plain, _convert_="all")
+
+
+def test_a_yaml_that_cannot_be_read_is_one_line_that_names_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "own.yaml").write_text("a: [1\nb: }")
+    monkeypatch.setattr("sys.argv", ["clbench", f"--config-dir={tmp_path}", "method=own", f"results_dir={tmp_path}"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("clbench: ") and "method/own.yaml" in line and "line 2" in line
+
+
+def test_an_interruption_while_a_class_is_imported_is_no_mistake(configured, tmp_path, monkeypatch):
+    (tmp_path / "interrupted.py").write_text("raise KeyboardInterrupt")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        check_value("method", configured["method"] | {"_target_": "interrupted.Seq"}, Method)
+
+
+TASKS = sorted((CONF_DIR / "task").glob("*.yaml"))
+
+
+def test_a_tasks_metric_is_the_one_that_its_class_computes():
+    looked = 0
+    for path in TASKS:
+        task = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        if "metric" not in task:
+            continue
+        looked += 1
+        task |= {"max_train": None, "max_test": None}
+        check_value("task", task, Task)
+        with pytest.raises(UserMistake, match="task.metric='nonsense' is not allowed, input should be '"):
+            check_value("task", task | {"metric": "nonsense"}, Task)
+    assert looked > 60
 
 
 def test_a_method_of_somebody_elses_states_its_ranges_where_it_declares_its_fields(configured, tmp_path, monkeypatch):

@@ -143,6 +143,18 @@ def test_a_damaged_folder_is_one_line(folder, damage):
     assert str(folder) in refused(folder)
 
 
+@pytest.mark.parametrize("content", ["[]", '"text"', "null", '{"a": ', "\ufeff{}"])
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"]
+    + ["adapter_config.json", "model.safetensors.index.json"],
+)
+def test_a_file_that_holds_no_object_is_named(folder, name, content):
+    (folder / name).write_text(content, encoding="utf-8")
+    line = refused(folder)
+    assert str(folder) in line and (name in line or name == "tokenizer.json")
+
+
 class Bomb:
     """Runs code when it is unpickled."""
 

@@ -88,9 +88,14 @@ def check_finite(name: str, value: Any) -> None:
 
 def check_names(config: Config) -> None:
     """Raises UserMistake for a name of the user's that could not be a part of a path, a cell of a table and a column."""
-    for group, value in {"method": config.method, "model": config.model}.items():
+    groups = {
+        **{"method": config.method, "model": config.model},
+        **{f"tasks.{name}": value for name, value in config.tasks.items()},
+        **{f"probe.probes.{name}": value for name, value in config.probe.probes.items()},
+    }
+    for group, value in groups.items():
         if not isinstance(value, dict):
-            raise UserMistake(f"{group}={value!r} is no group of settings; name one of conf/{group}")
+            raise UserMistake(f"{group}={value!r} is no group of settings; see conf/{group.partition('.')[0]} for some")
     names = {
         "experiment": config.experiment,
         "method.name": config.method.get("name", ""),

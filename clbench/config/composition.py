@@ -16,12 +16,15 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from clbench.config import Config, ProbeConfig, from_plain
-from clbench.config.checks import check
+from clbench.config.checks import check, writing
 from clbench.config.names import choices as listed
+from clbench.config.secrets import masked
 from clbench.types import UserMistake
 
 _HERE = Path(__file__).resolve().parents[1]
@@ -90,8 +93,33 @@ def _composed(overrides: Sequence[str], *, config_dir: Path | None) -> Iterator[
         yield composed
 
 
+def check_groups(arguments: Sequence[str]) -> None:
+    """Raises UserMistake where a group is given what can be the name of none of its options, for which Hydra has a traceback."""
+    parser = OverridesParser.create()
+    for argument in arguments:
+        group, is_given, _ = argument.lstrip("+").partition("=")
+        if not is_given or not (CONF_DIR / group).is_dir():
+            continue
+        value = parser.parse_override(argument).value()
+        for one in value.list or () if isinstance(value, ChoiceSweep) else [value]:
+            if one is None or isinstance(one, (int, float)):
+                raise UserMistake(f"{argument} names no option of {group}; give the name of a yaml in conf/{group}")
+
+
+def mask_typed(folder: Path) -> None:
+    """Takes the secrets out of what Hydra wrote of the command line: a sweep's multirun.yaml in its `folder`, and what a job asked for beside it."""
+    job = HydraConfig.get() if HydraConfig.initialized() else None
+    own = Path(job.runtime.output_dir, job.output_subdir).glob("*.yaml") if job and job.output_subdir else ()
+    for path in (folder / "multirun.yaml", *own):
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if masked(text) != text:
+            with writing(path):
+                path.write_text(masked(text), encoding="utf-8")
+
+
 def with_own_model(arguments: Sequence[str]) -> list[str]:
-    """The command line, with model=own where it names a model (model.name=...) and no yaml that describes one."""
+    """The command line, with model=own where it names a model (model.name=...) and no yaml that describes one; see `check_groups`."""
+    check_groups(arguments)
     keys = [argument.lstrip("+").partition("=")[0] for argument in arguments]
     if "model.name" not in keys or {"model", "experiment"} & {*keys}:
         return list(arguments)
@@ -109,7 +137,7 @@ def resolve(composed: DictConfig) -> Config:
             )
     with open_dict(composed):
         if composed.model.get("label") is None:
-            name = Path(composed.model.name).name
+            name = Path(str(composed.model.name)).name
             composed.model.label = re.sub(r"[^A-Za-z0-9_.+-]+|^[^A-Za-z0-9_]+", "_", name)[-64:]
         if settings := composed.pop("settings"):
             _put_in(composed, settings, name=choices["settings"])

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby, islice, zip_longest
@@ -84,6 +84,15 @@ class LedgerRow:
         return next((name for name in ("acc_norm", "acc") if name in known), None)
 
 
+def names_in(members: Iterable[str | Mapping[str, Any]]) -> Iterator[str]:
+    """The names in probe.tasks, those inside a group that is defined there, too."""
+    for member in members:
+        stated = {"task": member} if isinstance(member, str) else member
+        inner = stated.get("task", ())
+        yield from [str(stated["group"])] if "group" in stated else []
+        yield from [inner] if isinstance(inner, str) else names_in(inner)
+
+
 @dataclass(kw_only=True, eq=False)
 class Knowledge(Probe):
     """The lm-eval `tasks` (tasks or groups), each on the documents that `items` names, at most the first `limit` of each task.
@@ -125,7 +134,7 @@ class Knowledge(Probe):
         if self.include is not None:
             package, _, folder = self.include.partition(":")
             own.append(Path(str(importlib.resources.files(package)), folder))
-        index = task_index(wanted | named, search=self.search, own=own)
+        index = task_index({*wanted, *names_in(self.tasks)}, search=self.search, own=own)
         for task in shots.keys() - named - index.task_index.keys() - {"all"}:
             raise UserMistake(
                 f"probe.shots names {task!r}; it goes by the names of probe.tasks: {', '.join(sorted(named))}"

@@ -64,8 +64,10 @@ def task_index(names: Iterable[str], *, search: Sequence[str] = (), own: Sequenc
     """An index that knows `names`: of the folders `own` and the folders `search` of lm_eval/tasks, or the whole."""
     home = Path(lm_eval.tasks.__file__).parent
     few = TaskManager(include_defaults=False, include_path=[*(home / folder for folder in search), *own])
-    # A tag may have tasks in other folders.
-    return few if {*few.all_subtasks, *few.all_groups} >= set(names) else whole_index(*own)
+    # A tag may have tasks in other folders; a name that no file has in its text is a slip, for which no index is made.
+    missing = set(names) - {*few.all_subtasks, *few.all_groups}
+    spelled, files = re.compile("|".join(map(re.escape, missing)).encode()), home.rglob("*") if missing else ()
+    return whole_index(*own) if any(path.is_file() and spelled.search(path.read_bytes()) for path in files) else few
 
 
 @cache
@@ -192,8 +194,7 @@ class RowSource:
         spec = self.dataset(str(named.config.get("dataset_path")), named.config.get("dataset_name"))
         if (spec.name, split) not in self._files:
             self._files[spec.name, split] = load_rows(spec, split=split, data_dir=self.data_dir)
-        column = self.columns.get(spec.hub)
-        rows = self._files[spec.name, split]
+        column, rows = self.columns.get(spec.hub), self._files[spec.name, split]
         chosen = {number: row for number, row in enumerate(rows) if column is None or row.get(column) == spec.config}
         if not chosen:
             raise UserMistake(f"{spec.name}/{split}.jsonl in data_dir={self.data_dir!r} has no row of {spec.config!r}")

@@ -1,23 +1,44 @@
-"""What a model's configuration says of what it can read, and the weights that stand in it twice."""
+"""What a model's folder and configuration say of what it can read, and the weights that stand in it twice."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch.nn import Module
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from clbench.hashes import BESIDE
 from clbench.models.loss import causal_lm
 from clbench.types import UserMistake
 
 LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "context_length", "n_ctx")
 """What configurations call the longest input."""
+TOKENIZER = "tokenizer.json"
+READ_BY = ("tokenizer_config.json", TOKENIZER, "*.index.json")
+"""Beside hashes.BESIDE, the files that say how a folder's weights and texts are read."""
 NO_LIMIT = 2**31
 """Positions of a model that has no longest input (Mamba, Bloom)."""
 STRETCHED = {"dynamic", "longrope"}
 """Kinds of rotary embedding that depend on the longest position of a forward: rows, and what is cached of earlier tokens, change each other."""
 ATTENTION = {"full_attention", "sliding_attention"}
 """Kinds of layer whose tokens a mask keeps apart."""
+
+
+def check_objects(folder: Path) -> None:
+    """Raises UserMistake where a file that says how a model is read holds no JSON object, which libraries ignore, or end at with a traceback."""
+    for path in sorted({path for pattern in (*BESIDE, *READ_BY) for path in folder.glob(pattern)}):
+        try:
+            text = path.read_text(encoding="utf-8")
+            # The tokenizer's own file is long, and read by a library that refuses a broken one.
+            is_object = text.lstrip().startswith("{") if path.name == TOKENIZER else isinstance(json.loads(text), dict)
+        except (OSError, ValueError):
+            is_object = False
+        if not is_object:
+            raise UserMistake(
+                f"model.name={str(folder)!r}: {path.name} holds no JSON object; restore it, or choose another model"
+            )
 
 
 def settings(model: Module) -> dict[str, Any]:

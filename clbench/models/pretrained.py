@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from clbench.hashes import of_folder, of_json, weights_in
-from clbench.models.limits import check_tokens, rope_settings, settings
+from clbench.models.limits import check_objects, check_tokens, rope_settings, settings
 from clbench.models.sharding import is_sharded, stored
 from clbench.types import UserMistake
 
@@ -115,6 +115,7 @@ def folder_of(name: str, *, revision: str | None) -> Path:
 
 def adapter_of(name: str, *, revision: str | None) -> PeftConfig | None:
     """The configuration of the PEFT adapter that `name` is, None where it is a whole model; raises UserMistake where it is both."""
+    check_objects(Path(name))
     with refusing(name):
         path = find_adapter_config_file(name, revision=revision)
         if path is None:

@@ -7,11 +7,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -57,7 +58,7 @@ class Recipe:
     label: str
     corpus: Corpus
     tokenizer: str
-    architecture: dict[str, int | bool | float]
+    architecture: dict[str, bool | PositiveInt | PositiveFloat]
     steps: NonNegativeInt
     batch_size: PositiveInt
     length: PositiveInt
@@ -70,6 +71,13 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.tokenizer not in ("words", "bpe"):
             raise UserMistake(f"model.tokenizer={self.tokenizer!r} is unknown; choose words or bpe in conf/model")
+        known = {one.name for one in fields(LlamaConfig)}
+        for name in self.architecture.keys() - known:
+            raise UserMistake(f"model.architecture.{name} is no field of transformers' LlamaConfig (conf/model)")
+        try:
+            LlamaConfig(**self.architecture)
+        except StrictDataclassError as error:
+            raise UserMistake(f"model.architecture is not that of a Llama: {' '.join(str(error).split())}") from error
 
     def settings(self) -> dict[str, object]:
         """Everything that determines the weights, as JSON values; the corpus by the SHA-256 of its text and vocabulary."""
