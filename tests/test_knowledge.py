@@ -580,6 +580,7 @@ def test_a_group_of_unlike_tasks_is_its_members():
     assert [task.name for task in arc.tasks] == ["arc_challenge", "arc_easy"]
 
 
+@pytest.mark.slow
 def test_the_folders_that_are_searched_hold_all_that_their_names_stand_for():
     few, whole = task_index([], search=SEARCH), task_index(["acp_bench"])  # which is named in a file that is no .yaml
     assert len(few.task_index) < 200 and len(whole.task_index) > 10_000
