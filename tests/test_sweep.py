@@ -132,7 +132,9 @@ def test_a_signal_ends_the_sweep_in_one_line(overrides, tmp_path, monkeypatch, c
     before = {
         number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
     }
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a script ignores it
+    # A job in the background of a script ignores the one, nohup's the other.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     monkeypatch.setattr(Ledger, "append", stop)
     try:
         assert sweep(monkeypatch, overrides, "seed=0,1") == code
