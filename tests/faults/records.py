@@ -9,6 +9,8 @@ from typing import Any
 
 UNTIMED = ("stages.csv", "retention.csv", "probes.csv", "differences.csv")
 MEASURED_ANEW = ("seconds", "seconds_train", "seconds_probe", "seconds_other", "peak_memory_bytes")
+OF_THE_PLACE = ("command", "config", "untouched_measured_by")
+"""What a manifest says of where a run was made."""
 NOT_COMPARED = ("run.log", "seals.jsonl", "lock", "manifest.json", "scores.jsonl", "cost.jsonl")
 
 
@@ -22,7 +24,7 @@ def numbers(run: Path) -> dict[str, Any]:
         for name in ("scores.jsonl", "cost.jsonl")
     }
     manifest = json.loads((run / "manifest.json").read_text())
-    found["manifest.json"] = {key: value for key, value in manifest.items() if key not in ("command", "config")}
+    found["manifest.json"] = {key: value for key, value in manifest.items() if key not in OF_THE_PLACE}
     others = [path for path in run.rglob("*") if path.is_file() and path.name not in NOT_COMPARED]
     return found | {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in others}
 
