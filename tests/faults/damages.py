@@ -1,7 +1,7 @@
 """Files that were damaged: in records, checkpoints and caches, of a run that is complete, between two stages, or within one.
 
-Right is one of three: the run ends with the numbers of an untouched one; one line names what is wrong, and the run has no rank; or, where the file
-says nothing, nothing happens. The run beside it is ranked with its numbers in any case.
+Right is one of these: the run ends with the numbers of an untouched one; one line names what is wrong and what to do, and that done it ends so; a
+run that was complete is named in the tables and has no rank. The run beside it is ranked with its numbers in any case.
 """
 
 import os
@@ -121,10 +121,9 @@ PLACES: dict[str, Callable[[Path, Random, Path], None]] = {
 
 @dataclass
 class Damages:
-    """What came of damaged files: how many of each outcome, the damages by kind, what went wrong."""
+    """What came of damaged files: how many of each outcome, what went wrong."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
-    files: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
 
@@ -144,33 +143,45 @@ def template(state: str, folder: Path, *, cache: Path) -> Path:
 
 
 def damage(random: Random, *, state: str, template: Path, folder: Path, expected: dict[str, set], to: Damages) -> None:
-    """Damages a file in a copy of the template, builds the tables and starts the run again; `expected`: the scores by method."""
+    """Damages a file in a copy of the template, builds the tables and starts the run again, and where that is refused does what the line says and
+    starts it once more. `expected`: the scores by method."""
     shutil.copytree(template, folder)
     (own,) = (path for path in (folder / "results" / "runs").iterdir() if "-seq-" in path.name)
     files = sorted(path for root in (own, folder / "cache") for path in root.rglob("*") if path.is_file())
-    path, kind = random.choice(files), random.choice([*CONTENTS, *PLACES])
-    if kind in CONTENTS and path.stat().st_size:
+    path, kind = random.choice([path for path in files if path.stat().st_size]), random.choice([*CONTENTS, *PLACES])
+    if kind in CONTENTS:
         path.write_bytes(CONTENTS[kind](path.read_bytes(), random))
-    elif kind in PLACES:
+    else:
         PLACES[kind](path, random, folder)
     what = f"{path.relative_to(folder)} of a run that is {state}: {kind}"
-    to.files[path.suffix or path.name] += 1
     wrong = [f"the tables: {one}" for one in table_faults(folder, expected, may_lack={"seq"})]
     found = command(arguments(OWN, folder), folder=folder)
-    wrong += found.faults
+    outcome = "ended with equal numbers"
+    if any(f"{verb} again" in found.err for verb in ("made", "measured", "done")):
+        outcome = "something was done again, equal numbers"
     if found.code:
-        wrong += [f"exit code {found.code}"] if found.code not in (1, 2) else []
+        outcome = "one line, and what it says led to equal numbers"
+        wrong += found.faults + ([f"exit code {found.code}"] if found.code not in (1, 2) else [])
         wrong += [] if found.line and str(folder) in found.line else [f"no single line: {found.err[-600:]!r}"]
-        to.outcomes["refused in one line"] += 1
-    else:
-        again = any(f"{verb} again" in found.err for verb in ("made", "measured", "done"))
-        to.outcomes["done again, equal numbers" if again else "equal numbers, or named and not ranked"] += 1
-    named = f"unreadable: {own.name} (" in (folder / "results" / "leaderboard.md").read_text()
-    may_lack = {"seq"} if found.code or named else set()
-    wrong += [f"the tables afterwards: {one}" for one in table_faults(folder, expected, may_lack=may_lack)]
+        wrong += [f"the tables after it: {one}" for one in table_faults(folder, expected, may_lack={"seq"})]
+        remove(path if folder / "cache" in path.parents or "remove it" in found.line else own)
+        found = command(arguments(OWN, folder), folder=folder)
+    wrong += found.faults + ([f"exit code {found.code}: {found.err[-600:]!r}"] if found.code else [])
+    if named := f"unreadable: {own.name} (" in (folder / "results" / "leaderboard.md").read_text():
+        outcome = "named in the tables and not ranked"
+    faults = table_faults(folder, expected, may_lack={"seq"} if named and state == "complete" else set())
+    wrong += [f"the tables afterwards: {one}" for one in faults]
+    to.outcomes[outcome] += 1
     to.wrong += [f"{what}: {one}" for one in wrong]
     if not wrong:
         shutil.rmtree(folder)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def table_faults(folder: Path, expected: dict[str, set], *, may_lack: set[str]) -> list[str]:
