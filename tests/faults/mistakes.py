@@ -300,7 +300,10 @@ PLACES = [
     Mistake(arguments=("nowhere",), named="nowhere", module="clbench.report"),
     Mistake(arguments=("nowhere",), named="nowhere", module="clbench.verify"),
     Mistake(arguments=("conf",), named="conf", module="clbench.verify"),
-    Mistake(arguments=("nowhere", "out"), named="nowhere", module="clbench.export"),
+    Mistake(arguments=("nowhere", "out=out"), named="nowhere", module="clbench.export"),
+    Mistake(arguments=("nowhere", "conf"), named="nowhere", module="clbench.compare"),
+    Mistake(arguments=("nowhere", "probe=matrix"), named="nowhere", module="clbench.examine"),
+    Mistake(arguments=("method=nonesuch",), named="nonesuch", module="clbench.contract"),
     Mistake(arguments=("nonesuch",), named="nonesuch", module="clbench.doctor"),
     Mistake(arguments=("method=nonesuch",), named="nonesuch", module="clbench.doctor"),
 ]
