@@ -68,7 +68,7 @@ class Ended:
 
 
 def main() -> None:
-    """Entry point of `python -m clbench` and of the `clbench` command."""
+    """Runs what the command line asks for."""
     if {"--help", "-h"} & {*sys.argv[1:]}:
         print(page(sys.argv[1:]))
         return

@@ -3,9 +3,12 @@
 import resource
 import subprocess
 import sys
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 
 import pytest
+
+from clbench.__main__ import main as start
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -90,3 +93,21 @@ def test_the_leaderboard_of_a_missing_folder_is_a_mistake(tmp_path):
 def test_configuration_is_found_from_any_working_directory(tmp_path):
     answer = clbench("--cfg", "job", cwd=tmp_path)
     assert answer.returncode == 0 and "baselines.seq.Seq" in answer.stdout
+
+
+class Interrupting(MetaPathFinder):
+    """Ctrl-C, at the moment at which a module is looked for."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "clbench.cli":
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_the_command_line_is_imported_is_one_line(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "clbench.cli", raising=False)
+    monkeypatch.delattr("clbench.cli", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
+    with pytest.raises(SystemExit) as end:
+        start()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "clbench: interrupted; the same command continues\n"
