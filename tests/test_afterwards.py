@@ -4,10 +4,12 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import ttest_rel
 
 from clbench import compare, export
@@ -20,7 +22,7 @@ from clbench.record.runs import pack, read_runs
 from clbench.report import tables
 from clbench.types import UserMistake
 from clbench.verify import verify
-from tests.test_export import base_of, check
+from tests.test_export import base_of, check, logits
 
 METHODS = sorted(path.stem for path in (CONF_DIR / "method").glob("*.yaml"))
 TWO = ("stream.limit=2", "train.lr=1e-2", "train.checkpoint=all", "probe.text_tokens=256")
@@ -61,6 +63,8 @@ def test_kept_stages_give_the_scores_that_were_recorded_and_are_exported(method,
         rows = compare.compare(*[compare.read_side(path.with_name(name))] * 2)
         assert {row.key[0] for row in rows} >= {"stream", "knowledge"} and all(row.first == row.second for row in rows)
         assert all(row.low <= 0 <= row.high for row in rows if row.n_items) and sum(row.n_items > 0 for row in rows) > 4
+    with export.trained(path, stage=1) as first, export.trained(path) as last:
+        assert torch.equal(logits(first.model), logits(last.model)) == (method == "base")
     for name, stage in ((view, 1), *((other, 2) for other in others)):
         if method == NO_WEIGHT:
             with pytest.raises(UserMistake, match="cannot be exported"):
@@ -264,13 +268,20 @@ def test_compared_runs_differ_by_what_their_records_say(kept):
     assert all(row.n_items for key, row in found.items() if key[0] != "update")
 
 
-def test_only_the_same_questions_are_paired(results, overrides, tiny):
-    path, _ = seeds(results)
-    moved = [item for item in tiny if not item.startswith(("stream.test_rows", "probe.limit"))]
-    other = run(compose([*moved, *TWO, "stream.test_rows=7", "probe.limit=12", f"results_dir={results}"]))
-    found = compare.compare(compare.read_side(path), compare.read_side(other))
-    assert all(row.n_items == 0 and np.isnan(row.low) for row in found if row.key[0] == "stream")
-    assert all(row.n_items == 12 for row in found if row.key[0] == "knowledge")
+def test_only_the_same_questions_are_paired(kept):
+    first, second = (compare.read_side(path) for path in seeds(kept.parents[1]))
+
+    def paired(manifest: dict) -> set[str]:
+        other = replace(second, asked={"": manifest})
+        return {row.key[0] for row in compare.compare(first, other) if row.n_items}
+
+    manifest = second.asked[""]
+    rows = {task: one | {"test_sha256": "other"} for task, one in manifest["data"].items()}
+    facts = {name: one | {"sha256": "other"} for name, one in manifest["probe_data"].items()}
+    assert paired(manifest) == {"stream", "knowledge", "perplexity", "divergence"}
+    assert paired(manifest | {"data": rows}) == {"knowledge", "perplexity", "divergence"}
+    assert paired(manifest | {"probe_data": facts}) == {"stream"}
+    assert paired(manifest | {"model_fingerprint": "other"}) == {"stream", "knowledge"}
 
 
 def test_the_command_prints_a_table_of_80_columns(kept, command):

@@ -6,7 +6,7 @@ costs its own numbers and no others. In tables its probes are named EXAMINATION/
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -15,6 +15,7 @@ from clbench.types import Score
 
 FOLDER = "examined"
 EXAMINED = f"{FOLDER}/*.jsonl"
+FIELDS = {field.name for field in fields(Score)}
 
 Line = dict[str, Any]
 """One stage: `run`, `stage`, `asked` (what was examined, and with what), and the fields of its `scores`, items included."""
@@ -40,6 +41,8 @@ def read(files: Mapping[str, bytes], *, file: str, run: str) -> list[Line]:
     stages = [json.loads(one) for one in lines]
     if other := {one["run"] for one in stages} - {run}:
         raise ValueError(f"{file} is of {', '.join(sorted(other))}")
+    if any({*score} != FIELDS for one in stages for score in one["scores"]):
+        raise ValueError(f"{file} has scores of another form")
     return stages
 
 
