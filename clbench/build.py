@@ -24,7 +24,7 @@ from torch.nn import Module
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from clbench.config import Config
-from clbench.config.names import choices
+from clbench.config.names import suggestion
 from clbench.data.encoder import Encoder
 from clbench.models.limits import check_length, check_read, positions
 from clbench.models.sharding import is_sharded
@@ -204,7 +204,7 @@ def _check_target(key: str, settings: Mapping[str, Any], hint: Any) -> None:
     hints = _hints(found.__init__, *found.__mro__) if isinstance(found, type) else _hints(found)
     given = {name: value for name, value in settings.items() if name != "_target_"}
     for name in () if takes_any else given.keys() - fields.keys():
-        raise UserMistake(f"{key}.{name} is no field of {target}; {choices(name, fields)}")
+        raise UserMistake(f"{key}.{name} is no field of {target}; {suggestion(name, fields)}")
     for name, field in fields.items():
         if name in given:
             check_value(f"{key}.{name}", given[name], hints.get(name, Any))

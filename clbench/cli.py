@@ -12,7 +12,6 @@ import signal
 import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from textwrap import fill
 from types import FrameType
@@ -32,7 +31,7 @@ from clbench.config import Config, run_directory
 from clbench.config.checks import check, check_extras, one_of, writable
 from clbench.config.composition import CONF_DIR, mask_typed, register_schema, resolve, with_own_model
 from clbench.config.help import page
-from clbench.config.names import choices
+from clbench.config.names import suggestion
 from clbench.config.secrets import masked
 from clbench.progress import Line, log, set_up_logging
 from clbench.types import NotWritten, RankFailed, UserMistake
@@ -200,8 +199,7 @@ def _experiment(config: Config, *, command: str) -> Path | None:
         return take_part(config, command=command) if launched else launch(take_part, config, command=command)
     with loading:
         from clbench.experiment import run
-        from clbench.report.standing import standing
-    return run(config, command=command, row=partial(standing, by_task=config.tracking.tasks))
+    return run(config, command=command)
 
 
 def take_part(config: Config, *, command: str) -> Path | None:
@@ -213,15 +211,13 @@ def take_part(config: Config, *, command: str) -> Path | None:
         )
     from clbench.build import set_up_torch
     from clbench.experiment import run
-    from clbench.report.standing import standing
     from clbench.train.launch import join, leave
 
     set_up_torch(config)
     ranks = join()
     if ranks.is_first:
         set_up_logging()
-    own = {"row": partial(standing, by_task=config.tracking.tasks)} if ranks.is_first else {}
-    path = run(config, command=command, ranks=ranks, **own)
+    path = run(config, command=command, ranks=ranks)
     ranks.wait()
     leave()
     return path if ranks.is_first else None
@@ -289,10 +285,10 @@ def _message(error: Exception) -> str:
             return str(inner)
         if isinstance(inner, (ConfigKeyError, ConfigAttributeError)) and inner.parent_node is not None:
             allowed = sorted(str(key) for key in inner.parent_node if key != "experiment")
-            return f"{inner.full_key} is no key of the configuration; {choices(str(inner.key), allowed)}"
+            return f"{inner.full_key} is no key of the configuration; {suggestion(str(inner.key), allowed)}"
     if isinstance(error, MissingConfigException) and error.options:
         name = f"{error.missing_cfg_file}".rpartition("/")[2]
-        return f"{error.missing_cfg_file!r} is unknown; {choices(name, error.options)} (conf/)"
+        return f"{error.missing_cfg_file!r} is unknown; {suggestion(name, error.options)} (conf/)"
     cause = error.__cause__
     text = str(error) if cause is None or str(error) in str(cause) else f"{error}: {cause}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from clbench.config.names import choices
+from clbench.config.names import suggestion
 from clbench.config.secrets import masked
 from clbench.types import UserMistake
 
@@ -176,7 +176,7 @@ def from_plain(plain: dict[str, Any]) -> Config:
         allowed = [own.name for own in fields(shape)]
         for name in sorted(values.keys() - set(allowed)):
             raise UserMistake(
-                f"{f'{group}.{name}'.lstrip('.')} is no key of the configuration; {choices(name, allowed)}"
+                f"{f'{group}.{name}'.lstrip('.')} is no key of the configuration; {suggestion(name, allowed)}"
             )
     return Config(**plain | {name: shape(**values) for name, (shape, values) in inner.items()})
 

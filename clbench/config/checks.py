@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from clbench.config import OFFLOADS, Config, EngineConfig, keys, leaves
-from clbench.config.names import choices
+from clbench.config.names import suggestion
 from clbench.types import NotWritten, UserMistake
 
 ORDER = r"default|reversed|latin:\d+|random:\d+"
@@ -149,7 +149,7 @@ def check_extras(config: Config) -> None:
 def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
     """Raises UserMistake where `value` is not among the allowed."""
     if value not in allowed:
-        raise UserMistake(f"{name}={value!r} is unknown; {choices(value, allowed)}")
+        raise UserMistake(f"{name}={value!r} is unknown; {suggestion(value, allowed)}")
 
 
 def given(words: Sequence[str], *, among: Iterable[str]) -> dict[str, str]:

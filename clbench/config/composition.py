@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from clbench.config import Config, ProbeConfig, from_plain
 from clbench.config.checks import check, writing
-from clbench.config.names import choices as listed
+from clbench.config.names import suggestion
 from clbench.config.secrets import masked
 from clbench.types import UserMistake
 
@@ -145,7 +145,7 @@ def resolve(composed: DictConfig) -> Config:
         composed.tasks = _tasks(composed.stream.tasks)
         for name in changed:
             if name not in composed.tasks:
-                raise UserMistake(f"tasks.{name} is no task of the stream; {listed(name, composed.tasks)}")
+                raise UserMistake(f"tasks.{name} is no task of the stream; {suggestion(name, composed.tasks)}")
         composed.tasks.merge_with(changed)
         _check_world(composed)
         if not composed.experiment:
@@ -238,7 +238,7 @@ def _tasks(names: Sequence[str]) -> DictConfig:
     for number, name in enumerate(names):
         if name not in known or name in names[:number]:
             wrong = "which has no yaml in conf/task" if name not in known else "more than once"
-            raise UserMistake(f"stream.tasks names {name!r}, {wrong}; {listed(name, sorted(known))}")
+            raise UserMistake(f"stream.tasks names {name!r}, {wrong}; {suggestion(name, sorted(known))}")
     together = [f"+task@{name}={name}" for name in dict.fromkeys(names)]
     loaded = loader.load_configuration(None, overrides=together, run_mode=RunMode.RUN)
     return OmegaConf.create({name: OmegaConf.to_container(loaded[name], resolve=False) for name in names})

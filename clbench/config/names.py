@@ -15,10 +15,10 @@ def nearest(given: str, names: Iterable[str]) -> str:
     return f"did you mean {' or '.join(near)}? " if near else ""
 
 
-def choices(given: str, names: Iterable[str]) -> str:
+def suggestion(given: str, names: Iterable[str]) -> str:
     """The nearest, then all, in their order.
 
-    >>> choices("sqe", ["ewc", "seq"]), choices("zzz", ["ewc", "seq"])
+    >>> suggestion("sqe", ["ewc", "seq"]), suggestion("zzz", ["ewc", "seq"])
     ('did you mean seq? choose one of ewc, seq', 'choose one of ewc, seq')
     """
     names = list(names)

@@ -6,7 +6,7 @@ the student; then the ledger. A kill at any point costs at most the stage it fel
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -40,6 +40,7 @@ from clbench.record.manifest import describe
 from clbench.record.overlaps import check_data
 from clbench.record.tracking import Tracker, written_to
 from clbench.record.untouched import Untouched
+from clbench.report.standing import standing
 from clbench.stream import cut_prompts, said_of
 from clbench.train import optimizer as optim
 from clbench.train.local import LocalEngine
@@ -51,13 +52,10 @@ from clbench.types import Cost, Diverged, Score, Source, UserMistake
 log = logging.getLogger("clbench")
 
 
-def run(
-    config: Config, *, command: str = "", ranks: Ranks | None = None, row: Callable[[Path, int], str] = lambda *_: ""
-) -> Path:
+def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Path:
     """Runs (or continues) one experiment to its end; gives its directory. A run that is complete is left alone.
 
-    `command` is what the user typed, for the record. `ranks`: the processes that run it together, each of which calls this. `row` says how the run
-    recorded at a path stands after a stage, for a person.
+    `command` is what the user typed, for the record. `ranks`: the processes that run it together, each of which calls this.
     """
     set_up_torch(config)
     ranks, path = ranks or Ranks(), run_directory(config)
@@ -76,7 +74,8 @@ def run(
         return path
     with working("loading the model"):
         model = load_model(config, parts.source)
-    shown = Tracker(config, parts.stream.stages, silent=not ranks.is_first, row=partial(row, path))
+    row = partial(standing, path, by_task=config.tracking.tasks)
+    shown = Tracker(config, parts.stream.stages, silent=not ranks.is_first, row=row)
     with written_to(path if ranks.is_first else None), shown as tracker:
         with gathering(model):
             try:

@@ -94,7 +94,7 @@ def restored(run: Recorded, stage: int, model: Module) -> tuple[Method, Module]:
 
 
 @dataclass(kw_only=True)
-class Watched:
+class Showing:
     """The live line of an examination."""
 
     line: Line
@@ -165,25 +165,25 @@ def examinations(
     """The scores of each of `stages` with the probes of `parts`; 0 is the untouched model, which the probes see first in any case."""
     if not stages:
         return
-    watched = Watched(line=shown)
+    showing = Showing(line=shown)
     model = load_model(config, run.source)
     parts.encoder.together = reads_together(model, parts.encoder)
-    untouched = measure_untouched(config, parts, model, manifest=manifest, ranks=Ranks(), watch=partial(watched, 0))
+    untouched = measure_untouched(config, parts, model, manifest=manifest, ranks=Ranks(), watch=partial(showing, 0))
     if 0 in stages:
         yield 0, under_views(untouched.scores, parts.method.views(wrap(config, parts.method, model)))
     del model  # one at a time
     for stage in stages:
         if stage:
-            yield stage, scores_after(run, stage, config, parts, watched)
+            yield stage, scores_after(run, stage, config, parts, showing)
 
 
-def scores_after(run: Recorded, stage: int, config: Config, parts: Parts, watched: Watched) -> list[Score]:
+def scores_after(run: Recorded, stage: int, config: Config, parts: Parts, showing: Showing) -> list[Score]:
     """What the model of a stage gives, on each of its views. It is loaded anew, as a method may have merged what cannot be taken out again."""
     method, model = restored(run, stage, load_model(config, run.source))
     again = Run(
         config=config, method=method, model=model, stream=parts.stream, probes=parts.probes, encoder=parts.encoder
     )
     try:
-        return examine(again, stage, partial(watched, stage))[0]
+        return examine(again, stage, partial(showing, stage))[0]
     except FloatingPointError as error:
         raise UserMistake(f"{run.path.name} after stage {stage}: {error}; choose other probes") from error

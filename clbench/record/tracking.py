@@ -29,14 +29,14 @@ log = logging.getLogger("clbench")
 
 
 class Tracker:
-    """Follows one run; use as a context. `silent`: shows nothing at all. `row` says in a line what a finished stage amounts to."""
+    """Follows one run; use as a context. `silent`: shows nothing at all. `row` says in a line what a finished stage amounts to, where it is shown."""
 
     def __init__(
         self, config: Config, stages: Sequence[Stage], *, silent: bool = False, row: Row = lambda stage: ""
     ) -> None:
         self.run = run_name(config)
         self.stages = stages
-        self._row = row
+        self._row = (lambda stage: "") if silent else row
         self._forecast: Forecast | None = None
         self._reading: Reading | None = None
         self._stage = 0

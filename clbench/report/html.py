@@ -72,10 +72,10 @@ def page(summary: Summary, results_dir: Path) -> str:
         body.append(f"<article><h2>{escape(name)}</h2>{''.join(_setting(summary, rows))}</article>")
     body.append(_card("Where the numbers come from", _provenance(summary.records.runs), kind="text"))
     figures = as_script(of_setting(summary, rows, results_dir / "tuning" / "leaderboard.csv") for _, rows in compared)
-    return _page("".join(body), figures)
+    return _document("".join(body), figures)
 
 
-def _page(body: str, figures: str) -> str:
+def _document(body: str, figures: str) -> str:
     css, js = (Path(__file__).with_name(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">'
     meta += f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'

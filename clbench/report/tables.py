@@ -164,13 +164,15 @@ def findings(differences: pd.DataFrame, rows: pd.DataFrame) -> Iterator[str]:
             yield f"In {name} none of {len(own)} pairs can be told apart."
             continue
         most = max(map(len, beaten.values()))
-        best = [f"{winner} is better than {listed(losers)}" for winner, losers in beaten.items() if len(losers) == most]
+        best = [
+            f"{winner} is better than {in_words(losers)}" for winner, losers in beaten.items() if len(losers) == most
+        ]
         yield f"In {name} {'; '.join(best)}; {sum(map(len, beaten.values()))} of {len(own)} pairs can be told apart."
 
 
-def listed(names: list[str]) -> str:
+def in_words(names: list[str]) -> str:
     """
-    >>> listed(["a"]), listed(["a", "b", "c"])
+    >>> in_words(["a"]), in_words(["a", "b", "c"])
     ('a', 'a, b and c')
     """
     return " and ".join([*filter(None, [", ".join(names[:-1])]), names[-1]])

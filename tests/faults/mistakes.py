@@ -152,10 +152,15 @@ def row(**changed: object) -> str:
 
 def yaml_of(named: str, **changed: object) -> Mistake:
     """A task's yaml that does not say what it has to."""
+    return own_yaml("task/sport", json.dumps(SPORT | changed), named=named)
+
+
+def own_yaml(option: str, text: str, *, named: str = "") -> Mistake:
+    """`text` is the yaml of an option in the user's folder; named is, unless something else is, the option."""
     return Mistake(
         arguments=(*OWN, "stream.tasks=[sport]"),
-        named=named,
-        prepare=lambda folder: write(folder / "conf" / "task" / "sport.yaml", json.dumps(SPORT | changed)),
+        named=named or option.rpartition("/")[2],
+        prepare=lambda folder: write(folder / "conf" / f"{option}.yaml", text),
     )
 
 
@@ -351,26 +356,10 @@ ROWS = [
     yaml_of("nowhere", rows="nowhere.jsonl"),
     yaml_of("nonesuch", nonesuch=3),
     yaml_of("_target_", _target_="tasks.rows.Nonesuch"),
-    Mistake(
-        arguments=(*OWN, "stream.tasks=[sport]"),
-        named="sport",
-        prepare=lambda folder: write(folder / "conf" / "task" / "sport.yaml", "a: [1\nb: }"),
-    ),
-    Mistake(
-        arguments=(*OWN, "stream.tasks=[sport]"),
-        named="sport",
-        prepare=lambda folder: write(folder / "conf" / "task" / "sport.yaml", ""),
-    ),
-    Mistake(
-        arguments=(*OWN, "stream.tasks=[sport]"),
-        named="sport",
-        prepare=lambda folder: write(folder / "conf" / "task" / "sport.yaml", "[1, 2]"),
-    ),
-    Mistake(
-        arguments=(*OWN, "stream.tasks=[sport]"),
-        named="matrix",
-        prepare=lambda folder: write(folder / "conf" / "probe" / "matrix.yaml", "probes: [1"),
-    ),
+    own_yaml("task/sport", "a: [1\nb: }"),
+    own_yaml("task/sport", ""),
+    own_yaml("task/sport", "[1, 2]"),
+    own_yaml("probe/matrix", "probes: [1"),
 ]
 JSONS = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 MODELS = [
