@@ -5,7 +5,9 @@ import tomllib
 from dataclasses import asdict
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.utils import instantiate
@@ -52,6 +54,14 @@ def test_a_method_takes_its_settings_for_the_model_and_the_command_line_has_the_
     assert compose([*common, "method=dora"]).train.lr == 1e-4  # the table's default
     assert compose([*common, "method=curlora", "train.lr=3e-3"]).train.lr == 3e-3
     assert compose([*common, "method=curlora", "settings=none"]).train.lr == 3e-3  # of conf/method/curlora.yaml
+
+
+def test_gemmas_rates_are_those_that_the_recorded_search_chose():
+    found = pd.read_csv(CONF.parent / "results" / "real" / "tuning" / "search.csv")
+    chosen = found[(found["chosen"] == 1) & ~found["method"].str.contains("@")].set_index("method")["settings"]
+    settings = yaml.safe_load((CONF / "settings" / "gemma3_270m.yaml").read_text())
+    assert {"base", *chosen.index} == settings.keys()
+    assert chosen.to_dict() == {name: f"train.lr={one['train']['lr']}" for name, one in settings.items() if one}
 
 
 @pytest.mark.parametrize("experiment", ["seq16_local", "real8_gemma3_270m", "seq16_llama3"])
