@@ -211,6 +211,11 @@ FILES: Mapping[str, tuple[str, tuple[Column, ...]]] = {
 """By file, what it has one row for, and its columns in order."""
 
 
+def columns_of(file: str) -> list[str]:
+    """The columns of a file, in order."""
+    return [name for one in FILES[file][1] for name in one.names]
+
+
 def page() -> str:
     """results/COLUMNS.md."""
     lines = [PAGE]

@@ -15,6 +15,7 @@ import pandas as pd
 
 from clbench.record.runs import Records
 from clbench.report import differences
+from clbench.report.columns import columns_of
 from clbench.report.metrics import Floats
 
 MATRIX_PROBE, KNOWLEDGE_PROBE, PERPLEXITY_PROBE, DIVERGENCE_PROBE = "stream", "knowledge", "perplexity", "divergence"
@@ -30,11 +31,6 @@ BLOCK = ["order", "seed"]
 """What two methods have in common that are compared run by run."""
 RANKED = ("average_accuracy", "retention")
 """The measures whose rank intervals stand in the leaderboard."""
-DIFFERENCES = [
-    *(*SETTING, "measure", "method", "variant", "other", "other_variant", "n_blocks", "n_items"),
-    *("difference", "low", "high", "p", "p_permutation", "q", "verdict", "blocks_needed"),
-]
-"""The columns of differences.csv."""
 RANKS = [f"{name}_{end}" for name in RANKED for end in ("rank_best", "rank_worst")]
 
 Items = Mapping[str, Floats]
@@ -94,7 +90,7 @@ def compare(
             if measure.name in RANKED:
                 own_ranks = [f"{measure.name}_rank_best", f"{measure.name}_rank_worst"]
                 ranks.loc[rivals.index, own_ranks] = differences.rank_intervals(pairs, count=len(rivals))
-    table = pd.DataFrame(found, columns=DIFFERENCES)
+    table = pd.DataFrame(found, columns=columns_of("differences.csv"))
     return table.astype({"blocks_needed": "Int64"}), ranks.astype("Int64")
 
 

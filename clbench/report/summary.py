@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from clbench.config import BLOCK_KEYS, identity
 from clbench.record.runs import Records, read_runs
 from clbench.report import differences, metrics
+from clbench.report.columns import columns_of
 from clbench.report.measures import (
     BLOCK,
     DIVERGENCE_PROBE,
@@ -36,9 +37,6 @@ NAMED = ["stream", "order", "model", "method"]
 SUMS = ["seconds_train", "seconds_probe", "seconds_other", "tokens_trained", "tokens_replayed"]
 COSTS = {**dict.fromkeys(SUMS, "sum"), "trainable_parameters": "max", "peak_memory_bytes": "max", "flops": "sum"}
 """How the costs of a run's stages make that of the run."""
-
-PROBE = ["floor", "before", "after", "retention", "delta", "stderr_paired", *metrics.FLIPS]
-"""What probes.csv says of one probe, the fields of metrics.ProbeRetention."""
 
 Matrices = Mapping[str, metrics.Floats]
 Outcomes = Mapping[str, metrics.Floats]
@@ -137,34 +135,24 @@ def retention_by_stage(records: Records) -> tuple[pd.DataFrame, pd.DataFrame]:
         means = _over_texts(scores, metric)
         untouched = means[means.index.get_level_values("stage") == 0].droplevel("stage")
         table = table.join(means.rename(metric), on=["run", "stage"]).join(untouched.rename(f"{metric}_0"), on="run")
-    both, named = list(_knowledge(records, table)), table[[*NAMED, "seed", "stage", "stage_name"]]
-    kept, twins = [accuracy for accuracy, _ in both], [probability for _, probability in both]
-    of_stages = named.assign(
-        retention=[one.retention for one in kept],
-        retention_low=[one.low for one in kept],
-        retention_high=[one.high for one in kept],
-        retention_min=[one.minimum for one in kept],
-        retention_min_probe=[one.minimum_probe for one in kept],
-        retention_probability=[one.retention for one in twins],
-        retention_probability_low=[one.low for one in twins],
-        retention_probability_high=[one.high for one in twins],
-        **{flips: [vars(one)[flips] for one in kept] for flips in metrics.FLIPS},
+    table = table.assign(
         perplexity=metrics.perplexity_ratio(0.0, table["nll_token"], count=1),
         perplexity_ratio=metrics.perplexity_ratio(table["nll_token_0"], table["nll_token"], count=1),
-        bits_per_byte=table["bits_per_byte"],
         bits_per_byte_drift=table["bits_per_byte"] - table["bits_per_byte_0"],
-        reason=["; ".join(filter(None, [one.reason, twin.reason])) for one, twin in both],
-        **table[["stream_hash", "run"]],
     )
-    rows = []
-    for row, accuracy, probability in zip(table.index, kept, twins, strict=True):
-        twin = {one.name: one.retention for one in probability.probes}
-        for one in accuracy.probes:
-            found = {"task": one.name} | {column: vars(one)[column] for column in PROBE}
-            rows.append({"row": row} | found | {"retention_probability": twin.get(one.name, nan), "reason": one.reason})
-    columns = ["row", "task", *PROBE, "retention_probability", "reason"]
-    of_probes = pd.DataFrame(rows, columns=columns).set_index("row")
-    return of_stages, named.join(of_probes, how="inner").join(table[["stream_hash", "run"]])
+    of_stages, of_probes = [], []
+    for row, (accuracy, probability) in zip(table.to_dict("records"), _knowledge(records, table), strict=True):
+        twin = {
+            "retention_probability": probability.retention,
+            "retention_probability_low": probability.retention_low,
+            "retention_probability_high": probability.retention_high,
+            "reason": "; ".join(filter(None, [accuracy.reason, probability.reason])),
+        }
+        of_stages.append(row | vars(accuracy) | twin)
+        twins = {one.task: one.retention for one in probability.probes}
+        of_probes += [row | vars(one) | {"retention_probability": twins.get(one.task, nan)} for one in accuracy.probes]
+    retention = pd.DataFrame(of_stages, columns=columns_of("retention.csv"))
+    return retention, pd.DataFrame(of_probes, columns=columns_of("probes.csv"))
 
 
 def _knowledge(records: Records, stages: pd.DataFrame) -> Iterator[tuple[metrics.Retention, metrics.Retention]]:
@@ -252,9 +240,7 @@ def _leaderboard(runs: pd.DataFrame, measures: pd.DataFrame) -> pd.DataFrame:
                 row[name], row[f"{name}_low"], row[f"{name}_high"] = over_blocks(values, own[BLOCK])
             label = row["method"] if len(variants) == 1 else f"{row['method']} [{variant}]"
             rows.append(row | {"notes": _notes(own, row, variants), "label": label, "runs": list(own.index)})
-    named = ["stream", "model", "method", "variant", "n_orders", "n_seeds", "n_blocks"]
-    bounds = [f"{name}{bound}" for name in measures for bound in ("", "_low", "_high")]
-    columns = [*named, *bounds, "order_sensitivity", *RANKS, "stream_hash", "notes", "label", "runs"]
+    columns = [*columns_of("leaderboard.csv"), "label", "runs"]
     order = dict.fromkeys([*SETTING, "average_accuracy", "method", "variant"], True) | {"average_accuracy": False}
     return pd.DataFrame(rows, columns=columns).sort_values(
         list(order), ascending=list(order.values()), ignore_index=True

@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from clbench.record.runs import read_runs, remove_left, replace_file
-from clbench.report.columns import legend
+from clbench.report.columns import columns_of, legend
 from clbench.report.measures import SETTING
 from clbench.report.search import search
 from clbench.report.summary import NAMED, Summary, marks, summarise
@@ -68,22 +68,20 @@ def refresh(results_dir: Path) -> Table:
 def generated(summary: Summary) -> dict[str, bytes]:
     """The content of every table by the name of its file."""
     runs, rows = summary.records.runs, summary.listed
-    board = rows.drop(columns=["label", "runs"])
-    stages = summary.records.scores.merge(runs, on="run").sort_values([*STAGE_KEYS, "run"])
     tables = {
         # Times are left out, so that a repeated run gives the same bytes.
-        "stages.csv": stages[[*STAGE_KEYS, "value", "n", "stderr", "run"]],
+        "stages.csv": summary.records.scores.merge(runs, on="run").sort_values([*STAGE_KEYS, "run"]),
         "retention.csv": summary.retention,
         "probes.csv": summary.probes,
         "differences.csv": summary.differences,
         "search.csv": search(summary),
-        "leaderboard.csv": board,
+        "leaderboard.csv": rows,
     }
+    tables = {name: table[columns_of(name)] for name, table in tables.items()}
     files = {name: inert(table).to_csv(index=False, lineterminator="\n").encode() for name, table in tables.items()}
     # By rows, so that counts stay whole numbers; what does not exist is null.
-    objects = [
-        {name: None if pd.isna(value) else value for name, value in row.items()} for row in board.to_dict("records")
-    ]
+    board = tables["leaderboard.csv"].to_dict("records")
+    objects = [{name: None if pd.isna(value) else value for name, value in row.items()} for row in board]
     files["leaderboard.json"] = (json.dumps(objects, indent=1) + "\n").encode()
     files["leaderboard.md"] = _markdown(summary, unranked(runs)).encode()
     return files
