@@ -10,7 +10,6 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from clbench.report.columns import LEADERBOARD, RETENTIONS
@@ -115,19 +114,12 @@ def _matrices(summary: Summary, rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 def _pairs(differences: pd.DataFrame, rows: pd.DataFrame) -> dict[str, list[list[Any]]]:
     """By measure [place of the first row, of the second, verdict, difference, low, high, q, blocks needed] of each pair of `rows`."""
-    places = {
-        names: place for place, names in enumerate(rows[["method", "variant"]].itertuples(index=False, name=None))
-    }
-    own, pairs = differences[(differences[SETTING] == rows.iloc[0][SETTING]).all(axis=1)], {}
-    numbers = ["difference", "low", "high", "q", "blocks_needed"]
-    for measure, of_measure in own.groupby("measure", sort=False):
-        named = of_measure[["method", "variant", "other", "other_variant", "verdict"]].itertuples(
-            index=False, name=None
-        )
-        pairs[measure] = [
-            [places[names[:2]], places[names[2:4]], names[4], *map(_short, values)]
-            for names, values in zip(named, of_measure[numbers].to_numpy(dtype=np.float64, na_value=nan), strict=True)
-        ]
+    places = {(row.method, row.variant): place for place, row in enumerate(rows.itertuples())}
+    pairs: dict[str, list[list[Any]]] = {}
+    for one in differences[(differences[SETTING] == rows.iloc[0][SETTING]).all(axis=1)].itertuples():
+        numbers = map(_short, (one.difference, one.low, one.high, one.q, one.blocks_needed))
+        first, second = places[one.method, one.variant], places[one.other, one.other_variant]
+        pairs.setdefault(one.measure, []).append([first, second, one.verdict, *numbers])
     return pairs
 
 
