@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from clbench.config.checks import writing
 from clbench.hashes import of_json, of_tensors
-from clbench.record.runs import read_lines, replace_file
+from clbench.record.runs import read_lines, replace_file, replacing
 from clbench.record.seals import SEALED, SEALS, seal, sealed
 from clbench.types import Cost, Diverged, NotWritten, Score, UserMistake
 
@@ -73,7 +73,7 @@ class Ledger:
                 ) from error
             if not (path / "manifest.json").is_file():
                 replace_file(path / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
-            self.finished = self._stage(STAGE)
+            self.finished = self.load().stage if (path / "checkpoint" / STAGE).exists() else -1
             self._cut(self.finished)
             unlock.pop_all()
 
@@ -120,11 +120,6 @@ class Ledger:
         """Within the stage that follows, if it was reached."""
         path = self.path / "checkpoint" / WITHIN
         return read_checkpoint(path, run=self._run) if path.exists() else None
-
-    def _stage(self, name: str) -> int:
-        """The stage of the checkpoint of that name, which has to be whole; -1 where there is none."""
-        path = self.path / "checkpoint" / name
-        return read_checkpoint(path, run=self._run).stage if path.exists() else -1
 
     def __enter__(self) -> Self:
         self.set_status(RUNNING)
@@ -173,9 +168,9 @@ class Ledger:
                 (self.path / name).unlink()
         for left_by_a_kill in [*self.path.rglob("*.tmp"), *(self.path / "checkpoint").glob(".tmp*")]:
             left_by_a_kill.unlink()
-        within = self.path / "checkpoint" / WITHIN
-        if self._stage(WITHIN) != stage + 1:
-            within.unlink(missing_ok=True)
+        within = self.load_within()
+        if within is not None and within.stage != stage + 1:
+            (self.path / "checkpoint" / WITHIN).unlink()
 
     def _lines(self, name: str, rows: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(_null_nan(row)) + "\n" for row in rows)
@@ -263,12 +258,8 @@ def _write(path: Path, checkpoint: Checkpoint, *, run: str) -> None:
     }
     facts = json.loads(json.dumps(facts))  # as it will be read
     text = json.dumps({"sha256": of_json([facts, of_tensors(tensors)]), "facts": facts})
-    temporary = path.with_suffix(".tmp")
-    with writing(path):
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={FACTS: text})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
 
 
 def read_checkpoint(path: Path, *, run: str) -> Checkpoint:
