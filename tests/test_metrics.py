@@ -242,10 +242,9 @@ def test_intervals_do_not_depend_on_or_touch_global_random_state():
     assert first.retention_low < first.retention < first.retention_high
 
 
-def test_perplexity_ratio_and_bits_per_byte():
+def test_perplexity_ratio():
     assert metrics.perplexity_ratio(1.0, 1.0 + np.log(3), count=1) == approx(3.0)
     assert metrics.perplexity_ratio(100.0, 100.0 + 50 * np.log(2), count=50) == approx(2.0)
-    assert metrics.bits_per_byte(8 * np.log(2), n_bytes=4) == approx(2.0)  # 8 bits over 4 bytes
     assert metrics.perplexity_ratio(0.0, 1e6, count=1) == np.inf
 
 

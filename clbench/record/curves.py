@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
 from clbench.config import Config, run_hash, run_name
 from clbench.config.secrets import masked
@@ -18,32 +17,6 @@ class Outcome:
     measures: Mapping[str, float]
     matrix: Sequence[Sequence[float]]
     report: str
-
-
-class Curves(Protocol):
-    """What follows one run."""
-
-    def training(self, step: int, reading: Reading) -> None:
-        """A reading after `step` optimizer steps of the run."""
-
-    def stage(self, index: int, scores: Sequence[Score]) -> None:
-        """All that was measured after a stage."""
-
-    def outcome(self, outcome: Outcome, *, stages: Sequence[str]) -> None:
-        """The end; `stages` names them, the untouched model left out."""
-
-    def close(self, *, failed: bool) -> None:
-        """Nothing comes after this."""
-
-
-def curves_of(config: Config) -> tuple[Curves, ...]:
-    """Those that the configuration asks for."""
-    asked: list[Curves] = []
-    if config.tracking.wandb != "disabled":
-        asked.append(Wandb(config))
-    if config.tracking.tensorboard:
-        asked.append(TensorBoard(config))
-    return tuple(asked)
 
 
 class Wandb:
@@ -74,14 +47,17 @@ class Wandb:
         self._run.define_metric("train/*", step_metric="train/step")
 
     def training(self, step: int, reading: Reading) -> None:
+        """A reading after `step` optimizer steps of the run."""
         self._run.log({f"train/{name}": value for name, value in asdict(reading).items()} | {"train/step": step})
 
     def stage(self, index: int, scores: Sequence[Score]) -> None:
+        """All that was measured after a stage."""
         for probe in dict.fromkeys(score.probe for score in scores):
             self._run.define_metric(f"{probe}/*", step_metric="stage")
         self._run.log({_label(score): score.value for score in scores} | {"stage": index})
 
     def outcome(self, outcome: Outcome, *, stages: Sequence[str]) -> None:
+        """The end; `stages` names them, the untouched model left out."""
         import wandb
 
         self._run.summary.update(dict(outcome.measures))
@@ -94,11 +70,12 @@ class Wandb:
         self._run.log_artifact(report)
 
     def close(self, *, failed: bool) -> None:
+        """Nothing comes after this."""
         self._run.finish(exit_code=int(failed))
 
 
 class TensorBoard:
-    """Event files in results_dir/tensorboard/RUN: training over the run's optimizer steps, all else over stages."""
+    """Event files in results_dir/tensorboard/RUN: training over the run's optimizer steps, all else over stages. Hears what Wandb does."""
 
     def __init__(self, config: Config) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -120,6 +97,16 @@ class TensorBoard:
 
     def close(self, *, failed: bool) -> None:
         self._writer.close()
+
+
+def curves_of(config: Config) -> tuple[Wandb | TensorBoard, ...]:
+    """Those that the configuration asks for."""
+    asked: list[Wandb | TensorBoard] = []
+    if config.tracking.wandb != "disabled":
+        asked.append(Wandb(config))
+    if config.tracking.tensorboard:
+        asked.append(TensorBoard(config))
+    return tuple(asked)
 
 
 def _label(score: Score) -> str:

@@ -10,7 +10,7 @@ trains on column j. A quantity that does not exist (backward transfer of one tas
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import log, nan, sqrt
+from math import nan, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -158,11 +158,6 @@ def perplexity_ratio(nll_before: ArrayLike, nll_after: ArrayLike, *, count: floa
     """Perplexity after over perplexity before, from total negative log-likelihoods in nats over `count` units."""
     with np.errstate(over="ignore"):
         return np.exp((np.asarray(nll_after) - nll_before) / count)
-
-
-def bits_per_byte(nll: float, *, n_bytes: float) -> float:
-    """Bits per UTF-8 byte of a text of `n_bytes`, from its total negative log-likelihood in nats."""
-    return nll / (n_bytes * log(2))
 
 
 def interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float, float]:
