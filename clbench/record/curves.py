@@ -1,22 +1,12 @@
 """Where the curves of a run go besides its own records, on request: Weights & Biases, TensorBoard. Nothing here is read back."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from clbench.config import Config, run_hash, run_name
 from clbench.config.secrets import masked
 from clbench.types import Reading, Score, UserMistake
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a run amounts to: `measures`, the columns of leaderboard.csv by name; `matrix`, the score of each task (across, in the stream's
-    order) after each stage (down, the untouched model first); `report`, a page of HTML."""
-
-    measures: Mapping[str, float]
-    matrix: Sequence[Sequence[float]]
-    report: str
 
 
 class Wandb:
@@ -56,18 +46,21 @@ class Wandb:
             self._run.define_metric(f"{probe}/*", step_metric="stage")
         self._run.log({_label(score): score.value for score in scores} | {"stage": index})
 
-    def outcome(self, outcome: Outcome, *, stages: Sequence[str]) -> None:
-        """The end; `stages` names them, the untouched model left out."""
+    def outcome(
+        self, measures: Mapping[str, float], *, matrix: Sequence[Sequence[float]], stages: Sequence[str], report: str
+    ) -> None:
+        """What the run amounts to: `measures`, the columns of leaderboard.csv by name; `matrix`, the score of each task (across, in the stream's
+        order) after each stage (down, the untouched model first); `stages` names them, the untouched model left out; `report`, a page of HTML."""
         import wandb
 
-        self._run.summary.update(dict(outcome.measures))
-        if outcome.matrix:
-            rows = [[name, *row] for name, row in zip(("base", *stages), outcome.matrix, strict=True)]
+        self._run.summary.update(dict(measures))
+        if matrix:
+            rows = [[name, *row] for name, row in zip(("base", *stages), matrix, strict=True)]
             self._run.log({"matrix": wandb.Table(columns=["after", *stages], data=rows)})
-        report = wandb.Artifact(f"report-{self._name}", type="report")
-        with report.new_file("report.html") as file:
-            file.write(outcome.report)
-        self._run.log_artifact(report)
+        artifact = wandb.Artifact(f"report-{self._name}", type="report")
+        with artifact.new_file("report.html") as file:
+            file.write(report)
+        self._run.log_artifact(artifact)
 
     def close(self, *, failed: bool) -> None:
         """Nothing comes after this."""
@@ -91,8 +84,10 @@ class TensorBoard:
             self._writer.add_scalar(_label(score), score.value, index)
         self._writer.flush()
 
-    def outcome(self, outcome: Outcome, *, stages: Sequence[str]) -> None:
-        for name, value in outcome.measures.items():
+    def outcome(
+        self, measures: Mapping[str, float], *, matrix: Sequence[Sequence[float]], stages: Sequence[str], report: str
+    ) -> None:
+        for name, value in measures.items():
             self._writer.add_scalar(f"leaderboard/{name}", value, len(stages))
 
     def close(self, *, failed: bool) -> None:
