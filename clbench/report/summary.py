@@ -143,13 +143,9 @@ def retention_by_stage(records: Records) -> tuple[pd.DataFrame, pd.DataFrame]:
     )
     of_stages, of_probes = [], []
     for row, (accuracy, probability) in zip(table.to_dict("records"), _knowledge(records, table), strict=True):
-        twin = {
-            "retention_probability": probability.retention,
-            "retention_probability_low": probability.retention_low,
-            "retention_probability_high": probability.retention_high,
-            "reason": "; ".join(filter(None, [accuracy.reason, probability.reason])),
-        }
-        of_stages.append(row | vars(accuracy) | twin)
+        bounded = {f"retention_probability{end}": vars(probability)[f"retention{end}"] for end in ("", "_low", "_high")}
+        reason = "; ".join(filter(None, [accuracy.reason, probability.reason]))
+        of_stages.append(row | vars(accuracy) | bounded | {"reason": reason})
         twins = {one.task: one.retention for one in probability.probes}
         of_probes += [row | vars(one) | {"retention_probability": twins.get(one.task, nan)} for one in accuracy.probes]
     retention = pd.DataFrame(of_stages, columns=columns_of("retention.csv"))

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from clbench.record.runs import read_runs, remove_left, replace_file
 from clbench.report.columns import columns_of, legend
-from clbench.report.measures import SETTING
+from clbench.report.measures import RANKED, SETTING
 from clbench.report.search import search
 from clbench.report.summary import NAMED, Summary, marks, summarise
 
@@ -33,7 +33,6 @@ KEY_COLUMNS = (
     ("parameters", "trainable_parameters", ",.0f"),
 )
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")
-MARKED = ("average_accuracy", "retention")
 ON_TERMINAL = ["method", "blocks", "accuracy", "BWT", "retention", "perplexity", "train s"]
 SAID = {
     "average_accuracy": "average accuracy",
@@ -127,14 +126,14 @@ def references(rows: pd.DataFrame) -> str:
 
 
 def readable(rows: pd.DataFrame, *, spread: bool) -> pd.DataFrame:
-    """The rows of one setting as text: means, ± half their interval (of the MARKED measures only unless `spread`), marks, notes."""
+    """The rows of one setting as text: means, ± half their interval (of the RANKED measures only unless `spread`), marks, notes."""
     counts = [f"{row.n_blocks} ({row.n_orders} × {row.n_seeds})" for row in rows.itertuples()]
     shown = pd.DataFrame({"method": rows["label"], "blocks": counts})
     for heading, measure, form in KEY_COLUMNS:
-        mark, cells = marks(rows, measure) if measure in MARKED else {}, []
+        mark, cells = marks(rows, measure) if measure in RANKED else {}, []
         for label, mean, high in rows[["label", measure, f"{measure}_high"]].itertuples(index=False):
             text = "-" if isnan(mean) else f"{mean:{form}}"
-            if high > mean and (spread or measure in MARKED):
+            if high > mean and (spread or measure in RANKED):
                 text += f" ± {high - mean:{form.lstrip('+')}}"
             cells.append({"best": f"**{text}**", "tied": f"{text} ≈"}.get(mark.get(label), text))
         shown[heading] = cells
