@@ -17,7 +17,7 @@ from clbench.report.measures import BLOCK, RANKED, SETTING
 from clbench.report.metrics import FLIPS, accuracy_so_far
 from clbench.report.summary import Summary, over_blocks
 
-MEASURES = (
+DRAWN = (
     *("average_accuracy", "learning_accuracy", "forgetting", "bwt", "retention", "retention_probability"),
     *("perplexity_ratio", "kl_to_base", "update_norm"),
     *("tokens_trained", "flops", "seconds_train", "peak_memory_bytes", "trainable_parameters"),
@@ -66,7 +66,7 @@ def _short(value: float) -> float | None:
 
 def _method(summary: Summary, row: pd.Series) -> dict[str, Any]:
     """A row of the leaderboard: of each measure mean, low and high, of each ranked one the best and the worst rank."""
-    measures = {name: [_short(row[name + end]) for end in ("", "_low", "_high")] for name in MEASURES}
+    measures = {name: [_short(row[name + end]) for end in ("", "_low", "_high")] for name in DRAWN}
     last = summary.retention.drop_duplicates("run", keep="last").set_index("run").reindex(row["runs"])
     blocks = summary.records.runs.set_index("run").loc[row["runs"], BLOCK]
     for name in CORRECTED:
@@ -127,12 +127,12 @@ def _tuning(path: Path, first: pd.Series) -> Iterator[dict[str, Any]]:
     """Learning-rate curves: the variants of a method in a search on the same stream and model that differ in train.lr alone, slowest first."""
     if not path.is_file():
         return
-    tuned = pd.read_csv(path, keep_default_na=False, na_values={name: "" for name in MEASURES})
+    tuned = pd.read_csv(path, keep_default_na=False, na_values={name: "" for name in DRAWN})
     tuned = tuned[(tuned["stream"] == first["stream"]) & (tuned["model"] == first["model"])]
     settings = tuned["notes"].str.extract(VARIANT, expand=False).fillna("")
     rates = pd.to_numeric(settings.str.extract(RATE, expand=False), errors="coerce")  # a rate of None is on no curve
     tuned = tuned.assign(rate=rates, others=settings.str.replace(RATE, "", regex=True)).dropna(subset="rate")
     for (method, others), own in tuned.sort_values("rate").groupby(["method", "others"]):
-        points = [{name: _short(row[name]) for name in ("rate", *MEASURES)} for _, row in own.iterrows()]
+        points = [{name: _short(row[name]) for name in ("rate", *DRAWN)} for _, row in own.iterrows()]
         if len(points) > 1:
             yield {"method": method, "others": others.strip(", "), "points": points}

@@ -1,6 +1,6 @@
 """What methods are compared by: each measure of a run and the items behind it, put together for every pair of methods.
 
-A further measure is one more entry of MEASURES. Not here: how a difference is judged (differences), what else the leaderboard shows (summary).
+A further measure is one more entry of COMPARED. Not here: how a difference is judged (differences), what else the leaderboard shows (summary).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -72,7 +72,7 @@ def compare(
     `ranked` and `measured` have one row per run, by name: what Records.runs says, and the measures of the leaderboard, which is `rows`. Rows that
     trained nothing are references and do not compete.
     """
-    measures = [one for one in MEASURES if one.column in measured and measured[one.column].notna().any()]
+    measures = [one for one in COMPARED if one.column in measured and measured[one.column].notna().any()]
     items = dict(_items(records, ranked, measures))
     found, ranks = [], pd.DataFrame(nan, index=rows.index, columns=RANKS)
     for setting, own in rows[rows["tokens_trained"] != 0].groupby(SETTING):
@@ -219,7 +219,7 @@ def _kl_to_base(run: Run) -> Items:
     return {key: own / len(found) for key, own in found.items()}
 
 
-MEASURES = (
+COMPARED = (
     Measure(name="average_accuracy", column="average_accuracy", items=_average_accuracy),
     Measure(name="learning_accuracy", column="learning_accuracy", items=_learning_accuracy),
     Measure(name="bwt", column="bwt", items=_bwt),
