@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from clbench.config.checks import writing
 from clbench.hashes import of_json, of_tensors
+from clbench.record.manifest import FORMAT
 from clbench.record.runs import read_lines, replace_file, replacing
 from clbench.record.seals import SEALED, SEALS, seal, sealed
 from clbench.types import Cost, Diverged, NotWritten, Score, UserMistake
@@ -204,7 +205,7 @@ def status_of(path: Path, manifest: Mapping[str, Any], *, resume: str) -> str:
     status = read_status(path).partition(":")[0] if (path / "status").is_file() else RUNNING
     if resume == "never":
         raise UserMistake(f"resume=never, but {path} holds this very run ({status}); remove it, or use resume=auto")
-    before = read_manifest(path / "manifest.json", format=manifest["format"])
+    before = read_manifest(path)
     for key in ("data", "probe_data", "model_fingerprint"):
         then, now = before.get(key), json.loads(json.dumps(manifest[key]))
         if then != now:
@@ -228,16 +229,16 @@ def mark_interrupted(path: Path) -> None:
         replace_file(status, f"{INTERRUPTED}\n".encode())
 
 
-def read_manifest(path: Path, *, format: int) -> dict[str, Any]:
-    """A run's manifest as it was begun; raises UserMistake where that was by a version that wrote another format."""
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the run at `path` as it was begun; raises UserMistake where that was by a version that wrote another format."""
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        is_of_ours = before["format"] == format
+        before = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        is_of_ours = before["format"] == FORMAT
     except (ValueError, KeyError, TypeError):
         is_of_ours = False
     if not is_of_ours:
         raise UserMistake(
-            f"{path} is damaged, or of another version of clbench (this one writes format {format}); "
+            f"{path / 'manifest.json'} is damaged, or of another version of clbench (this one writes format {FORMAT}); "
             "restore it, finish the run with that version, or remove the directory"
         )
     return before
