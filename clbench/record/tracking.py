@@ -97,7 +97,8 @@ class Tracker:
 
     def _show(self, index: int, text: str, *, trained: float) -> None:
         forecast, self._stage = self._forecast, index
-        done = forecast.until(index - 1) + trained * forecast.training[index - 1]
+        # A slice, as a stage that is trained outside a run has no forecast.
+        done = forecast.until(index - 1) + trained * sum(forecast.training[index - 1 : index])
         done += sum(share * forecast.examining.get(asked, 0.0) for (_, asked), share in self._examined.items())
         self._line.show(done, f"stage {index}/{len(self.stages)} {text}")
 
