@@ -61,20 +61,19 @@ def refresh(results_dir: Path) -> Table:
     remove_left(results_dir)
     for name, content in generated(summary).items():
         replace_file(results_dir / name, content)
-    return _terminal(summary, unranked(summary.records.runs))
+    return _terminal(summary)
 
 
 def generated(summary: Summary) -> dict[str, bytes]:
     """The content of every table by the name of its file."""
-    runs, rows = summary.records.runs, summary.listed
     tables = {
         # Times are left out, so that a repeated run gives the same bytes.
-        "stages.csv": summary.records.scores.merge(runs, on="run").sort_values([*STAGE_KEYS, "run"]),
+        "stages.csv": summary.records.scores.merge(summary.records.runs, on="run").sort_values([*STAGE_KEYS, "run"]),
         "retention.csv": summary.retention,
         "probes.csv": summary.probes,
         "differences.csv": summary.differences,
         "search.csv": search(summary),
-        "leaderboard.csv": rows,
+        "leaderboard.csv": summary.listed,
     }
     tables = {name: table[columns_of(name)] for name, table in tables.items()}
     files = {name: inert(table).to_csv(index=False, lineterminator="\n").encode() for name, table in tables.items()}
@@ -82,7 +81,7 @@ def generated(summary: Summary) -> dict[str, bytes]:
     board = tables["leaderboard.csv"].to_dict("records")
     objects = [{name: None if pd.isna(value) else value for name, value in row.items()} for row in board]
     files["leaderboard.json"] = (json.dumps(objects, indent=1) + "\n").encode()
-    files["leaderboard.md"] = _markdown(summary, unranked(runs)).encode()
+    files["leaderboard.md"] = _markdown(summary).encode()
     return files
 
 
@@ -175,8 +174,8 @@ def in_words(names: list[str]) -> str:
     return " and ".join([*filter(None, [", ".join(names[:-1])]), names[-1]])
 
 
-def _markdown(summary: Summary, left: str) -> str:
-    lines = ["# Leaderboard", "", plain(left), ""]
+def _markdown(summary: Summary) -> str:
+    lines = ["# Leaderboard", "", plain(unranked(summary.records.runs)), ""]
     for setting, own in settings(summary.listed):
         shown = readable(own, spread=True)
         rule = ["---", *["---:"] * (shown.shape[1] - 2), "---"]
@@ -188,14 +187,14 @@ def _markdown(summary: Summary, left: str) -> str:
     return "\n".join(lines) + "\n" + LEGEND
 
 
-def _terminal(summary: Summary, left: str) -> Table:
+def _terminal(summary: Summary) -> Table:
     rows = summary.listed
     sections, notes = settings(rows), rows[rows["notes"] != ""]
     found = [sentence for _, own in sections for sentence in findings(summary.differences, own)]
     columns = [Column(heading, justify="right", no_wrap=True) for heading in ON_TERMINAL[1:]]
     table = Table(Column(ON_TERMINAL[0], overflow="fold"), *columns, box=None)
     table.title = f"Leaderboard of {sections[0][0]}" if len(sections) == 1 else "Leaderboard"
-    table.caption = Text("\n".join([*found, *(notes["label"] + ": " + notes["notes"]), left]))
+    table.caption = Text("\n".join([*found, *(notes["label"] + ": " + notes["notes"]), unranked(summary.records.runs)]))
     table.title_justify = table.caption_justify = "left"
     for setting, own in sections:
         if len(sections) > 1:
