@@ -48,14 +48,9 @@ def of_tensors(tensors: Mapping[str, Tensor]) -> str:
 def of_folder(folder: Path) -> str:
     """Of a model's folder: its tensors, however they are spread over files, its configuration and its tokenizer."""
     files = {path for pattern in (*BESIDE, *TOKENIZERS) for path in folder.glob(pattern) if path.is_file()}
-    small = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if not is_index(path)}
+    small = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     with ThreadPoolExecutor(4) as pool:
         return of_json([small, dict(sorted(one for part in pool.map(_of_file, weights_in(folder)) for one in part))])
-
-
-def is_index(path: Path) -> bool:
-    """Whether it says which file holds which tensor, which is no matter here."""
-    return path.name.endswith(".index.json")
 
 
 def weights_in(folder: Path) -> list[Path]:

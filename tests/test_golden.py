@@ -85,10 +85,6 @@ def test_perplexity_equals_the_golden_numbers(golden):
     expect, before, after = block["expect"], block["nll_nats_before"], block["nll_nats_after"]
     ratio = metrics.perplexity_ratio(before, after, count=block["n_words"])
     assert ratio == pytest.approx(expect["word_ppl_ratio"], **DOUBLE)
-    bits_before = metrics.bits_per_byte(before, n_bytes=block["n_bytes"])
-    assert bits_before == pytest.approx(expect["bits_per_byte_before"], **DOUBLE)
-    drift = metrics.bits_per_byte(after - before, n_bytes=block["n_bytes"])
-    assert drift == pytest.approx(expect["bits_per_byte_drift"], **DOUBLE)
 
 
 def test_fisher_of_a_softmax_regression_is_the_mean_of_squared_example_gradients(golden):

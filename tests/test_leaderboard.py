@@ -584,7 +584,7 @@ def test_order_sensitivity_is_between_the_best_and_the_worst_order(tmp_path):
 def test_differences_csv_has_every_pair_and_measure(blocks):
     rows = read(blocks, "differences.csv")
     # Of alpha, beta, gamma and delta, six pairs; what trains nothing is a reference.
-    names = [one.name for one in measures.MEASURES]
+    names = [one.name for one in measures.COMPARED]
     assert [row["measure"] for row in rows] == [name for name in names for _ in range(6)]
     assert {row["method"] for row in rows} | {row["other"] for row in rows} == {"alpha", "beta", "gamma", "delta"}
     accuracy = {(row["method"], row["other"]): row for row in rows if row["measure"] == "average_accuracy"}
@@ -626,9 +626,9 @@ def test_items_add_up_to_the_measure_that_they_are_made_of(results):
     records = read_runs(results)
     summary = summarise(records)
     ranked = records.runs.set_index("run").assign(stages=3)
-    items = dict(measures._items(records, ranked, measures.MEASURES))
-    compared = [one for one in measures.MEASURES if one.column in summary.measures]
-    assert len(compared) == len(measures.MEASURES) == 7
+    items = dict(measures._items(records, ranked, measures.COMPARED))
+    compared = [one for one in measures.COMPARED if one.column in summary.measures]
+    assert len(compared) == len(measures.COMPARED) == 7
     for one in compared:
         for run, value in summary.measures[one.column].items():
             assert sum(own.mean() for own in items[run, one.name].values()) == approx(one.scale(value), abs=1e-6), (
@@ -638,7 +638,7 @@ def test_items_add_up_to_the_measure_that_they_are_made_of(results):
 
 def test_a_task_that_ends_the_stream_has_no_part_in_the_items_of_bwt(results):
     records = read_runs(results)
-    items = dict(measures._items(records, records.runs.set_index("run").assign(stages=3), measures.MEASURES))
+    items = dict(measures._items(records, records.runs.set_index("run").assign(stages=3), measures.COMPARED))
     of_tasks = next(own for (_, name), own in items.items() if name == "bwt")
     assert [bool(own.any()) for own in of_tasks.values()] == [True, True, False]
 

@@ -105,7 +105,7 @@ def test_retention_is_a_ratio_of_chance_corrected_sums():
     assert record.retention == approx(0.5 / 0.75)  # (.35 + .15) / (.55 + .20); the mean of the ratios would be .693
     four, two = record.probes
     assert four.retention == approx(0.35 / 0.55) and two.retention == approx(0.15 / 0.20)
-    assert (record.minimum, record.minimum_probe) == (four.retention, "four")
+    assert (record.retention_min, record.retention_min_probe) == (four.retention, "four")
     assert record.reason == ""
 
 
@@ -121,8 +121,8 @@ def test_retention_counts_items_lost_and_gained():
 def test_an_unchanged_model_retains_everything():
     before, _, chance = two_probes()
     record = kept(before, before, chance)
-    assert (record.retention, record.minimum, record.lost, record.gained) == (1.0, 1.0, 0.0, 0.0)
-    assert 0.95 < record.low < 1.0 < record.high < 1.05
+    assert (record.retention, record.retention_min, record.lost, record.gained) == (1.0, 1.0, 0.0, 0.0)
+    assert 0.95 < record.retention_low < 1.0 < record.retention_high < 1.05
 
 
 def test_a_model_at_chance_retains_nothing_though_half_its_answers_are_right():
@@ -136,14 +136,14 @@ def test_retention_is_nan_with_a_reason_where_the_untouched_model_is_at_chance()
     before["weak"], after["weak"], chance["weak"] = outcomes((28, 1), (72, 0)), outcomes((1, 1), (99, 0)), 0.25
     record = kept(before, after, chance)
     assert np.isnan(record.probes[2].retention) and "weak" in record.reason and "floor 0.250" in record.reason
-    assert record.minimum_probe == "four"
+    assert record.retention_min_probe == "four"
     assert record.retention == approx((0.35 + 0.15 - 0.24) / (0.55 + 0.20 + 0.03))  # every probe stays in the sums
 
 
 def test_retention_of_nothing_but_chance_is_nan():
     record = kept({"a": outcomes((5, 1), (5, 0))}, {"a": outcomes((9, 1), (1, 0))}, {"a": 0.5})
-    assert np.isnan([record.retention, record.low, record.high, record.minimum]).all()
-    assert record.minimum_probe == "" and record.reason
+    assert np.isnan([record.retention, record.retention_low, record.retention_high, record.retention_min]).all()
+    assert record.retention_min_probe == "" and record.reason
 
 
 def right_before_and_after(generator, items, *, right, lost, gained):
@@ -164,7 +164,7 @@ def test_retention_interval_covers_the_truth_at_its_nominal_rate(items, right, l
     for _ in range(300):
         before, after = right_before_and_after(generator, items, right=right, lost=lost, gained=gained)
         record = kept({"p": before}, {"p": after}, {"p": 0.0})
-        covered += record.low <= truth <= record.high
+        covered += record.retention_low <= truth <= record.retention_high
     assert 0.91 <= covered / 300
 
 
@@ -174,16 +174,16 @@ def test_the_interval_of_large_probes_is_the_item_bootstraps():
     record = kept({"p": before}, {"p": after}, {"p": 0.25})
     drawn = generator.integers(0, 4000, (2000, 4000))
     ratios = (after[drawn].mean(axis=1) - 0.25) / (before[drawn].mean(axis=1) - 0.25)
-    assert (record.low, record.high) == approx(np.quantile(ratios, (0.025, 0.975)), abs=0.003)
+    assert (record.retention_low, record.retention_high) == approx(np.quantile(ratios, (0.025, 0.975)), abs=0.003)
 
 
 def test_the_interval_is_paired():
     # Both halves right at random, but the same items: nothing is lost, so little is uncertain.
     before = np.random.default_rng(3).integers(0, 2, 200).astype(float)
     record = kept({"p": before}, {"p": before.copy()}, {"p": 0.0})
-    assert 0.97 < record.low < record.high < 1.03
+    assert 0.97 < record.retention_low < record.retention_high < 1.03
     shuffled = kept({"p": before}, {"p": np.random.default_rng(4).permutation(before)}, {"p": 0.0})
-    assert shuffled.high - shuffled.low > 0.3
+    assert shuffled.retention_high - shuffled.retention_low > 0.3
 
 
 def test_a_constant_answer_keeps_nothing_of_a_probe_most_of_whose_items_it_gets_right():
@@ -239,13 +239,12 @@ def test_intervals_do_not_depend_on_or_touch_global_random_state():
     assert kept(before, after, chance) == first
     np.random.seed(0)
     assert np.random.get_state()[1].tolist() == state
-    assert first.low < first.retention < first.high
+    assert first.retention_low < first.retention < first.retention_high
 
 
-def test_perplexity_ratio_and_bits_per_byte():
+def test_perplexity_ratio():
     assert metrics.perplexity_ratio(1.0, 1.0 + np.log(3), count=1) == approx(3.0)
     assert metrics.perplexity_ratio(100.0, 100.0 + 50 * np.log(2), count=50) == approx(2.0)
-    assert metrics.bits_per_byte(8 * np.log(2), n_bytes=4) == approx(2.0)  # 8 bits over 4 bytes
     assert metrics.perplexity_ratio(0.0, 1e6, count=1) == np.inf
 
 

@@ -218,7 +218,7 @@ def test_retention_is_one_where_nothing_changed_and_lies_within_its_interval(pai
             assert probe.delta == pytest.approx(probe.gained - probe.lost)
     if not math.isnan(same.retention):
         assert same.retention == 1 and same.lost == same.gained == 0
-        assert other.low <= other.high and same.low <= 1 <= same.high
+        assert other.retention_low <= other.retention_high and same.retention_low <= 1 <= same.retention_high
 
 
 @EACH

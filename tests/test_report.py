@@ -242,7 +242,7 @@ def test_a_curve_is_of_one_stream_model_and_setting_and_has_two_rates(tmp_path):
         for (stream, method), own in notes.items()
         for note in own
     ]
-    measured = dict.fromkeys(figures.MEASURES, 0.5) | {"bwt": None}
+    measured = dict.fromkeys(figures.DRAWN, 0.5) | {"bwt": None}
     pd.DataFrame(rows).assign(**measured).to_csv(tmp_path / "leaderboard.csv", index=False)
     of = {"stream": "three", "model": "tiny"}
     (curve,) = figures._tuning(tmp_path / "leaderboard.csv", pd.Series(of))

@@ -5,7 +5,7 @@ A run is one order and one seed, so an interval here is about questions: what ot
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -55,16 +55,17 @@ class Side:
         settings = {key: value for key, value in identity(manifest["config"]).items() if key.startswith("probe.")}
         return data, manifest["model_fingerprint"], examination or settings
 
-    def shown(self) -> Iterator[Key]:
-        """The scores that are compared: of a task of the stream its own metric, of one of base knowledge accuracy and probability, else what has
-        items, or all where nothing has."""
-        for probe, task, metric in self.values:
-            own, same = examined.probe_of(probe), [key for key in self.values if key[:2] == (probe, task)]
-            main = [name for name in ITEM_METRICS if (probe, task, name) in self.values][:1]
-            wanted = {MATRIX_PROBE: [self.asked[""]["metrics"].get(task)], KNOWLEDGE_PROBE: [*main, PROBABILITY]}
-            kept = [name for *_, name in same if (probe, task, name) in self.items] or [name for *_, name in same]
-            if own not in APART and metric in wanted.get(own, kept):
-                yield probe, task, metric
+    def shown(self, probe: str, task: str) -> list[str]:
+        """The metrics by which a probe's task is compared: of a task of the stream its own, of one of base knowledge accuracy and probability, else
+        those that have items, or all where none has."""
+        own, measured = examined.probe_of(probe), [metric for *at, metric in self.values if at == [probe, task]]
+        if own in APART:
+            return []
+        if own == MATRIX_PROBE:
+            return [self.asked[""]["metrics"].get(task)]
+        if own == KNOWLEDGE_PROBE:
+            return [*[metric for metric in ITEM_METRICS if metric in measured][:1], PROBABILITY]
+        return [metric for metric in measured if (probe, task, metric) in self.items] or measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,8 @@ def read_side(path: Path) -> Side:
 
 def compare(first: Side, second: Side) -> list[Row]:
     """What both measured after their last stages, in the order of the first."""
-    return [row(key, first, second) for key in first.shown() if key in second.values]
+    common = [key for key in first.values if key in second.values]
+    return [row((*at, metric), first, second) for *at, metric in common if metric in first.shown(*at)]
 
 
 def row(key: Key, first: Side, second: Side) -> Row:

@@ -23,7 +23,7 @@ from clbench.progress import Line
 from clbench.protocols import Method
 from clbench.record import examined
 from clbench.record.ledger import KEPT, STAGE, read_checkpoint, read_manifest
-from clbench.record.manifest import FORMAT, describe
+from clbench.record.manifest import describe
 from clbench.record.overlaps import check_data
 from clbench.record.runs import replace_file
 from clbench.train.ranks import Ranks
@@ -63,7 +63,7 @@ def recorded(path: Path, *, cache_dir: Path | None = None) -> Recorded:
     if not (path / "manifest.json").is_file():
         raise UserMistake(f"{path} holds no run; name its directory, results_dir/runs/NAME")
     path = path.resolve()
-    manifest = read_manifest(path / "manifest.json", format=FORMAT)
+    manifest = read_manifest(path)
     config = from_plain(manifest["config"])
     engine = EngineConfig(dtype=config.engine.dtype, threads=config.engine.threads)
     places = {"results_dir": str(path.parent.parent), "cache_dir": str(cache_dir or config.cache_dir)}

@@ -3,7 +3,6 @@
 from math import isnan
 from pathlib import Path
 
-from clbench.record.curves import Outcome
 from clbench.record.tracking import Tracker
 
 
@@ -18,9 +17,11 @@ def send_outcome(path: Path, tracker: Tracker) -> None:
 
     summary = of_run(path)
     measures = summary.measures.to_dict("index").get(path.name, {})
-    outcome = Outcome(
-        measures={name: value for name, value in measures.items() if not isnan(value)},
-        matrix=summary.matrices[path.name].tolist() if measures else [],
-        report=page(summary, path.parents[1]),
-    )
-    tracker.outcome(outcome)
+    found = {
+        "measures": {name: value for name, value in measures.items() if not isnan(value)},
+        "matrix": summary.matrices[path.name].tolist() if measures else [],
+        "stages": [stage.name for stage in tracker.stages],
+        "report": page(summary, path.parents[1]),
+    }
+    for curves in tracker.curves:
+        curves.outcome(**found)

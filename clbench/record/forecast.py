@@ -1,5 +1,6 @@
 """How long a run will take: from what the untouched model's examination took, and from a short trial of training, both on the machine at hand."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -43,12 +44,12 @@ class Forecast:
         """One line: how long the stages after the `done` first take, and where the time goes."""
         stages = range(done + 1, len(self.training) + 1)
         training, examining = sum(self.training[done:]), sum(map(self.examination, stages))
-        spent: dict[Asked, float] = {}
+        spent: Counter[Asked] = Counter()
         for stage in stages:
             for asked, seconds in self.due(stage).items():
-                spent[asked] = spent.get(asked, 0.0) + self.views * seconds
-        most = sorted(spent, key=spent.__getitem__, reverse=True)[:3] if examining else []
-        named = ", ".join(f"{' '.join(asked)} {spoken(spent[asked])}" for asked in most)
+                spent[asked] += self.views * seconds
+        most = spent.most_common(3) if examining else []
+        named = ", ".join(f"{' '.join(asked)} {spoken(seconds)}" for asked, seconds in most)
         each = (
             f"{len(stages)} stages, {spoken(training / len(stages))} each on average" if stages else "no stage is left"
         )
@@ -58,9 +59,9 @@ class Forecast:
         )
 
 
-def seconds_of(scores: Iterable[Score]) -> dict[Asked, float]:
+def seconds_of(scores: Iterable[Score]) -> Mapping[Asked, float]:
     """What each probe's tasks took together, by what their scores say."""
-    found: dict[Asked, float] = {}
+    found: Counter[Asked] = Counter()
     for score in scores:
-        found[score.probe, score.task] = found.get((score.probe, score.task), 0.0) + score.seconds
+        found[score.probe, score.task] += score.seconds
     return found

@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 
 from clbench.config.checks import writing
 from clbench.hashes import of_json, of_tensors
-from clbench.record.runs import read_lines, replace_file
+from clbench.record.manifest import FORMAT
+from clbench.record.runs import read_lines, replace_file, replacing
 from clbench.record.seals import SEALED, SEALS, seal, sealed
 from clbench.types import Cost, Diverged, NotWritten, Score, UserMistake
 
@@ -73,7 +74,7 @@ class Ledger:
                 ) from error
             if not (path / "manifest.json").is_file():
                 replace_file(path / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
-            self.finished = self._stage(STAGE)
+            self.finished = self.load().stage if (path / "checkpoint" / STAGE).exists() else -1
             self._cut(self.finished)
             unlock.pop_all()
 
@@ -120,11 +121,6 @@ class Ledger:
         """Within the stage that follows, if it was reached."""
         path = self.path / "checkpoint" / WITHIN
         return read_checkpoint(path, run=self._run) if path.exists() else None
-
-    def _stage(self, name: str) -> int:
-        """The stage of the checkpoint of that name, which has to be whole; -1 where there is none."""
-        path = self.path / "checkpoint" / name
-        return read_checkpoint(path, run=self._run).stage if path.exists() else -1
 
     def __enter__(self) -> Self:
         self.set_status(RUNNING)
@@ -173,9 +169,9 @@ class Ledger:
                 (self.path / name).unlink()
         for left_by_a_kill in [*self.path.rglob("*.tmp"), *(self.path / "checkpoint").glob(".tmp*")]:
             left_by_a_kill.unlink()
-        within = self.path / "checkpoint" / WITHIN
-        if self._stage(WITHIN) != stage + 1:
-            within.unlink(missing_ok=True)
+        within = self.load_within()
+        if within is not None and within.stage != stage + 1:
+            (self.path / "checkpoint" / WITHIN).unlink()
 
     def _lines(self, name: str, rows: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(_null_nan(row)) + "\n" for row in rows)
@@ -209,7 +205,7 @@ def status_of(path: Path, manifest: Mapping[str, Any], *, resume: str) -> str:
     status = read_status(path).partition(":")[0] if (path / "status").is_file() else RUNNING
     if resume == "never":
         raise UserMistake(f"resume=never, but {path} holds this very run ({status}); remove it, or use resume=auto")
-    before = read_manifest(path / "manifest.json", format=manifest["format"])
+    before = read_manifest(path)
     for key in ("data", "probe_data", "model_fingerprint"):
         then, now = before.get(key), json.loads(json.dumps(manifest[key]))
         if then != now:
@@ -233,16 +229,16 @@ def mark_interrupted(path: Path) -> None:
         replace_file(status, f"{INTERRUPTED}\n".encode())
 
 
-def read_manifest(path: Path, *, format: int) -> dict[str, Any]:
-    """A run's manifest as it was begun; raises UserMistake where that was by a version that wrote another format."""
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the run at `path` as it was begun; raises UserMistake where that was by a version that wrote another format."""
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        is_of_ours = before["format"] == format
+        before = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        is_of_ours = before["format"] == FORMAT
     except (ValueError, KeyError, TypeError):
         is_of_ours = False
     if not is_of_ours:
         raise UserMistake(
-            f"{path} is damaged, or of another version of clbench (this one writes format {format}); "
+            f"{path / 'manifest.json'} is damaged, or of another version of clbench (this one writes format {FORMAT}); "
             "restore it, finish the run with that version, or remove the directory"
         )
     return before
@@ -263,12 +259,8 @@ def _write(path: Path, checkpoint: Checkpoint, *, run: str) -> None:
     }
     facts = json.loads(json.dumps(facts))  # as it will be read
     text = json.dumps({"sha256": of_json([facts, of_tensors(tensors)]), "facts": facts})
-    temporary = path.with_suffix(".tmp")
-    with writing(path):
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={FACTS: text})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
 
 
 def read_checkpoint(path: Path, *, run: str) -> Checkpoint:

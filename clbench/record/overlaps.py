@@ -144,16 +144,13 @@ def normalised(text: str) -> str:
 
 def _inside(stage: Stage) -> Iterable[Overlap]:
     """Duplicates within train and test, and test prompts seen in train, of one task."""
-    places = {"train": f"train of {stage.name}", "test": f"test of {stage.name}"}
-    for split, examples in (("train", stage.train), ("test", stage.test)):
+    train, test = f"train of {stage.name}", f"test of {stage.name}"
+    for where, examples in ((train, stage.train), (test, stage.test)):
         asked = {(normalised(example.prompt), normalised(example.answer)) for example in examples}
-        twice = len(examples) - len(asked)
-        if twice:
-            yield Overlap(kind="duplicates", where=places[split], also_in="itself", count=twice, of=len(examples))
-    shared = len(_shared(stage.test, stage.train))
-    if shared:
-        where, also_in = places["test"], places["train"]
-        yield Overlap(kind="test in train", where=where, also_in=also_in, count=shared, of=len(stage.test))
+        if twice := len(examples) - len(asked):
+            yield Overlap(kind="duplicates", where=where, also_in="itself", count=twice, of=len(examples))
+    if shared := len(_shared(stage.test, stage.train)):
+        yield Overlap(kind="test in train", where=test, also_in=train, count=shared, of=len(stage.test))
 
 
 def _shared(examples: Sequence[Example], others: Sequence[Example]) -> list[Example]:

@@ -9,6 +9,7 @@ import logging
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from io import BytesIO
 from lzma import LZMAError
@@ -116,10 +117,9 @@ def read_runs(results_dir: Path, *, only: str | None = None) -> Records:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             row, measured, paid = {"state": "unreadable", "problem": f"{type(error).__name__}: {error}"}, [], []
             files[run] = {}
-        lines = [dict(zip(SCORE, line, strict=True)) for line in measured]
-        own, last = [one for one in lines if one["probe"] == CANARIES], max((one["stage"] for one in lines), default=-1)
-        if row["state"] == "complete" and any(one["value"] for one in own if one["metric"] == FAILED):
-            row["problem"] = "; ".join(filter(None, [row["problem"], _own_model(own)]))
+        if row["state"] == "complete" and (off := _off_plain_forwards(measured)):
+            row["problem"] = "; ".join(filter(None, [row["problem"], off]))
+        last = max((stage for stage, *_ in measured), default=-1)
         later = (one for one in _examined(files[run], run=run) if one["stage"] <= last)
         measured += [tuple(one[name] for name in SCORE) for one in later]
         runs.append(row | {"run": run})
@@ -150,18 +150,27 @@ def pack(results_dir: Path) -> None:
     replace_file(results_dir / ARCHIVE, content.getvalue())
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all; the temporary name is this process's own, as runs end side by side."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """What is written inside to the path that this gives takes the place of a file, whole or not at all.
+
+    The temporary name is this process's own, as runs end side by side.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
+            yield temporary
+            with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def remove_left(folder: Path) -> None:
@@ -242,17 +251,12 @@ def _whole(files: Mapping[str, bytes]) -> dict[str, bytes]:
 
     Examinations came later and have their own seals: they are as they are.
     """
-    later = {name: content for name, content in files.items() if name.startswith(examined.FOLDER)}
-    return _sealed({name: content for name, content in files.items() if name not in later}) | later
-
-
-def _sealed(files: Mapping[str, bytes]) -> dict[str, bytes]:
     is_complete, seals = files.get("status", b"").strip() == b"complete", _seals(files)
-    unsealed = {name: files[name] for name in ("status", SEALS) if name in files}
-    if not seals and not is_complete:
-        return unsealed | ({"manifest.json": files["manifest.json"]} if "manifest.json" in files else {})
-    if not seals:
+    unsealed = {name: files[name] for name in files if name in ("status", SEALS) or name.startswith(examined.FOLDER)}
+    if not seals and is_complete:
         raise ValueError(f"no readable {SEALS}")
+    if not seals:
+        return {name: files[name] for name in files if name in unsealed or name == "manifest.json"}
     kept = sealed(files, seals[-1]) | unsealed
     if is_complete and kept != files:
         raise ValueError("it has records beyond its last finished stage")
@@ -266,10 +270,14 @@ def _seals(files: Mapping[str, bytes]) -> list[Seal]:
         raise ValueError(f"{SEALS} cannot be read ({error})") from error
 
 
-def _own_model(scores: Iterable[Mapping[str, Any]]) -> str:
-    """Which of the canaries on a run's own model failed."""
-    failed = {f"{one['task']} after stage {one['stage']}" for one in scores if one["metric"] == FAILED and one["value"]}
-    return f"failed canaries on its own model: {', '.join(sorted(failed))}"
+def _off_plain_forwards(scores: Iterable[tuple[Any, ...]]) -> str:
+    """Which of the canaries on a run's own model failed, "" where none did."""
+    failed = {
+        f"{task} after stage {stage}"
+        for stage, _, probe, task, metric, value, *_ in scores
+        if (probe, metric) == (CANARIES, FAILED) and value
+    }
+    return f"failed canaries on its own model: {', '.join(sorted(failed))}" if failed else ""
 
 
 def _lines(files: Mapping[str, bytes], name: str, kind: Mapping[str, str]) -> list[tuple[Any, ...]]:

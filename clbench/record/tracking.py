@@ -17,7 +17,7 @@ from clbench.config.checks import writing
 from clbench.config.secrets import masking
 from clbench.progress import Line
 from clbench.protocols import Stage
-from clbench.record.curves import Outcome, curves_of
+from clbench.record.curves import curves_of
 from clbench.record.forecast import Asked, Forecast
 from clbench.record.runs import LOG
 from clbench.types import Reading, Score
@@ -37,7 +37,7 @@ class Tracker:
         self.run = run_name(config)
         self.stages = stages
         self._row = (lambda stage: "") if silent else row
-        self._forecast: Forecast | None = None
+        self._forecast = Forecast()
         self._reading: Reading | None = None
         self._stage = 0
         self._steps = self._steps_before = 0
@@ -86,21 +86,20 @@ class Tracker:
     def examining(self, index: int, view: str, probe: str, task: str, done: int, of: int) -> None:
         """`done` of the `of` requests of a probe's task are answered, after stage `index` or, at 0, by the untouched model."""
         asked = view, (probe, task)
-        if self._forecast is None and asked not in self._examined:
+        if index == 0 and asked not in self._examined:
             self._line.begin(of, done=done)  # what other tasks take is not known yet
         self._examined = dict.fromkeys(self._examined, 1.0) | {asked: done / of}
         text = f"examining: {probe} {task}  {done}/{of}"
-        if self._forecast:
+        if index:
             self._show(index, text, trained=1.0)
         else:
             self._line.show(done, f"untouched model, {text}")
 
     def _show(self, index: int, text: str, *, trained: float) -> None:
-        forecast, done = self._forecast or Forecast(), 0.0
-        self._stage = index
-        if self._forecast:
-            done = forecast.until(index - 1) + trained * forecast.training[index - 1]
-            done += sum(share * forecast.examining.get(asked, 0.0) for (_, asked), share in self._examined.items())
+        forecast, self._stage = self._forecast, index
+        # A slice, as a stage that is trained outside a run has no forecast.
+        done = forecast.until(index - 1) + trained * sum(forecast.training[index - 1 : index])
+        done += sum(share * forecast.examining.get(asked, 0.0) for (_, asked), share in self._examined.items())
         self._line.show(done, f"stage {index}/{len(self.stages)} {text}")
 
     def stage(self, index: int, name: str, scores: Sequence[Score], *, loss: float, seconds: float) -> None:
@@ -108,16 +107,11 @@ class Tracker:
         self._steps_before, self._steps = self._steps_before + self._steps, 0
         for curves in self.curves:
             curves.stage(index, scores)
-        if self._forecast:
+        if index:
             self._line.show(self._forecast.until(index), f"stage {index}/{len(self.stages)} {name}")
         read = "" if math.isnan(loss) else f"  loss {loss:.3f}"
         where = f"{self.run}  stage {index}/{len(self.stages)} {name}{read}  {seconds:.1f} s"
         self._line.say("\n".join(filter(None, [fill(where, WIDTH, **FOLDED), self._row(index)])))
-
-    def outcome(self, outcome: Outcome) -> None:
-        """What the run amounts to, for its curves."""
-        for curves in self.curves:
-            curves.outcome(outcome, stages=[stage.name for stage in self.stages])
 
 
 class LogFile(logging.FileHandler):

@@ -32,8 +32,7 @@ class Untouched:
 
 def kept_at(cache_dir: Path, depends_on: Mapping[str, Any]) -> Path:
     """Where the scores are kept that depend on these JSON values."""
-    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
-    return cache_dir / "untouched" / f"{digest[:32]}.json"
+    return cache_dir / "untouched" / f"{of_json(depends_on)[:32]}.json"
 
 
 def find(path: Path) -> Untouched | None:
@@ -64,5 +63,4 @@ def source_hash(parts: Iterable[object]) -> str:
     """SHA-256, in hexadecimal, of every source file of clbench and of those that define the classes of `parts`."""
     modules = (sys.modules[type(part).__module__] for part in parts)
     files = {Path(str(module.__file__)) for module in modules} | set(Path(clbench.__file__).parent.rglob("*.py"))
-    contents = sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
-    return hashlib.sha256("".join(contents).encode()).hexdigest()
+    return of_json(sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in files))

@@ -125,22 +125,10 @@ DIFFERENCES = (
     Column("low", "unit of the measure", "lower end of its 95 % interval", f"two-level bootstrap: blocks, then items, the same for both methods, {DRAWS} draws; deviations stretched to those of Student's interval with the standard error and degrees of freedom of p", "Owen and Eckles 2012; Hesterberg 2015"),
     Column("high", "unit of the measure", "upper end of its 95 % interval", "as low"),
     Column("p", "probability", f"two-sided p of no difference; empty below {FEWEST_BLOCKS} blocks", "paired t: difference / sqrt(s^2 / B + what another draw of items adds), blocks and items crossed, Satterthwaite's degrees of freedom", "Clark 1973; Satterthwaite 1946"),
-    Column(
-        "p_permutation",
-        "probability",
-        "two-sided p of no difference that takes nothing for normal; with six blocks never below 2/64, so no correction over many pairs can be passed with it alone",
-        f"share of sign flips over blocks as far from 0: all up to {EXACT_BLOCKS} blocks, beyond {SIGN_DRAWS} draws",
-        "Fisher 1935; Phipson and Smyth 2010",
-    ),
+    Column("p_permutation", "probability", "two-sided p of no difference that takes nothing for normal; with six blocks never below 2/64, so no correction over many pairs can be passed with it alone", f"share of sign flips over blocks as far from 0: all up to {EXACT_BLOCKS} blocks, beyond {SIGN_DRAWS} draws", "Fisher 1935; Phipson and Smyth 2010"),
     Column("q", "probability", "p corrected for all pairs of the measure in the setting: the least false discovery rate that makes the pair a discovery", "smallest p (i) * pairs / i from i on", "Benjamini and Hochberg 1995; Yekutieli 2008"),
     Column("verdict", "word", f"better or worse: the method against the other, where q and p_permutation are at most 0.05; not separated; too few blocks: below {FEWEST_BLOCKS}"),
-    Column(
-        "blocks_needed",
-        "count",
-        f"blocks that would separate the pair in 80 % of cases, if difference and spread are what was seen; at least {FEWEST_BLOCKS}, empty where no number is enough",
-        "s^2 / (difference^2 / (z[1 - a/2] + z[0.8])^2 - v) + z[1 - a/2]^2 / 2, v what items add, a = 0.05 * max(1, pairs with q <= 0.05) / pairs",
-        "Guenther 1981",
-    ),
+    Column("blocks_needed", "count", f"blocks that would separate the pair in 80 % of cases, if difference and spread are what was seen; at least {FEWEST_BLOCKS}, empty where no number is enough", "s^2 / (difference^2 / (z[1 - a/2] + z[0.8])^2 - v) + z[1 - a/2]^2 / 2, v what items add, a = 0.05 * max(1, pairs with q <= 0.05) / pairs", "Guenther 1981"),
 )
 
 RETENTIONS = (
@@ -209,6 +197,11 @@ FILES: Mapping[str, tuple[str, tuple[Column, ...]]] = {
 }
 # fmt: on
 """By file, what it has one row for, and its columns in order."""
+
+
+def columns_of(file: str) -> list[str]:
+    """The columns of a file, in order."""
+    return [name for one in FILES[file][1] for name in one.names]
 
 
 def page() -> str:

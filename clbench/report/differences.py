@@ -9,7 +9,7 @@ they are kept, are `items` (rows, blocks, items), NaN where they were not measur
 [0.03, 0.04, 0.04]
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from math import ceil, isnan, nan, sqrt
@@ -89,24 +89,20 @@ def compare(values: ArrayLike, *, items: ArrayLike, starts: Sequence[int], lower
     alike: dict[tuple[tuple[int, ...], bytes], list[tuple[int, int]]] = {}
     for pair in combinations(range(len(values)), 2):
         alike.setdefault(_common(values, ~np.isnan(items), pair), []).append(pair)
-    found: dict[tuple[int, int], tuple[Difference, Spread]] = {}
+    found: list[tuple[Difference, Spread]] = []
     for (common, measured), pairs in alike.items():
         has = np.frombuffer(measured, dtype=bool)
         groups = np.repeat(np.arange(len(starts)), np.diff([*starts, items.shape[2]]))[has]
         cut = np.flatnonzero(np.diff(groups, prepend=-1))
-        found |= _alike(values[:, common], items[:, common][:, :, has], cut, pairs)
-    ordered = [found[pair] for pair in sorted(found)]
-    qs = benjamini_hochberg([one.p for one, _ in ordered])
-    level = LEVEL * max(int(np.sum(qs <= LEVEL)), 1) / max(len(ordered), 1)
-    return [
-        replace(
-            one,
-            q=float(q),
-            verdict=_verdict(one, q, lower_is_better),
-            blocks_needed=blocks_needed(one.difference, spread, n_blocks=one.n_blocks, level=level),
-        )
-        for (one, spread), q in zip(ordered, qs, strict=True)
-    ]
+        found += _alike(values[:, common], items[:, common][:, :, has], cut, pairs)
+    found.sort(key=lambda one: (one[0].first, one[0].second))
+    qs = benjamini_hochberg([one.p for one, _ in found])
+    level = LEVEL * max(int(np.sum(qs <= LEVEL)), 1) / max(len(found), 1)
+    judged = []
+    for (one, error), q in zip(found, qs, strict=True):
+        needed = blocks_needed(one.difference, error, n_blocks=one.n_blocks, level=level)
+        judged.append(replace(one, q=float(q), verdict=_verdict(one, q, lower_is_better), blocks_needed=needed))
+    return judged
 
 
 def _common(values: Floats, measured: NDArray[np.bool_], pair: tuple[int, int]) -> tuple[tuple[int, ...], bytes]:
@@ -121,27 +117,24 @@ def _common(values: Floats, measured: NDArray[np.bool_], pair: tuple[int, int]) 
 
 def _alike(
     values: Floats, items: Floats, starts: Ints, pairs: Sequence[tuple[int, int]]
-) -> dict[tuple[int, int], tuple[Difference, Spread]]:
+) -> Iterator[tuple[Difference, Spread]]:
     """The uncorrected differences of pairs of rows that have the same blocks and items."""
     n_blocks, n_items = values.shape[1], items.shape[2]
-    counts, unknown = {"n_blocks": n_blocks, "n_items": n_items}, Spread(blocks=nan, items=nan, freedom=nan)
     if n_blocks < 2:
-        means = {pair: float(values[pair[0], 0] - values[pair[1], 0]) if n_blocks else nan for pair in pairs}
-        return {
-            (first, second): (Difference(first=first, second=second, difference=mean, **counts), unknown)
-            for (first, second), mean in means.items()
-        }
+        for first, second in pairs:
+            mean = float(values[first, 0] - values[second, 0]) if n_blocks else nan
+            one = Difference(first=first, second=second, n_blocks=n_blocks, n_items=n_items, difference=mean)
+            yield one, Spread(blocks=nan, items=nan, freedom=nan)
+        return
     drawn = bootstrap_means(np.nan_to_num(values), np.nan_to_num(items), starts)
-    found = {}
     for first, second in pairs:
         # Rounded, as equal scores that were added in another order must not differ.
         each = np.round(values[first] - values[second], 12)
         mean, error = float(each.mean()), spread(each, items[first] - items[second], starts)
         low, high = interval(mean, drawn[:, first] - drawn[:, second], error)
+        found = {"first": first, "second": second, "n_blocks": n_blocks, "n_items": n_items}
         tests = {"p": t_test(mean, error), "p_permutation": sign_flip_test(each)} if n_blocks >= FEWEST_BLOCKS else {}
-        one = Difference(first=first, second=second, difference=mean, low=low, high=high, **counts, **tests)
-        found[first, second] = one, error
-    return found
+        yield Difference(difference=mean, low=low, high=high, **found, **tests), error
 
 
 def spread(differences: ArrayLike, items: ArrayLike, starts: Ints) -> Spread:

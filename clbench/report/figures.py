@@ -10,7 +10,6 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from clbench.report.columns import LEADERBOARD, RETENTIONS
@@ -18,7 +17,7 @@ from clbench.report.measures import BLOCK, RANKED, SETTING
 from clbench.report.metrics import FLIPS, accuracy_so_far
 from clbench.report.summary import Summary, over_blocks
 
-MEASURES = (
+DRAWN = (
     *("average_accuracy", "learning_accuracy", "forgetting", "bwt", "retention", "retention_probability"),
     *("perplexity_ratio", "kl_to_base", "update_norm"),
     *("tokens_trained", "flops", "seconds_train", "peak_memory_bytes", "trainable_parameters"),
@@ -67,7 +66,7 @@ def _short(value: float) -> float | None:
 
 def _method(summary: Summary, row: pd.Series) -> dict[str, Any]:
     """A row of the leaderboard: of each measure mean, low and high, of each ranked one the best and the worst rank."""
-    measures = {name: [_short(row[name + end]) for end in ("", "_low", "_high")] for name in MEASURES}
+    measures = {name: [_short(row[name + end]) for end in ("", "_low", "_high")] for name in DRAWN}
     last = summary.retention.drop_duplicates("run", keep="last").set_index("run").reindex(row["runs"])
     blocks = summary.records.runs.set_index("run").loc[row["runs"], BLOCK]
     for name in CORRECTED:
@@ -115,19 +114,12 @@ def _matrices(summary: Summary, rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 def _pairs(differences: pd.DataFrame, rows: pd.DataFrame) -> dict[str, list[list[Any]]]:
     """By measure [place of the first row, of the second, verdict, difference, low, high, q, blocks needed] of each pair of `rows`."""
-    places = {
-        names: place for place, names in enumerate(rows[["method", "variant"]].itertuples(index=False, name=None))
-    }
-    own, pairs = differences[(differences[SETTING] == rows.iloc[0][SETTING]).all(axis=1)], {}
-    numbers = ["difference", "low", "high", "q", "blocks_needed"]
-    for measure, of_measure in own.groupby("measure", sort=False):
-        named = of_measure[["method", "variant", "other", "other_variant", "verdict"]].itertuples(
-            index=False, name=None
-        )
-        pairs[measure] = [
-            [places[names[:2]], places[names[2:4]], names[4], *map(_short, values)]
-            for names, values in zip(named, of_measure[numbers].to_numpy(dtype=np.float64, na_value=nan), strict=True)
-        ]
+    places = {(row.method, row.variant): place for place, row in enumerate(rows.itertuples())}
+    pairs: dict[str, list[list[Any]]] = {}
+    for one in differences[(differences[SETTING] == rows.iloc[0][SETTING]).all(axis=1)].itertuples():
+        numbers = map(_short, (one.difference, one.low, one.high, one.q, one.blocks_needed))
+        first, second = places[one.method, one.variant], places[one.other, one.other_variant]
+        pairs.setdefault(one.measure, []).append([first, second, one.verdict, *numbers])
     return pairs
 
 
@@ -135,12 +127,12 @@ def _tuning(path: Path, first: pd.Series) -> Iterator[dict[str, Any]]:
     """Learning-rate curves: the variants of a method in a search on the same stream and model that differ in train.lr alone, slowest first."""
     if not path.is_file():
         return
-    tuned = pd.read_csv(path, keep_default_na=False, na_values={name: "" for name in MEASURES})
+    tuned = pd.read_csv(path, keep_default_na=False, na_values={name: "" for name in DRAWN})
     tuned = tuned[(tuned["stream"] == first["stream"]) & (tuned["model"] == first["model"])]
     settings = tuned["notes"].str.extract(VARIANT, expand=False).fillna("")
     rates = pd.to_numeric(settings.str.extract(RATE, expand=False), errors="coerce")  # a rate of None is on no curve
     tuned = tuned.assign(rate=rates, others=settings.str.replace(RATE, "", regex=True)).dropna(subset="rate")
     for (method, others), own in tuned.sort_values("rate").groupby(["method", "others"]):
-        points = [{name: _short(row[name]) for name in ("rate", *MEASURES)} for _, row in own.iterrows()]
+        points = [{name: _short(row[name]) for name in ("rate", *DRAWN)} for _, row in own.iterrows()]
         if len(points) > 1:
             yield {"method": method, "others": others.strip(", "), "points": points}

@@ -1,6 +1,6 @@
 """What methods are compared by: each measure of a run and the items behind it, put together for every pair of methods.
 
-A further measure is one more entry of MEASURES. Not here: how a difference is judged (differences), what else the leaderboard shows (summary).
+A further measure is one more entry of COMPARED. Not here: how a difference is judged (differences), what else the leaderboard shows (summary).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +15,7 @@ import pandas as pd
 
 from clbench.record.runs import Records
 from clbench.report import differences
+from clbench.report.columns import columns_of
 from clbench.report.metrics import Floats
 
 MATRIX_PROBE, KNOWLEDGE_PROBE, PERPLEXITY_PROBE, DIVERGENCE_PROBE = "stream", "knowledge", "perplexity", "divergence"
@@ -30,11 +31,6 @@ BLOCK = ["order", "seed"]
 """What two methods have in common that are compared run by run."""
 RANKED = ("average_accuracy", "retention")
 """The measures whose rank intervals stand in the leaderboard."""
-DIFFERENCES = [
-    *(*SETTING, "measure", "method", "variant", "other", "other_variant", "n_blocks", "n_items"),
-    *("difference", "low", "high", "p", "p_permutation", "q", "verdict", "blocks_needed"),
-]
-"""The columns of differences.csv."""
 RANKS = [f"{name}_{end}" for name in RANKED for end in ("rank_best", "rank_worst")]
 
 Items = Mapping[str, Floats]
@@ -45,17 +41,16 @@ Items = Mapping[str, Floats]
 class Run:
     """One run's records, as far as items are made of them.
 
-    `tasks` stand in the order in which they were trained, `primary` has each one's metric, `last` is the last stage, `scores` are the run's rows of
-    Records.scores, `knowledge` has the metric of the items, the floor and the chance rate of each base-knowledge task, `outcomes` gives the items of
-    a stage whose "probe|task|metric" begins with a text.
+    `tasks` stand in the order in which they were trained, `primary` has each one's metric, `last` is the last stage, `scores` and `knowledge` are the
+    run's rows of Records.scores and of `knowledge_tasks`, `outcomes` is Records.outcomes of this run.
     """
 
     tasks: Sequence[str]
     primary: Mapping[str, str]
     last: int
     scores: pd.DataFrame
-    knowledge: Mapping[str, tuple[str, float, float]]
-    outcomes: Callable[[int, str], Items]
+    knowledge: pd.DataFrame
+    outcomes: Callable[..., Items]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +72,7 @@ def compare(
     `ranked` and `measured` have one row per run, by name: what Records.runs says, and the measures of the leaderboard, which is `rows`. Rows that
     trained nothing are references and do not compete.
     """
-    measures = [one for one in MEASURES if one.column in measured and measured[one.column].notna().any()]
+    measures = [one for one in COMPARED if one.column in measured and measured[one.column].notna().any()]
     items = dict(_items(records, ranked, measures))
     found, ranks = [], pd.DataFrame(nan, index=rows.index, columns=RANKS)
     for setting, own in rows[rows["tokens_trained"] != 0].groupby(SETTING):
@@ -94,7 +89,7 @@ def compare(
             if measure.name in RANKED:
                 own_ranks = [f"{measure.name}_rank_best", f"{measure.name}_rank_worst"]
                 ranks.loc[rivals.index, own_ranks] = differences.rank_intervals(pairs, count=len(rivals))
-    table = pd.DataFrame(found, columns=DIFFERENCES)
+    table = pd.DataFrame(found, columns=columns_of("differences.csv"))
     return table.astype({"blocks_needed": "Int64"}), ranks.astype("Int64")
 
 
@@ -123,39 +118,38 @@ def _in_line(parts: Items, groups: Sequence[tuple[str, int]]) -> Floats:
 
 
 def knowledge_tasks(scores: pd.DataFrame) -> pd.DataFrame:
-    """By run and base-knowledge task, the metric of its `items`, its `chance` rate and its `floor`, from Records.scores.
+    """A row for each `run` and base-knowledge `task`: the `metric` of its items, its `floor` and its `chance` rate, from Records.scores.
 
     The floor is what needs no knowledge: the commonest right answer where that is more than chance; chance where the records have no majority.
     """
     measured = scores[(scores["stage"] == 0) & (scores["probe"] == KNOWLEDGE_PROBE)]
     cells = measured.pivot(index=["run", "task"], columns="metric", values="value")
-    cells["items"] = cells.reindex(columns=ITEM_METRICS).notna().idxmax(axis=1)
-    cells = cells.reindex(columns=["items", "chance", "majority"])
-    return cells.assign(floor=np.fmax(cells["chance"], cells["majority"]))[["items", "floor", "chance"]]
+    cells["metric"] = cells.reindex(columns=ITEM_METRICS).notna().idxmax(axis=1)
+    cells = cells.reindex(columns=["metric", "chance", "majority"])
+    return cells.assign(floor=np.fmax(cells["chance"], cells["majority"])).reset_index()
 
 
 def _items(
     records: Records, ranked: pd.DataFrame, measures: Sequence[Measure]
 ) -> Iterator[tuple[tuple[str, str], Items]]:
     """The items of every run by its name and that of the measure."""
-    scores, known = dict(iter(records.scores.groupby("run"))), dict.fromkeys(ranked.index, {})
-    for run, task, *facts in knowledge_tasks(records.scores).reset_index().itertuples(index=False):
-        known[run] = known.get(run, {}) | {task: tuple(facts)}
+    scores, known = records.scores, knowledge_tasks(records.scores)
     for run, own in ranked.iterrows():
-        outcomes = cache(partial(_outcomes, records, run))  # of this run alone, as those of all would fill the memory
-        facts = {"tasks": own["tasks"], "primary": own["metrics"], "last": own["stages"], "knowledge": known[run]}
-        one = Run(**facts, scores=scores.get(run, records.scores[:0]), outcomes=outcomes)
+        one = Run(
+            tasks=own["tasks"],
+            primary=own["metrics"],
+            last=own["stages"],
+            scores=scores[scores["run"] == run],
+            knowledge=known[known["run"] == run],
+            outcomes=cache(partial(records.outcomes, run)),  # of this run alone, as those of all would fill the memory
+        )
         yield from (((run, measure.name), measure.items(one)) for measure in measures)
-
-
-def _outcomes(records: Records, run: str, stage: int, of: str) -> Items:
-    return records.outcomes(run, stage=stage, of=of)
 
 
 def _answers(run: Run, stages: Sequence[int]) -> Items:
     """The outcome of every test question of each task after its one of `stages`; empty unless all were kept."""
     keys = [f"{MATRIX_PROBE}|{task}|{run.primary[task]}" for task in run.tasks]
-    found = {key: run.outcomes(stage, key).get(key, ()) for key, stage in zip(keys, stages, strict=True)}
+    found = {key: run.outcomes(stage=stage, of=key).get(key, ()) for key, stage in zip(keys, stages, strict=True)}
     return found if all(map(len, found.values())) else {}
 
 
@@ -181,16 +175,12 @@ def _bwt(run: Run) -> Items:
 
 def _retention(run: Run) -> Items:
     """By probe; from each one's floor."""
-    return _kept(
-        run, {f"{KNOWLEDGE_PROBE}|{task}|{metric}": floor for task, (metric, floor, _) in run.knowledge.items()}
-    )
+    return _kept(run, {f"{KNOWLEDGE_PROBE}|{one.task}|{one.metric}": one.floor for one in run.knowledge.itertuples()})
 
 
 def _retention_probability(run: Run) -> Items:
     """By probe; guessing gives the right choice the chance rate."""
-    return _kept(
-        run, {f"{KNOWLEDGE_PROBE}|{task}|{PROBABILITY}": chance for task, (_, _, chance) in run.knowledge.items()}
-    )
+    return _kept(run, {f"{KNOWLEDGE_PROBE}|{one.task}|{PROBABILITY}": one.chance for one in run.knowledge.itertuples()})
 
 
 def _kept(run: Run, floors: Mapping[str, float]) -> Items:
@@ -200,7 +190,7 @@ def _kept(run: Run, floors: Mapping[str, float]) -> Items:
     on that ratio, (after - floor - R (before - floor)) / D, and R / probes, so that the means add up to R (the infinitesimal jackknife, Efron
     1982).
     """
-    first, last = (run.outcomes(stage, f"{KNOWLEDGE_PROBE}|") for stage in (0, run.last))
+    first, last = (run.outcomes(stage=stage, of=f"{KNOWLEDGE_PROBE}|") for stage in (0, run.last))
     above = {
         key: (first[key] - floor, last.get(key, np.empty(0)) - floor) for key, floor in floors.items() if key in first
     }
@@ -217,7 +207,7 @@ def _log_perplexity_ratio(run: Run) -> Items:
     found = {}
     for task, tokens in scores[scores["stage"] == run.last][["task", "n"]].itertuples(index=False):
         key = f"{PERPLEXITY_PROBE}|{task}|nll_token"
-        before, after = (run.outcomes(stage, key).get(key, np.empty(0)) for stage in (0, run.last))
+        before, after = (run.outcomes(stage=stage, of=key).get(key, np.empty(0)) for stage in (0, run.last))
         if not len(before) or len(before) != len(after):
             return {}
         found[key] = (after - before) * len(after) / tokens
@@ -225,11 +215,11 @@ def _log_perplexity_ratio(run: Run) -> Items:
 
 
 def _kl_to_base(run: Run) -> Items:
-    found = run.outcomes(run.last, f"{DIVERGENCE_PROBE}|")
+    found = run.outcomes(stage=run.last, of=f"{DIVERGENCE_PROBE}|")
     return {key: own / len(found) for key, own in found.items()}
 
 
-MEASURES = (
+COMPARED = (
     Measure(name="average_accuracy", column="average_accuracy", items=_average_accuracy),
     Measure(name="learning_accuracy", column="learning_accuracy", items=_learning_accuracy),
     Measure(name="bwt", column="bwt", items=_bwt),
@@ -245,19 +235,3 @@ MEASURES = (
     Measure(name="kl_to_base", column="kl_to_base", items=_kl_to_base, lower_is_better=True),
 )
 """What differences.csv compares; a measure that no run has is left out."""
-
-
-def without_rank(runs: pd.DataFrame, columns: pd.Index) -> pd.DataFrame:
-    """A row of the leaderboard's `columns` for the runs that diverged of each setting, method and variant: where they did, and nothing else."""
-    rows = []
-    for _, own in runs.groupby([*SETTING, "method", "variant"]):
-        row = own.iloc[0][[*SETTING, "method", "variant"]].to_dict() | {"n_blocks": len(own.drop_duplicates(BLOCK))}
-        row |= {f"n_{name}s": own[name].nunique() for name in BLOCK}
-        ends = [f"order {one.order}, seed {one.seed}: {one.problem}" for one in own.itertuples()]
-        row |= {
-            "notes": f"diverged, not ranked ({'; '.join(ends)})",
-            "label": f"{row['method']} (diverged)",
-            "runs": [],
-        }
-        rows.append(row)
-    return pd.DataFrame(rows, columns=columns)

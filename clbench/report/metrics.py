@@ -10,7 +10,7 @@ trains on column j. A quantity that does not exist (backward transfer of one tas
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import log, nan, sqrt
+from math import nan, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -65,14 +65,14 @@ def fwt(scores: ArrayLike) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeRetention:
-    """What one probe says of kept knowledge, as fractions of 1.
+    """What one probe's `task` says of kept knowledge, as fractions of 1: columns of probes.csv.
 
     `retention` is (after - floor) / (before - floor): it may be negative or above 1, and is NaN where the untouched model is within two standard
     errors of `floor` (`reason` says so). `delta` is after - before, `stderr_paired` its standard error over the same items. `lost` and `gained` are
     the shares of items that turned wrong and right, `lost_corrected` and `gained_corrected` what of them guessing does not explain.
     """
 
-    name: str
+    task: str
     floor: float
     retention: float
     before: float
@@ -88,17 +88,17 @@ class ProbeRetention:
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """Share of base knowledge kept over all probes: the ratio of the floor-corrected sums, as a fraction of 1.
+    """Share of base knowledge kept over all probes: the ratio of the floor-corrected sums, as a fraction of 1; columns of retention.csv.
 
-    `low` and `high` bound it at 95 % (`_credible_interval`). `minimum` is the worst probe's own retention and `minimum_probe` its name. `lost` to
-    `gained_corrected` are means over probes. `reason` says why a number is NaN, and is empty where none is.
+    `retention_low` and `retention_high` bound it at 95 % (`_credible_interval`). `retention_min` is the worst probe's own retention and
+    `retention_min_probe` its name. `lost` to `gained_corrected` are means over probes. `reason` says why a number is NaN, and is empty where none is.
     """
 
     retention: float = nan
-    low: float = nan
-    high: float = nan
-    minimum: float = nan
-    minimum_probe: str = ""
+    retention_low: float = nan
+    retention_high: float = nan
+    retention_min: float = nan
+    retention_min_probe: str = ""
     lost: float = nan
     gained: float = nan
     lost_corrected: float = nan
@@ -119,8 +119,8 @@ def retention(
     outcome that needs no knowledge (guessing, or always the commonest answer), `chance` to the mean over items of 1 / choices (0 for generated
     answers).
     """
-    pairs = {name: np.array([before[name], after[name]], dtype=np.float64) for name in before}
-    probes = tuple(_probe_retention(name, *pair, floor[name], chance[name]) for name, pair in pairs.items())
+    pairs = {task: np.array([before[task], after[task]], dtype=np.float64) for task in before}
+    probes = tuple(_probe_retention(task, *pair, floor[task], chance[task]) for task, pair in pairs.items())
     above_before = sum(probe.before - probe.floor for probe in probes)
     above_after = sum(probe.after - probe.floor for probe in probes)
     stderr = sqrt(sum(items.var() / len(items) for items, _ in pairs.values()))
@@ -131,13 +131,13 @@ def retention(
         low, high = _credible_interval(pairs, floor)
     else:
         reasons.append("all probes: the untouched model is within two standard errors of the floor")
-    minimum, worst = min(((probe.retention, probe.name) for probe in probes if not probe.reason), default=(nan, ""))
+    minimum, worst = min(((probe.retention, probe.task) for probe in probes if not probe.reason), default=(nan, ""))
     return Retention(
         retention=kept,
-        low=low,
-        high=high,
-        minimum=minimum,
-        minimum_probe=worst,
+        retention_low=low,
+        retention_high=high,
+        retention_min=minimum,
+        retention_min_probe=worst,
         **{flips: float(np.mean([vars(probe)[flips] for probe in probes])) for flips in FLIPS},
         probes=probes,
         reason="; ".join(reasons),
@@ -158,11 +158,6 @@ def perplexity_ratio(nll_before: ArrayLike, nll_after: ArrayLike, *, count: floa
     """Perplexity after over perplexity before, from total negative log-likelihoods in nats over `count` units."""
     with np.errstate(over="ignore"):
         return np.exp((np.asarray(nll_after) - nll_before) / count)
-
-
-def bits_per_byte(nll: float, *, n_bytes: float) -> float:
-    """Bits per UTF-8 byte of a text of `n_bytes`, from its total negative log-likelihood in nats."""
-    return nll / (n_bytes * log(2))
 
 
 def interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float, float]:
@@ -201,7 +196,7 @@ def _task_by_task(scores: ArrayLike, *, at_least: int) -> Floats:
     return matrix if len(matrix) - 1 == matrix.shape[1] >= at_least else np.full((3, 2), nan)
 
 
-def _probe_retention(name: str, before: Floats, after: Floats, floor: float, chance: float) -> ProbeRetention:
+def _probe_retention(task: str, before: Floats, after: Floats, floor: float, chance: float) -> ProbeRetention:
     score, stderr, above = float(before.mean()), before.std() / sqrt(len(before)), before.mean() - floor
     at_floor = (
         f"the untouched model scores {score:.3f}, within two standard errors ({stderr:.3f}) of the floor {floor:.3f}"
@@ -209,7 +204,7 @@ def _probe_retention(name: str, before: Floats, after: Floats, floor: float, cha
     known, scored = above > 2 * stderr, {"before": score, "after": float(after.mean())}
     lost, gained = float(np.mean(after < before)), float(np.mean(after > before))
     return ProbeRetention(
-        name=name,
+        task=task,
         floor=floor,
         retention=float((after.mean() - floor) / above) if known else nan,
         **scored,
@@ -220,7 +215,7 @@ def _probe_retention(name: str, before: Floats, after: Floats, floor: float, cha
         gained=gained,
         lost_corrected=beyond_guessing(lost, **scored, chance=chance),
         gained_corrected=beyond_guessing(gained, **scored, chance=chance),
-        reason="" if known else f"{name}: {at_floor}",
+        reason="" if known else f"{task}: {at_floor}",
     )
 
 

@@ -11,12 +11,9 @@ from typing import Any
 import pandas as pd
 
 from clbench.config import BLOCK_KEYS, identity
+from clbench.report.columns import columns_of
 from clbench.report.measures import SETTING
 from clbench.report.summary import Summary
-
-FOUND = ["n_blocks", "average_accuracy", "learning_accuracy", "retention", "retention_probability", "perplexity_ratio"]
-"""What is taken over from the leaderboard."""
-COLUMNS = [*SETTING, "method", "variant", "settings", *FOUND, "criterion", "chosen", "edge"]
 
 
 def search(summary: Summary) -> pd.DataFrame:
@@ -24,7 +21,7 @@ def search(summary: Summary) -> pd.DataFrame:
     configs = summary.records.runs.set_index("run")["config"]
     groups = summary.leaderboard.groupby([*SETTING, "method"])
     tables = [_of_method(own, configs) for _, own in groups if len(own) > 1]
-    return pd.concat([pd.DataFrame(columns=COLUMNS), *tables], ignore_index=True)
+    return pd.concat([pd.DataFrame(columns=columns_of("search.csv")), *tables], ignore_index=True)
 
 
 def _of_method(rows: pd.DataFrame, configs: pd.Series) -> pd.DataFrame:
@@ -41,7 +38,7 @@ def _of_method(rows: pd.DataFrame, configs: pd.Series) -> pd.DataFrame:
         chosen=(value == value.max()).astype(int),
         edge=[", ".join(_edges(one, swept)) for one in swept.to_dict("records")],
     )
-    return table[COLUMNS].sort_values("criterion", ascending=False, kind="stable")
+    return table[columns_of("search.csv")].sort_values("criterion", ascending=False, kind="stable")
 
 
 def _edges(setting: Mapping[str, Any], swept: pd.DataFrame) -> Iterator[str]:

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from clbench.config import BLOCK_KEYS, identity
 from clbench.record.runs import Records, read_runs
 from clbench.report import differences, metrics
+from clbench.report.columns import columns_of
 from clbench.report.measures import (
     BLOCK,
     DIVERGENCE_PROBE,
@@ -28,7 +29,6 @@ from clbench.report.measures import (
     UPDATE_PROBE,
     compare,
     knowledge_tasks,
-    without_rank,
 )
 
 NAMED = ["stream", "order", "model", "method"]
@@ -36,9 +36,8 @@ NAMED = ["stream", "order", "model", "method"]
 SUMS = ["seconds_train", "seconds_probe", "seconds_other", "tokens_trained", "tokens_replayed"]
 COSTS = {**dict.fromkeys(SUMS, "sum"), "trainable_parameters": "max", "peak_memory_bytes": "max", "flops": "sum"}
 """How the costs of a run's stages make that of the run."""
-
-PROBE = ["floor", "before", "after", "retention", "delta", "stderr_paired", *metrics.FLIPS]
-"""What probes.csv says of one probe, the fields of metrics.ProbeRetention."""
+ROW = [*columns_of("leaderboard.csv"), "label", "runs"]
+"""What is known of a row of the leaderboard."""
 
 Matrices = Mapping[str, metrics.Floats]
 Outcomes = Mapping[str, metrics.Floats]
@@ -89,7 +88,7 @@ def summarise(records: Records) -> Summary:
     pairs, ranks = compare(records, ranked, measured=measures, rows=rows)
     rows[RANKS] = ranks
     own = {"retention": retention, "probes": probes, "matrices": matrices, "measures": measures}
-    diverged = without_rank(runs[runs["state"] == "diverged"], columns=rows.columns)
+    diverged = _diverged(runs[runs["state"] == "diverged"])
     return Summary(records=records, **own, leaderboard=rows, diverged=diverged, differences=pairs)
 
 
@@ -137,42 +136,28 @@ def retention_by_stage(records: Records) -> tuple[pd.DataFrame, pd.DataFrame]:
         means = _over_texts(scores, metric)
         untouched = means[means.index.get_level_values("stage") == 0].droplevel("stage")
         table = table.join(means.rename(metric), on=["run", "stage"]).join(untouched.rename(f"{metric}_0"), on="run")
-    both, named = list(_knowledge(records, table)), table[[*NAMED, "seed", "stage", "stage_name"]]
-    kept, twins = [accuracy for accuracy, _ in both], [probability for _, probability in both]
-    of_stages = named.assign(
-        retention=[one.retention for one in kept],
-        retention_low=[one.low for one in kept],
-        retention_high=[one.high for one in kept],
-        retention_min=[one.minimum for one in kept],
-        retention_min_probe=[one.minimum_probe for one in kept],
-        retention_probability=[one.retention for one in twins],
-        retention_probability_low=[one.low for one in twins],
-        retention_probability_high=[one.high for one in twins],
-        **{flips: [vars(one)[flips] for one in kept] for flips in metrics.FLIPS},
+    table = table.assign(
         perplexity=metrics.perplexity_ratio(0.0, table["nll_token"], count=1),
         perplexity_ratio=metrics.perplexity_ratio(table["nll_token_0"], table["nll_token"], count=1),
-        bits_per_byte=table["bits_per_byte"],
         bits_per_byte_drift=table["bits_per_byte"] - table["bits_per_byte_0"],
-        reason=["; ".join(filter(None, [one.reason, twin.reason])) for one, twin in both],
-        **table[["stream_hash", "run"]],
     )
-    rows = []
-    for row, accuracy, probability in zip(table.index, kept, twins, strict=True):
-        twin = {one.name: one.retention for one in probability.probes}
-        for one in accuracy.probes:
-            found = {"task": one.name} | {column: vars(one)[column] for column in PROBE}
-            rows.append({"row": row} | found | {"retention_probability": twin.get(one.name, nan), "reason": one.reason})
-    columns = ["row", "task", *PROBE, "retention_probability", "reason"]
-    of_probes = pd.DataFrame(rows, columns=columns).set_index("row")
-    return of_stages, named.join(of_probes, how="inner").join(table[["stream_hash", "run"]])
+    of_stages, of_probes = [], []
+    for row, (accuracy, probability) in zip(table.to_dict("records"), _knowledge(records, table), strict=True):
+        bounded = {f"retention_probability{end}": vars(probability)[f"retention{end}"] for end in ("", "_low", "_high")}
+        reason = "; ".join(filter(None, [accuracy.reason, probability.reason]))
+        of_stages.append(row | vars(accuracy) | bounded | {"reason": reason})
+        twins = {one.task: one.retention for one in probability.probes}
+        of_probes += [row | vars(one) | {"retention_probability": twins.get(one.task, nan)} for one in accuracy.probes]
+    retention = pd.DataFrame(of_stages, columns=columns_of("retention.csv"))
+    return retention, pd.DataFrame(of_probes, columns=columns_of("probes.csv"))
 
 
 def _knowledge(records: Records, stages: pd.DataFrame) -> Iterator[tuple[metrics.Retention, metrics.Retention]]:
     """Retention over the base-knowledge tasks, by accuracy and by probability, after each stage of each run, in the order of `stages`."""
-    cells, of = knowledge_tasks(records.scores).reset_index(), f"{KNOWLEDGE_PROBE}|"
+    cells, of = knowledge_tasks(records.scores), f"{KNOWLEDGE_PROBE}|"
     for run, own in stages.groupby("run", sort=False):
         tasks, first = cells[cells["run"] == run].set_index("task"), records.outcomes(run, stage=0, of=of)
-        twins = tasks.assign(items=PROBABILITY, floor=tasks["chance"])
+        twins = tasks.assign(metric=PROBABILITY, floor=tasks["chance"])
         for stage in own["stage"]:
             later = records.outcomes(run, stage=stage, of=of)
             accuracy, probability = (_kept(asked, first, later=later, stage=stage) for asked in (tasks, twins))
@@ -181,8 +166,8 @@ def _knowledge(records: Records, stages: pd.DataFrame) -> Iterator[tuple[metrics
 
 
 def _kept(tasks: pd.DataFrame, first: Outcomes, *, later: Outcomes, stage: int) -> metrics.Retention:
-    """Retention after `stage` over the `tasks` (by name: their metric `items`, chance and floor) that have outcomes at stage 0."""
-    keys = {task: f"{KNOWLEDGE_PROBE}|{task}|{metric}" for task, metric in tasks["items"].items()}
+    """Retention after `stage` over the `tasks` (by name: their metric, floor and chance) that have outcomes at stage 0."""
+    keys = {task: f"{KNOWLEDGE_PROBE}|{task}|{metric}" for task, metric in tasks["metric"].items()}
     # Else a group's total, or text that is scored otherwise: no item is right or wrong.
     before = {task: first[key] for task, key in keys.items() if key in first}
     after = {task: later.get(keys[task], ()) for task in before}
@@ -244,21 +229,32 @@ def _leaderboard(runs: pd.DataFrame, measures: pd.DataFrame) -> pd.DataFrame:
     for _, same_method in runs.groupby([*SETTING, "method"]):
         variants = same_method.drop_duplicates("variant")
         for variant, own in same_method.groupby("variant"):
-            row = own.iloc[0][[*SETTING, "method", "variant"]].to_dict()
-            row |= {f"n_{name}s": own[name].nunique() for name in BLOCK}
-            row["n_blocks"] = len(own.drop_duplicates(BLOCK))
+            row = _called(own)
             row["order_sensitivity"] = _order_sensitivity(measures.loc[own.index, "average_accuracy"], own[BLOCK])
             for name, values in measures.loc[own.index].items():
                 row[name], row[f"{name}_low"], row[f"{name}_high"] = over_blocks(values, own[BLOCK])
             label = row["method"] if len(variants) == 1 else f"{row['method']} [{variant}]"
             rows.append(row | {"notes": _notes(own, row, variants), "label": label, "runs": list(own.index)})
-    named = ["stream", "model", "method", "variant", "n_orders", "n_seeds", "n_blocks"]
-    bounds = [f"{name}{bound}" for name in measures for bound in ("", "_low", "_high")]
-    columns = [*named, *bounds, "order_sensitivity", *RANKS, "stream_hash", "notes", "label", "runs"]
-    order = dict.fromkeys([*SETTING, "average_accuracy", "method", "variant"], True) | {"average_accuracy": False}
-    return pd.DataFrame(rows, columns=columns).sort_values(
-        list(order), ascending=list(order.values()), ignore_index=True
-    )
+    order = [*SETTING, "average_accuracy", "method", "variant"]
+    is_rising = [name != "average_accuracy" for name in order]
+    return pd.DataFrame(rows, columns=ROW).sort_values(order, ascending=is_rising, ignore_index=True)
+
+
+def _diverged(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row for the runs that diverged of each setting, method and variant: where they did, and nothing else."""
+    rows = []
+    for _, own in runs.groupby([*SETTING, "method", "variant"]):
+        row, ends = _called(own), [f"order {one.order}, seed {one.seed}: {one.problem}" for one in own.itertuples()]
+        label, notes = f"{row['method']} (diverged)", f"diverged, not ranked ({'; '.join(ends)})"
+        rows.append(row | {"notes": notes, "label": label, "runs": []})
+    return pd.DataFrame(rows, columns=ROW)
+
+
+def _called(runs: pd.DataFrame) -> dict[str, Any]:
+    """What the runs of one row have in common, and how many orders, seeds and blocks they are of."""
+    row = runs.iloc[0][[*SETTING, "method", "variant"]].to_dict()
+    counts = {f"n_{name}s": runs[name].nunique() for name in BLOCK}
+    return row | counts | {"n_blocks": len(runs.drop_duplicates(BLOCK))}
 
 
 def _order_sensitivity(values: pd.Series, blocks: pd.DataFrame) -> float:

@@ -12,8 +12,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from clbench.record.runs import read_runs, remove_left, replace_file
-from clbench.report.columns import legend
-from clbench.report.measures import SETTING
+from clbench.report.columns import columns_of, legend
+from clbench.report.measures import RANKED, SETTING
 from clbench.report.search import search
 from clbench.report.summary import NAMED, Summary, marks, summarise
 
@@ -33,7 +33,6 @@ KEY_COLUMNS = (
     ("parameters", "trainable_parameters", ",.0f"),
 )
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")
-MARKED = ("average_accuracy", "retention")
 ON_TERMINAL = ["method", "blocks", "accuracy", "BWT", "retention", "perplexity", "train s"]
 SAID = {
     "average_accuracy": "average accuracy",
@@ -62,30 +61,27 @@ def refresh(results_dir: Path) -> Table:
     remove_left(results_dir)
     for name, content in generated(summary).items():
         replace_file(results_dir / name, content)
-    return _terminal(summary, unranked(summary.records.runs))
+    return _terminal(summary)
 
 
 def generated(summary: Summary) -> dict[str, bytes]:
     """The content of every table by the name of its file."""
-    runs, rows = summary.records.runs, summary.listed
-    board = rows.drop(columns=["label", "runs"])
-    stages = summary.records.scores.merge(runs, on="run").sort_values([*STAGE_KEYS, "run"])
     tables = {
         # Times are left out, so that a repeated run gives the same bytes.
-        "stages.csv": stages[[*STAGE_KEYS, "value", "n", "stderr", "run"]],
+        "stages.csv": summary.records.scores.merge(summary.records.runs, on="run").sort_values([*STAGE_KEYS, "run"]),
         "retention.csv": summary.retention,
         "probes.csv": summary.probes,
         "differences.csv": summary.differences,
         "search.csv": search(summary),
-        "leaderboard.csv": board,
+        "leaderboard.csv": summary.listed,
     }
+    tables = {name: table[columns_of(name)] for name, table in tables.items()}
     files = {name: inert(table).to_csv(index=False, lineterminator="\n").encode() for name, table in tables.items()}
     # By rows, so that counts stay whole numbers; what does not exist is null.
-    objects = [
-        {name: None if pd.isna(value) else value for name, value in row.items()} for row in board.to_dict("records")
-    ]
+    board = tables["leaderboard.csv"].to_dict("records")
+    objects = [{name: None if pd.isna(value) else value for name, value in row.items()} for row in board]
     files["leaderboard.json"] = (json.dumps(objects, indent=1) + "\n").encode()
-    files["leaderboard.md"] = _markdown(summary, unranked(runs)).encode()
+    files["leaderboard.md"] = _markdown(summary).encode()
     return files
 
 
@@ -129,14 +125,14 @@ def references(rows: pd.DataFrame) -> str:
 
 
 def readable(rows: pd.DataFrame, *, spread: bool) -> pd.DataFrame:
-    """The rows of one setting as text: means, ± half their interval (of the MARKED measures only unless `spread`), marks, notes."""
+    """The rows of one setting as text: means, ± half their interval (of the RANKED measures only unless `spread`), marks, notes."""
     counts = [f"{row.n_blocks} ({row.n_orders} × {row.n_seeds})" for row in rows.itertuples()]
     shown = pd.DataFrame({"method": rows["label"], "blocks": counts})
     for heading, measure, form in KEY_COLUMNS:
-        mark, cells = marks(rows, measure) if measure in MARKED else {}, []
+        mark, cells = marks(rows, measure) if measure in RANKED else {}, []
         for label, mean, high in rows[["label", measure, f"{measure}_high"]].itertuples(index=False):
             text = "-" if isnan(mean) else f"{mean:{form}}"
-            if high > mean and (spread or measure in MARKED):
+            if high > mean and (spread or measure in RANKED):
                 text += f" ± {high - mean:{form.lstrip('+')}}"
             cells.append({"best": f"**{text}**", "tied": f"{text} ≈"}.get(mark.get(label), text))
         shown[heading] = cells
@@ -178,8 +174,8 @@ def in_words(names: list[str]) -> str:
     return " and ".join([*filter(None, [", ".join(names[:-1])]), names[-1]])
 
 
-def _markdown(summary: Summary, left: str) -> str:
-    lines = ["# Leaderboard", "", plain(left), ""]
+def _markdown(summary: Summary) -> str:
+    lines = ["# Leaderboard", "", plain(unranked(summary.records.runs)), ""]
     for setting, own in settings(summary.listed):
         shown = readable(own, spread=True)
         rule = ["---", *["---:"] * (shown.shape[1] - 2), "---"]
@@ -191,14 +187,14 @@ def _markdown(summary: Summary, left: str) -> str:
     return "\n".join(lines) + "\n" + LEGEND
 
 
-def _terminal(summary: Summary, left: str) -> Table:
+def _terminal(summary: Summary) -> Table:
     rows = summary.listed
     sections, notes = settings(rows), rows[rows["notes"] != ""]
     found = [sentence for _, own in sections for sentence in findings(summary.differences, own)]
     columns = [Column(heading, justify="right", no_wrap=True) for heading in ON_TERMINAL[1:]]
     table = Table(Column(ON_TERMINAL[0], overflow="fold"), *columns, box=None)
     table.title = f"Leaderboard of {sections[0][0]}" if len(sections) == 1 else "Leaderboard"
-    table.caption = Text("\n".join([*found, *(notes["label"] + ": " + notes["notes"]), left]))
+    table.caption = Text("\n".join([*found, *(notes["label"] + ": " + notes["notes"]), unranked(summary.records.runs)]))
     table.title_justify = table.caption_justify = "left"
     for setting, own in sections:
         if len(sections) > 1:
