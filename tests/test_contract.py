@@ -116,6 +116,9 @@ def test_a_probe_of_a_trained_dataset_is_refused_unless_forced():
         trained_probes([trained, made_here], probes, allow=False)
     assert trained_probes([trained, made_here], probes, allow=True) == ["knowledge aps/super_glue: reading"]
     assert trained_probes([made_here], probes, allow=False) == []
+    cb = DatasetSpec(name="c", hub="aps/super_glue", config="cb")  # of one repository, before and behind
+    for specs in ([cb, *probes["knowledge"]], [*probes["knowledge"], cb]):
+        assert trained_probes([trained], {"knowledge": specs}, allow=True) == ["knowledge aps/super_glue: reading"]
 
 
 def test_normalised_text_keeps_letters_of_every_language():

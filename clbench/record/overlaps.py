@@ -95,10 +95,12 @@ def trained_probes(stages: Sequence[Stage], probes: Mapping[str, Sequence[Datase
     """The probes that measure a dataset which the stream trains on, as "probe: task"; raises UserMistake unless `allow`."""
     trained = {dataset_name(stage.task.dataset): stage.name for stage in stages if stage.task.dataset is not None}
     found = sorted(
-        f"{probe} {spec.hub}: {trained[dataset_name(spec)]}"
-        for probe, specs in probes.items()
-        for spec in {spec.hub: spec for spec in specs}.values()
-        if dataset_name(spec) in trained
+        {
+            f"{probe} {spec.hub}: {trained[dataset_name(spec)]}"
+            for probe, specs in probes.items()
+            for spec in specs
+            if dataset_name(spec) in trained
+        }
     )
     if found and not allow:
         raise UserMistake(
