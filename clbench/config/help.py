@@ -45,10 +45,10 @@ def page(arguments: Sequence[str]) -> str:
     folders = [CONF_DIR, *_own(arguments)]
     parts = [TEXT]
     for group in DESCRIBED:
-        rows = [f"  {name:<20}{line}".rstrip() for name, line in _options(folders, group, described=True)]
+        rows = [f"  {name:<20}{_line(path, folders)}".rstrip() for name, path in _options(folders, group)]
         parts.append("\n".join([f"{group}:", *rows, ""]))
     for group in NAMED:
-        names = ", ".join(name for name, _ in _options(folders, group, described=False))
+        names = ", ".join(name for name, _ in _options(folders, group))
         parts.append(fill(f"{group}: {names}", WIDTH, subsequent_indent="  ", break_on_hyphens=False) + "\n")
     return "\n".join(parts)
 
@@ -60,12 +60,11 @@ def _own(arguments: Sequence[str]) -> Iterator[Path]:
             yield Path(value or " ".join(arguments[place + 1 : place + 2]))
 
 
-def _options(folders: Sequence[Path], group: str, *, described: bool) -> Iterator[tuple[str, str]]:
-    """Each option of a group with a line about it."""
+def _options(folders: Sequence[Path], group: str) -> Iterator[tuple[str, Path]]:
+    """Each option of a group with its yaml."""
     for folder in folders:
         for path in sorted((folder / group).rglob("*.yaml")):
-            name = path.relative_to(folder / group).with_suffix("").as_posix()
-            yield name, shorten(_line(path, folders), WIDTH - 22, placeholder=" ...") if described else ""
+            yield path.relative_to(folder / group).with_suffix("").as_posix(), path
 
 
 def _line(path: Path, folders: Sequence[Path]) -> str:
@@ -84,10 +83,10 @@ def _line(path: Path, folders: Sequence[Path]) -> str:
 
 
 def _sentence(text: str) -> str:
-    """The first sentence, without what stands in brackets.
+    """The first sentence, without what stands in brackets, cut to what a line has room for.
 
     >>> _sentence("EWC: elastic weight consolidation (Kirkpatrick et al. 2017, arXiv 1612.00796). More.")
     'EWC: elastic weight consolidation'
     """
     first = re.split(r"(?<=[a-z)])(?<! al)\.(?:\s|$)", " ".join(text.split()), maxsplit=1)[0]
-    return re.sub(r"\s*\([^)]*\)", "", first)
+    return shorten(re.sub(r"\s*\([^)]*\)", "", first), WIDTH - 22, placeholder=" ...")
