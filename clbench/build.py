@@ -23,7 +23,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch.nn import Module
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from clbench.config import Config
+from clbench.config import Config, target_names
 from clbench.config.names import suggestion
 from clbench.data.encoder import Encoder
 from clbench.models.limits import check_length, check_read, positions
@@ -167,7 +167,7 @@ def check_value(key: str, value: Any, hint: Any) -> None:
             f"{key}={value!r} is not allowed, a {hint.__name__} is due; name its class as {key}._target_ (conf/)"
         )
     inner = {list: get_args(hint)[:1], dict: get_args(hint)[1:]}.get(type(value), ())
-    if _names_target(value):
+    if [*target_names(value)]:
         for name, one in value.items() if isinstance(value, Mapping) else enumerate(value):
             check_value(f"{key}.{name}", one, inner[0] if inner else None)
         return
@@ -201,7 +201,7 @@ def _check_target(key: str, settings: Mapping[str, Any], hint: Any) -> None:
     parameters = signature(found).parameters.values()
     takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters)
     fields = {one.name: one for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
-    hints = _hints(found.__init__, *found.__mro__) if isinstance(found, type) else _hints(found)
+    hints = _hints(found)
     given = {name: value for name, value in settings.items() if name != "_target_"}
     for name in () if takes_any else given.keys() - fields.keys():
         raise UserMistake(f"{key}.{name} is no field of {target}; {suggestion(name, fields)}")
@@ -219,13 +219,11 @@ class _Unknown(dict[str, Any]):
         return Any
 
 
-def _hints(function: Any, *classes: type) -> dict[str, Any]:
-    """The annotations of a function, those in quotes looked up where it and the `classes` that it makes are written."""
-    modules = [vars(sys.modules[one.__module__]) for one in classes]
-    known = ChainMap(
-        *modules, vars(sys.modules[function.__module__]) if isfunction(function) else {}, vars(builtins), _Unknown()
-    )
-    return get_type_hints(function, localns=known, include_extras=True)
+def _hints(found: Any) -> dict[str, Any]:
+    """What a function, or a class, takes, by name; annotations in quotes are looked up where it, or a class that it inherits from, is written."""
+    written = found.__mro__ if isinstance(found, type) else (found,)
+    known = ChainMap(*(vars(sys.modules[one.__module__]) for one in written), vars(builtins), _Unknown())
+    return get_type_hints(found.__init__ if isinstance(found, type) else found, localns=known, include_extras=True)
 
 
 def _kinds(hint: Any) -> Iterator[type]:
@@ -236,10 +234,3 @@ def _kinds(hint: Any) -> Iterator[type]:
             yield from _kinds(inner)
     elif isinstance(origin or hint, type) and hint is not type(None):
         yield origin or hint
-
-
-def _names_target(value: Any) -> bool:
-    """Whether something within nested values is to be made of a `_target_`."""
-    if isinstance(value, Mapping):
-        return "_target_" in value or any(map(_names_target, value.values()))
-    return isinstance(value, list) and any(map(_names_target, value))
