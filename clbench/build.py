@@ -65,7 +65,9 @@ def build(config: Config, *, working: Callable[[str], AbstractContextManager[obj
     check_classes(config)
     device = _device_of(config)
     with working("reading the rows of tasks and probes"):
-        tasks, probes = make_tasks(config), make_probes(config)
+        tasks = make_tasks(config)
+        asked = config.probe.probes.items()
+        probes = tuple(instantiate(probe, name=name, _convert_="all") for name, probe in asked)
         # What is wrong with rows is said at once: the tokenizer of a model that is pretrained here is there when that is done.
         for task in tasks.values():
             for split in ("train", "test"):
@@ -73,7 +75,7 @@ def build(config: Config, *, working: Callable[[str], AbstractContextManager[obj
     source = instantiate(config.model, _convert_="all")
     tokenizer = source.load_tokenizer(Path(config.cache_dir))
     own = source.configuration(Path(config.cache_dir))
-    check_method(config, own)
+    sketch(config, own)  # what the method cannot be put on is said before weights are read
     train, longest = config.train, positions(own)
     check_length(train.max_length, positions=longest)
     chat = config.prompt == "chat"
@@ -102,12 +104,14 @@ def load_model(config: Config, source: Any) -> Module:
         return model.to(device=device, dtype=dtype)
 
 
-def check_method(config: Config, model: PretrainedConfig) -> None:
-    """Raises UserMistake where the method's layers are not to be had on such a `model`, before that is read: tries on one without storage."""
+def sketch(config: Config, sizes: PretrainedConfig) -> tuple[Method, Module]:
+    """The method and the model that it has wrapped, in the run's precision, without storage; raises UserMistake where it finds no layers for it."""
     # Code that lies beside weights is asked for where there is no other; that it may run was said when the configuration was read.
-    is_remote = type(model) not in AutoModelForCausalLM._model_mapping
+    is_remote = type(sizes) not in AutoModelForCausalLM._model_mapping
+    own, dtype = copy.deepcopy(sizes), DTYPES[config.engine.dtype]
+    method = make_method(config)
     with torch.device("meta"):
-        make_method(config).wrap(AutoModelForCausalLM.from_config(copy.deepcopy(model), trust_remote_code=is_remote))
+        return method, method.wrap(AutoModelForCausalLM.from_config(own, dtype=dtype, trust_remote_code=is_remote))
 
 
 def wrap(config: Config, method: Method, model: Module) -> Module:
@@ -132,11 +136,6 @@ def make_tasks(config: Config) -> dict[str, Task]:
     """The stream's tasks that are trained, by name, in the order in which the stream lists them."""
     names = chosen([*config.tasks], limit=config.stream.limit, last=config.stream.last)
     return {name: instantiate(config.tasks[name], _convert_="all") for name in names}
-
-
-def make_probes(config: Config) -> tuple[Probe, ...]:
-    """The probes, each with its name."""
-    return tuple(instantiate(probe, name=name, _convert_="all") for name, probe in config.probe.probes.items())
 
 
 def make_method(config: Config) -> Method:
