@@ -38,7 +38,9 @@ from clbench.types import UserMistake
 
 PAGE = """# Datasets of the tasks\n
 Written by `python -m clbench.doctor datasets > conf/task/README.md`; a test holds it against the yamls. The project holds none of these rows.
-Terms are those that the dataset's card states; ask your own counsel. A revision "main" is a branch: no commit is pinned.\n
+Terms are those that the dataset's card states; ask your own counsel. A revision "main" is a branch: no commit is pinned. The hub keeps
+"refs/convert/parquet", its own form of a repository that has a loading script, only for as long as it likes. Where `python -m clbench.doctor hub`
+finds a repository wanting, put rows with the columns that the yaml names into train.jsonl and test.jsonl in data_dir/NAME (its dataset.name).\n
 | task | hub dataset @ revision | hub splits train / test | licence | metric | rows at most |\n| --- | --- | --- | --- | --- | --- |\n"""
 USAGE = (
     "usage: python -m clbench.doctor methods | datasets | hub | [+experiment=NAME] [key=value ...] [gpu=h100] [utilisation=0.4] "
