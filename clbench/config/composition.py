@@ -6,7 +6,7 @@ With `cli`, which starts what is composed here, the only place that sees a DictC
 import hashlib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -70,9 +70,8 @@ def with_probes(config: Config, overrides: Sequence[str], *, config_dir: Path | 
         probes = OmegaConf.to_container(composed.probe, resolve=False)
         tree = OmegaConf.create(asdict(config) | {"tasks": {}, "probe": probes, "data_dir": data_dir})
         _check_world(tree)
-        probe = OmegaConf.to_container(tree.probe, resolve=True, throw_on_missing=True)
-    assert isinstance(probe, dict), type(probe)
-    group = ProbeConfig(**{str(key): value for key, value in probe.items()} | {"cadence": {}})
+        probe: Any = OmegaConf.to_container(tree.probe, resolve=True, throw_on_missing=True)
+    group = ProbeConfig(**probe | {"cadence": {}})
     found = replace(config, probe=group, data_dir=data_dir, sources=_sources({"probe": probe}))
     check(found)
     return choices["probe"], found
@@ -148,9 +147,8 @@ def resolve(composed: DictConfig) -> Config:
             composed.experiment = (choices.get("experiment") or composed.stream.name).replace("/", "-")
         if "method._target_" in overridden and "method.name" not in overridden:
             raise UserMistake("method._target_ was given on the command line: give its label too, method.name=NAME")
-    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    assert isinstance(plain, dict), type(plain)
-    return from_plain({str(key): value for key, value in plain.items()} | {"sources": _sources(plain)})
+    plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    return from_plain(plain | {"sources": _sources(plain)})
 
 
 def _sources(plain: Any) -> dict[str, str]:
@@ -159,7 +157,7 @@ def _sources(plain: Any) -> dict[str, str]:
     Also, as "probe.tasks", that of the tasks in the folder `probe.include_path`.
     """
     modules = {target.rpartition(".")[0] for target in target_names(plain)}
-    files = {module: _file_of(module) for module in sorted(modules) if module.partition(".")[0] not in OURS}
+    files = {module: file_of(module, sys.path) for module in sorted(modules) if module.partition(".")[0] not in OURS}
     found = {module: hashlib.sha256(file.read_bytes()).hexdigest() for module, file in files.items() if file}
     if folder := plain["probe"]["include_path"]:
         own = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".yaml", ".py"))
@@ -167,10 +165,10 @@ def _sources(plain: Any) -> dict[str, str]:
     return found
 
 
-def _file_of(module: str) -> Path | None:
-    """Where a module's code lies; found without importing the packages that it is in, which may fail, or take long."""
+def file_of(module: str, folders: Iterable[str | Path]) -> Path | None:
+    """Where in `folders` a module's code lies; found without importing the packages that it is in, which may fail, or take long."""
     path = module.replace(".", "/")
-    places = (Path(folder, f"{path}{end}") for folder in sys.path for end in ("/__init__.py", ".py"))
+    places = (Path(folder, f"{path}{end}") for folder in folders for end in ("/__init__.py", ".py"))
     return next(filter(Path.is_file, places), None)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import fill, shorten
 
-from clbench.config.composition import CONF_DIR
+from clbench.config.composition import CONF_DIR, file_of
 
 DESCRIBED = ("method", "stream", "probe")
 NAMED = ("experiment", "model", "settings", "train", "engine", "tracking", "task")
@@ -76,9 +76,7 @@ def _line(path: Path, folders: Sequence[Path]) -> str:
     if target is None:
         parent = re.search(r"^defaults: \[(\w+)", text, re.MULTILINE)
         return f"a variant of {parent[1]}" if parent else ""
-    roots = {CONF_DIR.parent, *(folder.parent for folder in folders), Path.cwd()}
-    found = (root / Path(*target[1].split(".")).with_suffix(".py") for root in sorted(roots))
-    module = next((file for file in found if file.is_file()), None)
+    module = file_of(target[1], sorted({*(folder.parent for folder in folders), Path.cwd()}))
     return _sentence(ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or "") if module else ""
 
 
