@@ -23,7 +23,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch.nn import Module
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from clbench.config import Config
+from clbench.config import Config, target_names
 from clbench.config.names import suggestion
 from clbench.data.encoder import Encoder
 from clbench.models.limits import check_length, check_read, positions
@@ -65,7 +65,9 @@ def build(config: Config, *, working: Callable[[str], AbstractContextManager[obj
     check_classes(config)
     device = _device_of(config)
     with working("reading the rows of tasks and probes"):
-        tasks, probes = make_tasks(config), make_probes(config)
+        tasks = make_tasks(config)
+        asked = config.probe.probes.items()
+        probes = tuple(instantiate(probe, name=name, _convert_="all") for name, probe in asked)
         # What is wrong with rows is said at once: the tokenizer of a model that is pretrained here is there when that is done.
         for task in tasks.values():
             for split in ("train", "test"):
@@ -73,7 +75,7 @@ def build(config: Config, *, working: Callable[[str], AbstractContextManager[obj
     source = instantiate(config.model, _convert_="all")
     tokenizer = source.load_tokenizer(Path(config.cache_dir))
     own = source.configuration(Path(config.cache_dir))
-    check_method(config, own)
+    sketch(config, own)  # what the method cannot be put on is said before weights are read
     train, longest = config.train, positions(own)
     check_length(train.max_length, positions=longest)
     chat = config.prompt == "chat"
@@ -102,12 +104,14 @@ def load_model(config: Config, source: Any) -> Module:
         return model.to(device=device, dtype=dtype)
 
 
-def check_method(config: Config, model: PretrainedConfig) -> None:
-    """Raises UserMistake where the method's layers are not to be had on such a `model`, before that is read: tries on one without storage."""
+def sketch(config: Config, sizes: PretrainedConfig) -> tuple[Method, Module]:
+    """The method and the model that it has wrapped, in the run's precision, without storage; raises UserMistake where it finds no layers for it."""
     # Code that lies beside weights is asked for where there is no other; that it may run was said when the configuration was read.
-    is_remote = type(model) not in AutoModelForCausalLM._model_mapping
+    is_remote = type(sizes) not in AutoModelForCausalLM._model_mapping
+    own, dtype = copy.deepcopy(sizes), DTYPES[config.engine.dtype]
+    method = make_method(config)
     with torch.device("meta"):
-        make_method(config).wrap(AutoModelForCausalLM.from_config(copy.deepcopy(model), trust_remote_code=is_remote))
+        return method, method.wrap(AutoModelForCausalLM.from_config(own, dtype=dtype, trust_remote_code=is_remote))
 
 
 def wrap(config: Config, method: Method, model: Module) -> Module:
@@ -132,11 +136,6 @@ def make_tasks(config: Config) -> dict[str, Task]:
     """The stream's tasks that are trained, by name, in the order in which the stream lists them."""
     names = chosen([*config.tasks], limit=config.stream.limit, last=config.stream.last)
     return {name: instantiate(config.tasks[name], _convert_="all") for name in names}
-
-
-def make_probes(config: Config) -> tuple[Probe, ...]:
-    """The probes, each with its name."""
-    return tuple(instantiate(probe, name=name, _convert_="all") for name, probe in config.probe.probes.items())
 
 
 def make_method(config: Config) -> Method:
@@ -167,7 +166,7 @@ def check_value(key: str, value: Any, hint: Any) -> None:
             f"{key}={value!r} is not allowed, a {hint.__name__} is due; name its class as {key}._target_ (conf/)"
         )
     inner = {list: get_args(hint)[:1], dict: get_args(hint)[1:]}.get(type(value), ())
-    if _names_target(value):
+    if [*target_names(value)]:
         for name, one in value.items() if isinstance(value, Mapping) else enumerate(value):
             check_value(f"{key}.{name}", one, inner[0] if inner else None)
         return
@@ -201,7 +200,7 @@ def _check_target(key: str, settings: Mapping[str, Any], hint: Any) -> None:
     parameters = signature(found).parameters.values()
     takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters)
     fields = {one.name: one for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
-    hints = _hints(found.__init__, *found.__mro__) if isinstance(found, type) else _hints(found)
+    hints = _hints(found)
     given = {name: value for name, value in settings.items() if name != "_target_"}
     for name in () if takes_any else given.keys() - fields.keys():
         raise UserMistake(f"{key}.{name} is no field of {target}; {suggestion(name, fields)}")
@@ -219,13 +218,11 @@ class _Unknown(dict[str, Any]):
         return Any
 
 
-def _hints(function: Any, *classes: type) -> dict[str, Any]:
-    """The annotations of a function, those in quotes looked up where it and the `classes` that it makes are written."""
-    modules = [vars(sys.modules[one.__module__]) for one in classes]
-    known = ChainMap(
-        *modules, vars(sys.modules[function.__module__]) if isfunction(function) else {}, vars(builtins), _Unknown()
-    )
-    return get_type_hints(function, localns=known, include_extras=True)
+def _hints(found: Any) -> dict[str, Any]:
+    """What a function, or a class, takes, by name; annotations in quotes are looked up where it, or a class that it inherits from, is written."""
+    written = found.__mro__ if isinstance(found, type) else (found,)
+    known = ChainMap(*(vars(sys.modules[one.__module__]) for one in written), vars(builtins), _Unknown())
+    return get_type_hints(found.__init__ if isinstance(found, type) else found, localns=known, include_extras=True)
 
 
 def _kinds(hint: Any) -> Iterator[type]:
@@ -236,10 +233,3 @@ def _kinds(hint: Any) -> Iterator[type]:
             yield from _kinds(inner)
     elif isinstance(origin or hint, type) and hint is not type(None):
         yield origin or hint
-
-
-def _names_target(value: Any) -> bool:
-    """Whether something within nested values is to be made of a `_target_`."""
-    if isinstance(value, Mapping):
-        return "_target_" in value or any(map(_names_target, value.values()))
-    return isinstance(value, list) and any(map(_names_target, value))

@@ -224,18 +224,14 @@ def take_part(config: Config, *, command: str) -> Path | None:
 
 
 class Hooks(Callback):
-    """What Hydra calls around jobs: a look at results_dir before Hydra itself writes there, the tables after a sweep's last job."""
+    """What Hydra calls around the jobs of a sweep: a look at results_dir before Hydra itself writes there, the tables after the last job."""
 
-    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Refuses a results_dir that cannot be written to."""
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Opens the file in which jobs say how they ended; they may run in other processes, on other machines."""
         try:
             writable("results_dir", config.results_dir)
         except UserMistake as error:
             refuse(error)  # SystemExit: Hydra turns any other exception of a callback into a warning
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Opens the file in which jobs say how they ended; they may run in other processes, on other machines."""
-        self.on_run_start(config)
         file = Path(config.results_dir).resolve() / f".sweep-{os.uname().nodename}-{os.getpid()}.jsonl"
         file.write_text("")
         os.environ[SWEEP] = str(file)

@@ -20,9 +20,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Column, Table
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
-from clbench.build import DTYPES, make_method, make_tasks, set_up_torch
+from clbench.build import make_tasks, set_up_torch, sketch
 from clbench.cli import USERS_MISTAKES, put_in_reach, refuse
 from clbench.config import Config
 from clbench.config.checks import one_of
@@ -38,12 +38,15 @@ from clbench.types import UserMistake
 
 PAGE = """# Datasets of the tasks\n
 Written by `python -m clbench.doctor datasets > conf/task/README.md`; a test holds it against the yamls. The project holds none of these rows.
-Terms are those that the dataset's card states; ask your own counsel. A revision "main" is a branch: no commit is pinned.\n
+Terms are those that the dataset's card states; ask your own counsel. A revision "main" is a branch: no commit is pinned. The hub keeps
+"refs/convert/parquet", its own form of a repository that has a loading script, only for as long as it likes. Where `python -m clbench.doctor hub`
+finds a repository wanting, put rows with the columns that the yaml names into train.jsonl and test.jsonl in data_dir/NAME (its dataset.name).\n
 | task | hub dataset @ revision | hub splits train / test | licence | metric | rows at most |\n| --- | --- | --- | --- | --- | --- |\n"""
 USAGE = (
     "usage: python -m clbench.doctor methods | datasets | hub | [+experiment=NAME] [key=value ...] [gpu=h100] [utilisation=0.4] "
     "[engine.processes=8]"
 )
+ON_HUB = ("asked for by", "dataset : configuration @ revision [splits]", "")
 CARD = ("paper", "trainable", "memory", "compute", "deviations")
 GPUS = {"a100": (312, 80), "h100": (989, 80), "h200": (989, 141), "l40s": (362, 48), "rtx4090": (165, 24)}
 """Dense bfloat16 peak in 10^12 operations a second, and memory in GB, from the makers' data sheets."""
@@ -104,25 +107,6 @@ def datasets_page() -> str:
             most = f"{task['max_train']} / {task['max_test']}"
             rows.append((path.stem, address(instantiate(task["dataset"])), splits, task["licence"], metric, most))
     return PAGE + "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def hub_table() -> Table:
-    """Every dataset that conf/ names, and what keeps it from being read from the hub today."""
-    return table("Datasets on the hub", ("asked for by", "dataset : configuration @ revision [splits]", ""), checked())
-
-
-def datasets_table(tasks: Mapping[str, Task]) -> Table:
-    """Where the rows of each task that reads a dataset come from, and under which terms."""
-    rows = ((name, address(t.dataset), t.licence) for name, t in tasks.items() if t.dataset)
-    return table("Datasets of the stream", ("task", "dataset", "licence"), rows, box=None)
-
-
-def sketch(config: Config, sizes: PretrainedConfig) -> tuple[Method, torch.nn.Module]:
-    """The configured method and the model that it has wrapped, in the run's precision, without storage."""
-    method = make_method(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(sizes, dtype=DTYPES[config.engine.dtype])
-        return method, method.wrap(model)
 
 
 def trainable_rows(config: Config, sizes: PretrainedConfig) -> Iterator[tuple[str, str]]:
@@ -221,7 +205,8 @@ def forecast(arguments: Sequence[str]) -> Iterator[Table | str]:
     set_up_torch(config)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     tasks, source = make_tasks(config), instantiate(config.model, _convert_="all")
-    yield datasets_table(tasks)
+    read = ((name, address(task.dataset), task.licence) for name, task in tasks.items() if task.dataset)
+    yield table("Datasets of the stream", ("task", "dataset", "licence"), read, box=None)
     sizes = source.sizes(Path(config.cache_dir))
     yield table("Trainable parameters", ("method", ""), trainable_rows(config, sizes), box=None)
     model = sketch(config, sizes)[1]
@@ -249,7 +234,7 @@ def main(arguments: Sequence[str]) -> None:
     pages = {
         "methods": methods_table,
         "datasets": datasets_page,
-        "hub": hub_table,
+        "hub": lambda: table("Datasets on the hub", ON_HUB, checked()),
         "--help": lambda: USAGE,
         "-h": lambda: USAGE,
     }

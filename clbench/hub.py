@@ -56,5 +56,6 @@ def checked() -> Iterator[tuple[str, str, str]]:
     found: dict[tuple[str, ...], str] = {}
     for who, spec, splits in wanted():
         key = (spec.hub, f"{spec.config}", f"{spec.revision}", *sorted(splits), *sorted(spec.data_files.values()))
-        found[key] = found[key] if key in found else wrong(spec, splits)
+        if key not in found:
+            found[key] = wrong(spec, splits)
         yield who, f"{spec.hub} : {spec.config} @ {spec.revision} [{', '.join(sorted(splits))}]", found[key] or "right"

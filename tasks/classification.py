@@ -40,22 +40,17 @@ class Classification(ClosedTask):
 
     def example(self, row: Row, *, id: str) -> Example:
         """The text to classify and its label word."""
-        given = lookup(row, self.label)
-        place = self._place(given)
-        if place is None:
-            known = tuple(self.codes or self.labels)
+        given, known = lookup(row, self.label), tuple(self.codes or self.labels)
+        if given in known:
+            place = known.index(given)
+        elif not self.codes and isinstance(given, int) and 0 <= given < len(known):
+            place = given
+        else:
             raise UserMistake(
                 f"column {self.label!r} holds the label {given!r}, which is none of {known}; a split without labels cannot be used"
             )
         choices = tuple(dict.fromkeys(self.labels))
         return Example(id=id, prompt=render(self.template, row), answer=self.labels[place], choices=choices)
-
-    def _place(self, given: Any) -> int | None:
-        """Where the word for `given` stands in `labels`; None where there is no such word."""
-        known = tuple(self.codes or self.labels)
-        if given in known:
-            return known.index(given)
-        return given if not self.codes and isinstance(given, int) and 0 <= given < len(known) else None
 
     def corpus_scores(self, examples: Sequence[Example], answers: Sequence[str]) -> dict[str, float]:
         """Macro-F1 in [0, 1]: the plain mean of F1 over the labels that occur among the right ones."""

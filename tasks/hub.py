@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from string import Formatter
 from typing import Any
 
@@ -109,7 +110,8 @@ class HubTask(Task):
         """The rows that belong to `split`, by their index in the file."""
         rows = dict(enumerate(load_rows(self.dataset, split=split, data_dir=self.data_dir)))
         for column, wanted in self.where.items():
-            rows = {i: row for i, row in rows.items() if self._value(column, row, i, split) in _several(wanted)}
+            allowed = [wanted] if isinstance(wanted, (str, int, float)) else wanted
+            rows = {i: row for i, row in rows.items() if self._value(column, row, i, split) in allowed}
         if self.hold_out and self.data_dir is None:
             column, is_test = self.hold_out, split == "test"
             held = {i: bucket(self._value(column, row, i, split)) % TEST_SHARE == 0 for i, row in rows.items()}
@@ -123,7 +125,7 @@ class HubTask(Task):
             with self._located(index, split):
                 read.append(self.example(stripped(row, self.max_words), id=f"{self.name}/{split}/{index}"))
         others = dict.fromkeys(example.answer for example in read[1:] if example.answer != read[0].answer)
-        return replace(read[0], references=(*read[0].references, *others)) if others else read[0]
+        return replace(read[0], references=(*read[0].references, *others))
 
     def _value(self, column: str, row: Row, index: int, split: str) -> Any:
         """What decides which split, group or filter takes the row."""
@@ -136,8 +138,10 @@ class HubTask(Task):
         try:
             yield
         except UserMistake as mistake:
-            where = place(self.dataset, split=split, data_dir=self.data_dir, row=index)
-            raise UserMistake(f"{where}: {mistake} (task {self.name})") from mistake
+            raise UserMistake(f"{self._origin(index, split)}: {mistake} (task {self.name})") from mistake
+
+    def _origin(self, index: int, split: str) -> str:
+        return place(self.dataset, split=split, data_dir=self.data_dir, row=index)
 
 
 @dataclass(kw_only=True)
@@ -231,10 +235,6 @@ def replaced(row: Row, path: str, value: Any) -> Row:
     return {**row, column: {**row[column], inner.rstrip("]"): value}}
 
 
-def _several(value: Any) -> tuple[Any, ...]:
-    return (value,) if isinstance(value, (str, int, float)) else tuple(value)
-
-
 def balanced(items: Sequence[Any], labels: Sequence[Any]) -> list[Any]:
     """As many items of each label as the rarest has, in turn, so that the first n are balanced to within one.
 
@@ -293,6 +293,4 @@ def bucket(*names: object) -> int:
 
 def ragged(examples: Iterable[Example]) -> list[list[str | None]]:
     """The references of `examples` as sacrebleu wants them: one list per place, None where an example has fewer."""
-    answers = [accepted(example) for example in examples]
-    most = max(map(len, answers))
-    return [[row[place] if place < len(row) else None for row in answers] for place in range(most)]
+    return [list(answers) for answers in zip_longest(*map(accepted, examples))]

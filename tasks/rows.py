@@ -8,10 +8,8 @@ answer: label
 choices: ["no", "yes"]                    # or the column that lists a row's choices; none: free text
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +47,16 @@ class Rows(ClosedTask):
     lines: Mapping[str, Mapping[int, tuple[str, Row]]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self.name, self.template = self.name or Path(self.rows).stem, self.prompt
+        self.name = self.name or Path(self.rows).stem
         self.dataset = DatasetSpec(name=self.name, hub=Path(self.rows).name)
         self.lines = {split: self._read(split) for split in ("train", "test")}
         kinds = ("accuracy",) if self.choices else ("exact_match", "rougeL")
-        if self.metric and self.metric not in kinds:
+        if not self.metric:
+            self.metric = kinds[0] if self.choices or self._longest_answer() <= SHORT else kinds[-1]
+        if self.metric not in kinds:
             raise UserMistake(
                 f"task {self.name!r}: metric={self.metric!r} is unknown; choose one of {', '.join(kinds)}"
             )
-        self.metric = self.metric or (kinds[0] if self.choices or self._is_short else kinds[-1])
 
     def _read(self, split: str) -> dict[int, tuple[str, Row]]:
         """The rows of a split by their number, each with its file and line."""
@@ -70,35 +69,29 @@ class Rows(ClosedTask):
             )
         found = {number: (f"{path}, line {line}", row) for number, (line, row) in enumerate(numbered_rows(path))}
         if not Path(self.rows).is_dir():
-            is_test = split == "test"
-            found = {number: row for number, row in found.items() if self._is_test(number) == is_test}
+            held = {n: bucket(self.sample_seed, self.name, "cut", n) % TEST_SHARE == 0 for n in found}
+            found = {number: row for number, row in found.items() if held[number] == (split == "test")}
         if not found:
             raise UserMistake(
                 f"task {self.name!r}: rows={self.rows!r} gives no row for {split}; give a folder with train.jsonl and test.jsonl"
             )
         return found
 
-    def _is_test(self, number: int) -> bool:
-        return bucket(self.sample_seed, self.name, "cut", number) % TEST_SHARE == 0
-
-    @cached_property
-    def _is_short(self) -> bool:
-        return max(self._longest(number, split) for split, rows in self.lines.items() for number in rows) <= SHORT
-
-    def _longest(self, number: int, split: str) -> int:
-        """Words of the longest right answer of a row."""
-        with self._located(number, split):
-            return max(len(answer.split()) for answer in right_answers(self.lines[split][number][1], self.answer))
+    def _longest_answer(self) -> int:
+        """Words of the longest right answer of any row."""
+        longest = 0
+        for split, rows in self.lines.items():
+            for number, (_, row) in rows.items():
+                with self._located(number, split):
+                    answers = right_answers(row, self.answer)
+                longest = max(longest, *(len(answer.split()) for answer in answers))
+        return longest
 
     def _rows(self, split: str) -> dict[int, Row]:
         return {number: row for number, (_, row) in self.lines[split].items()}
 
-    @contextmanager
-    def _located(self, index: int, split: str) -> Iterator[None]:
-        try:
-            yield
-        except UserMistake as mistake:
-            raise UserMistake(f"{self.lines[split][index][0]}: {mistake} (task {self.name})") from mistake
+    def _origin(self, index: int, split: str) -> str:
+        return self.lines[split][index][0]
 
     @property
     def answer_columns(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ and no statement has their form.
 import random
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
@@ -144,12 +145,12 @@ def pretraining_text(seed: int, lines: int) -> tuple[str, ...]:
     return tuple(result[:lines])
 
 
+@dataclass(frozen=True, kw_only=True)
 class Corpus:
     """The pretraining text of one world: `lines` statements in random order."""
 
-    def __init__(self, *, seed: int, lines: int) -> None:
-        self.seed = seed
-        self.lines = lines
+    seed: int
+    lines: int
 
     def texts(self) -> Sequence[str]:
         return pretraining_text(self.seed, self.lines)

@@ -224,6 +224,14 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield f"{prefix}{name}", value
 
 
+def target_names(value: Any) -> Iterator[str]:
+    """What every `_target_` within nested values names."""
+    if isinstance(value, Mapping):
+        yield from (str(inner) for key, inner in value.items() if key == "_target_")
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from target_names(inner)
+
+
 def _sha256(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 

@@ -5,10 +5,10 @@ With `cli`, which starts what is composed here, the only place that sees a DictC
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,10 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from clbench.config import Config, ProbeConfig, from_plain
+from clbench.config import Config, ProbeConfig, from_plain, target_names
 from clbench.config.checks import check, writing
 from clbench.config.names import suggestion
 from clbench.config.secrets import masked
@@ -32,6 +30,8 @@ OURS = ("clbench", "baselines", "tasks", "hydra")
 """Packages whose code the commit and the version in a manifest name."""
 OF_WORLD = "model.world_seed"
 """What stands in the yaml of whatever asks about the embedded world."""
+NO_NAME = r"(?i)\s*(null|true|false|[-+]?(inf|nan|(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[-+]?\d+)?))\s*"
+"""What Hydra reads as a value that is no text."""
 CONF_DIR = next(path for path in (_HERE.parent / "conf", _HERE / "conf") if (path / "config.yaml").is_file())
 
 
@@ -70,9 +70,8 @@ def with_probes(config: Config, overrides: Sequence[str], *, config_dir: Path | 
         probes = OmegaConf.to_container(composed.probe, resolve=False)
         tree = OmegaConf.create(asdict(config) | {"tasks": {}, "probe": probes, "data_dir": data_dir})
         _check_world(tree)
-        probe = OmegaConf.to_container(tree.probe, resolve=True, throw_on_missing=True)
-    assert isinstance(probe, dict), type(probe)
-    group = ProbeConfig(**{str(key): value for key, value in probe.items()} | {"cadence": {}})
+        probe: Any = OmegaConf.to_container(tree.probe, resolve=True, throw_on_missing=True)
+    group = ProbeConfig(**probe | {"cadence": {}})
     found = replace(config, probe=group, data_dir=data_dir, sources=_sources({"probe": probe}))
     check(found)
     return choices["probe"], found
@@ -95,15 +94,10 @@ def _composed(overrides: Sequence[str], *, config_dir: Path | None) -> Iterator[
 
 def check_groups(arguments: Sequence[str]) -> None:
     """Raises UserMistake where a group is given what can be the name of none of its options, for which Hydra has a traceback."""
-    parser = OverridesParser.create()
     for argument in arguments:
-        group, is_given, _ = argument.lstrip("+").partition("=")
-        if not is_given or not (CONF_DIR / group).is_dir():
-            continue
-        value = parser.parse_override(argument).value()
-        for one in value.list or () if isinstance(value, ChoiceSweep) else [value]:
-            if one is None or isinstance(one, (int, float)):
-                raise UserMistake(f"{argument} names no option of {group}; give the name of a yaml in conf/{group}")
+        group, _, options = argument.lstrip("+").partition("=")
+        if (CONF_DIR / group).is_dir() and any(re.fullmatch(NO_NAME, one) for one in options.split(",")):
+            raise UserMistake(f"{argument} names no option of {group}; give the name of a yaml in conf/{group}")
 
 
 def mask_typed(folder: Path) -> None:
@@ -130,8 +124,9 @@ def with_own_model(arguments: Sequence[str]) -> list[str]:
 def resolve(composed: DictConfig) -> Config:
     """The typed configuration: the method's settings and the stream's tasks filled in, interpolations resolved."""
     choices, overridden = HydraConfig.get().runtime.choices, _overridden()
-    for group in [name for name, value in composed.items() if isinstance(value, DictConfig) and name in overridden]:
-        if group not in choices:  # Hydra has merged a list of options into one
+    for group, value in composed.items():
+        # Hydra has merged a list of options into one.
+        if isinstance(value, DictConfig) and group in overridden and group not in choices:
             raise UserMistake(
                 f"{group} is not to be given so; name one option of conf/{group}, or with -m several runs"
             )
@@ -152,9 +147,8 @@ def resolve(composed: DictConfig) -> Config:
             composed.experiment = (choices.get("experiment") or composed.stream.name).replace("/", "-")
         if "method._target_" in overridden and "method.name" not in overridden:
             raise UserMistake("method._target_ was given on the command line: give its label too, method.name=NAME")
-    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    assert isinstance(plain, dict), type(plain)
-    return from_plain({str(key): value for key, value in plain.items()} | {"sources": _sources(plain)})
+    plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    return from_plain(plain | {"sources": _sources(plain)})
 
 
 def _sources(plain: Any) -> dict[str, str]:
@@ -162,8 +156,8 @@ def _sources(plain: Any) -> dict[str, str]:
 
     Also, as "probe.tasks", that of the tasks in the folder `probe.include_path`.
     """
-    modules = {target.rpartition(".")[0] for target in _targets(plain)}
-    files = {module: _file_of(module) for module in sorted(modules) if module.partition(".")[0] not in OURS}
+    modules = {target.rpartition(".")[0] for target in target_names(plain)}
+    files = {module: file_of(module, sys.path) for module in sorted(modules) if module.partition(".")[0] not in OURS}
     found = {module: hashlib.sha256(file.read_bytes()).hexdigest() for module, file in files.items() if file}
     if folder := plain["probe"]["include_path"]:
         own = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".yaml", ".py"))
@@ -171,22 +165,11 @@ def _sources(plain: Any) -> dict[str, str]:
     return found
 
 
-def _file_of(module: str) -> Path | None:
-    """Where a module's code lies; found without importing the packages that it is in, which may fail, or take long."""
-    spec, folders = None, None
-    for part in module.split("."):
-        spec = PathFinder.find_spec(part, folders)
-        if spec is None:
-            return None
-        folders = spec.submodule_search_locations
-    return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
-
-
-def _targets(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        yield from (str(inner) for key, inner in value.items() if key == "_target_")
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _targets(inner)
+def file_of(module: str, folders: Iterable[str | Path]) -> Path | None:
+    """Where in `folders` a module's code lies; found without importing the packages that it is in, which may fail, or take long."""
+    path = module.replace(".", "/")
+    places = (Path(folder, f"{path}{end}") for folder in folders for end in ("/__init__.py", ".py"))
+    return next(filter(Path.is_file, places), None)
 
 
 def _check_world(composed: DictConfig) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import fill, shorten
 
-from clbench.config.composition import CONF_DIR
+from clbench.config.composition import CONF_DIR, file_of
 
 DESCRIBED = ("method", "stream", "probe")
 NAMED = ("experiment", "model", "settings", "train", "engine", "tracking", "task")
@@ -45,10 +45,10 @@ def page(arguments: Sequence[str]) -> str:
     folders = [CONF_DIR, *_own(arguments)]
     parts = [TEXT]
     for group in DESCRIBED:
-        rows = [f"  {name:<20}{line}".rstrip() for name, line in _options(folders, group, described=True)]
+        rows = [f"  {name:<20}{_line(path, folders)}".rstrip() for name, path in _options(folders, group)]
         parts.append("\n".join([f"{group}:", *rows, ""]))
     for group in NAMED:
-        names = ", ".join(name for name, _ in _options(folders, group, described=False))
+        names = ", ".join(name for name, _ in _options(folders, group))
         parts.append(fill(f"{group}: {names}", WIDTH, subsequent_indent="  ", break_on_hyphens=False) + "\n")
     return "\n".join(parts)
 
@@ -60,12 +60,11 @@ def _own(arguments: Sequence[str]) -> Iterator[Path]:
             yield Path(value or " ".join(arguments[place + 1 : place + 2]))
 
 
-def _options(folders: Sequence[Path], group: str, *, described: bool) -> Iterator[tuple[str, str]]:
-    """Each option of a group with a line about it."""
+def _options(folders: Sequence[Path], group: str) -> Iterator[tuple[str, Path]]:
+    """Each option of a group with its yaml."""
     for folder in folders:
         for path in sorted((folder / group).rglob("*.yaml")):
-            name = path.relative_to(folder / group).with_suffix("").as_posix()
-            yield name, shorten(_line(path, folders), WIDTH - 22, placeholder=" ...") if described else ""
+            yield path.relative_to(folder / group).with_suffix("").as_posix(), path
 
 
 def _line(path: Path, folders: Sequence[Path]) -> str:
@@ -77,17 +76,15 @@ def _line(path: Path, folders: Sequence[Path]) -> str:
     if target is None:
         parent = re.search(r"^defaults: \[(\w+)", text, re.MULTILINE)
         return f"a variant of {parent[1]}" if parent else ""
-    roots = {CONF_DIR.parent, *(folder.parent for folder in folders), Path.cwd()}
-    found = (root / Path(*target[1].split(".")).with_suffix(".py") for root in sorted(roots))
-    module = next((file for file in found if file.is_file()), None)
+    module = file_of(target[1], sorted({*(folder.parent for folder in folders), Path.cwd()}))
     return _sentence(ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or "") if module else ""
 
 
 def _sentence(text: str) -> str:
-    """The first sentence, without what stands in brackets.
+    """The first sentence, without what stands in brackets, cut to what a line has room for.
 
     >>> _sentence("EWC: elastic weight consolidation (Kirkpatrick et al. 2017, arXiv 1612.00796). More.")
     'EWC: elastic weight consolidation'
     """
     first = re.split(r"(?<=[a-z)])(?<! al)\.(?:\s|$)", " ".join(text.split()), maxsplit=1)[0]
-    return re.sub(r"\s*\([^)]*\)", "", first)
+    return shorten(re.sub(r"\s*\([^)]*\)", "", first), WIDTH - 22, placeholder=" ...")
