@@ -19,6 +19,7 @@ Card:
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from pydantic import NonNegativeFloat
@@ -28,21 +29,15 @@ from torch.nn import Module
 from baselines.seq import Seq
 from clbench.models.loss import answer_loss
 from clbench.models.outputs import divergence, nll, states, untouched
-from clbench.types import Batch, UserMistake
-
-TOKENS = ("answers", "all")
+from clbench.types import Batch
 
 
 @dataclass(kw_only=True)
 class KlBase(Seq):
-    """LoRA with `strength` times the divergence of the untouched model's predictions from its own at `tokens`, one of TOKENS."""
+    """LoRA with `strength` times the divergence of the untouched model's predictions from its own at `tokens`."""
 
     strength: NonNegativeFloat
-    tokens: str
-
-    def __post_init__(self) -> None:
-        if self.tokens not in TOKENS:
-            raise UserMistake(f"method.tokens={self.tokens!r} is unknown; choose one of {', '.join(TOKENS)}")
+    tokens: Literal["answers", "all"]
 
     def loss(self, model: Module, batch: Batch) -> Tensor:
         """CE + strength * KL in nats, this micro-batch's share."""

@@ -21,7 +21,7 @@ Card:
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
@@ -33,25 +33,19 @@ from clbench.data.sampling import generator
 from clbench.models.loss import answer_loss, rows_of
 from clbench.models.outputs import divergence, nll, states, untouched, written
 from clbench.protocols import Stage
-from clbench.types import Batch, Example, Source, UserMistake
-
-FORMS = ("kl", "ce")
+from clbench.types import Batch, Example, Source
 
 
 @dataclass(kw_only=True)
 class SelfReplay(Seq):
-    """LoRA with `strength` times R on `rows` rows of `length` tokens that the untouched model wrote; `form` one of FORMS."""
+    """LoRA with `strength` times R on `rows` rows of `length` tokens that the untouched model wrote."""
 
     strength: NonNegativeFloat
-    form: str
+    form: Literal["kl", "ce"]
     ratio: NonNegativeFloat
     rows: PositiveInt
     length: PositiveInt
     replay: tuple[Example, ...] = field(default=())
-
-    def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise UserMistake(f"method.form={self.form!r} is unknown; choose one of {', '.join(FORMS)}")
 
     def wrap(self, model: Module) -> Module:
         """Draws the rows, then adds the adapter. A run that continues takes the rows back from its checkpoint."""

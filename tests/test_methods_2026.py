@@ -272,12 +272,6 @@ def test_text_is_replayed_from_its_beginning_and_must_be_given():
     assert len(toy.method.replay) == 5 and all(len(row.answer.split()) == 2 for row in toy.method.replay)
 
 
-@pytest.mark.parametrize(("name", "key"), [("kl_base", "tokens"), ("self_replay", "form")])
-def test_a_word_that_a_method_does_not_know_is_refused(name, key):
-    with pytest.raises(InstantiationException, match=f"method.{key}='best'"):
-        lab(name, f"method.{key}=best")
-
-
 # --- views of a shrunk update -----------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -57,7 +57,7 @@ class Recipe:
 
     label: str
     corpus: Corpus
-    tokenizer: str
+    tokenizer: Literal["words", "bpe"]
     architecture: dict[str, bool | PositiveInt | PositiveFloat]
     steps: NonNegativeInt
     batch_size: PositiveInt
@@ -69,8 +69,6 @@ class Recipe:
     note: str = ""
 
     def __post_init__(self) -> None:
-        if self.tokenizer not in ("words", "bpe"):
-            raise UserMistake(f"model.tokenizer={self.tokenizer!r} is unknown; choose words or bpe in conf/model")
         known = {one.name for one in fields(LlamaConfig)}
         for name in self.architecture.keys() - known:
             raise UserMistake(f"model.architecture.{name} is no field of transformers' LlamaConfig (conf/model)")
