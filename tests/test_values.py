@@ -85,6 +85,7 @@ def test_a_number_within_lists_is_looked_at_too(configured):
         ("method.lora.rank", 0),
         ("method.lora.dropout", 1.0),
         ("model.steps", -1),
+        ("model.tokenizer", "letters"),
         ("model.batch_size", 0),
         ("probe.probes.perplexity.window", 0),
         ("tasks.world_total.train_rows", 0),
