@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from baselines.seq import Seq
-from clbench.models.loss import answer_loss
+from clbench.models.loss import answer_loss, pack
 from clbench.models.outputs import divergence, nll, states, untouched
 from clbench.types import Batch
 
@@ -43,14 +43,14 @@ class KlBase(Seq):
         """CE + strength * KL in nats, this micro-batch's share."""
         if self.strength == 0:
             return answer_loss(model, batch)
-        reference = partial(untouched, model)
+        packed, reference = pack(batch), partial(untouched, model)
         with reference():
-            before = states(model, batch).hidden
-        now = states(model, batch)
-        of_row = batch.weights[now.rows]
+            before = states(model, packed)
+        now = states(model, packed)
+        of_row = batch.weights[packed.rows]
         if self.tokens == "all":
             weights = (of_row > 0) / batch.source_tokens[0]
         else:
-            weights = torch.zeros_like(of_row).index_copy(0, now.places, of_row[now.places])
-        kl = divergence(model, now.hidden, before, weights, reference=reference)
-        return nll(model, now, of_row[now.places]) + self.strength * kl
+            weights = torch.zeros_like(of_row).index_copy(0, packed.places, of_row[packed.places])
+        kl = divergence(model, now, before, weights, reference=reference)
+        return nll(model, now, packed, of_row[packed.places]) + self.strength * kl

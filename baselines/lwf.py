@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from baselines.seq import Seq
-from clbench.models.loss import answer_loss
+from clbench.models.loss import answer_loss, pack
 from clbench.models.outputs import divergence, nll, states
 from clbench.models.pairs import Pair, lora_pairs, using
 from clbench.protocols import Stage
@@ -52,11 +52,11 @@ class Lwf(Seq):
         """CE + strength * T^2 KL in nats, this micro-batch's share."""
         if self.strength == 0:
             return answer_loss(model, batch)
-        reference = partial(using, model, self.pairs, self.previous)
+        packed, reference = pack(batch), partial(using, model, self.pairs, self.previous)
         with reference():
-            before = states(model, batch).hidden
-        now = states(model, batch)
-        weights = batch.weights[now.rows[now.places]]
-        hidden = now.hidden[now.places], before[now.places]
+            before = states(model, packed)
+        now = states(model, packed)
+        weights = batch.weights[packed.rows[packed.places]]
+        hidden = now[packed.places], before[packed.places]
         kl = divergence(model, *hidden, weights, reference=reference, temperature=self.temperature)
-        return nll(model, now, weights) + self.strength * kl
+        return nll(model, now, packed, weights) + self.strength * kl
