@@ -22,27 +22,21 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn import Module
 
-from baselines.seq import Seq
+from baselines.seq import SeqPairs
 from clbench.models.loss import answer_loss, pack
 from clbench.models.outputs import divergence, nll, states
-from clbench.models.pairs import Pair, lora_pairs, using
+from clbench.models.pairs import using
 from clbench.protocols import Stage
 from clbench.types import Batch
 
 
 @dataclass(kw_only=True)
-class Lwf(Seq):
+class Lwf(SeqPairs):
     """LoRA with `strength` times the divergence of the previous model's predictions from its own, both softened by `temperature`."""
 
     strength: NonNegativeFloat
     temperature: PositiveFloat
     previous: dict[str, Tensor] = field(default_factory=dict)
-    pairs: tuple[Pair, ...] = ()
-
-    def wrap(self, model: Module) -> Module:
-        wrapped = super().wrap(model)
-        self.pairs = lora_pairs(wrapped)
-        return wrapped
 
     def begin_stage(self, stage: Stage, model: Module) -> None:
         """Keeps the adapter as it is; a run that continues within the stage does so before the stage's own weights are put back."""
