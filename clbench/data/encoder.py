@@ -57,9 +57,7 @@ class Encoder:
         self.together = together
         self.chat = chat
         self._encoded: dict[tuple[str, str], Encoded] = {}
-        self._prompts: dict[str, Ids] = {}
-        self._answers: dict[str, Ids] = {}
-        self._own: dict[tuple[str, bool], Ids] = {}
+        self._ids: dict[tuple[object, ...], Ids] = {}
         first, *_ = tokenizer(SIGN, add_special_tokens=True, split_special_tokens=True)["input_ids"]
         self._first = (first,) if first == tokenizer.bos_token_id else ()
         self.begin: Ids = self._first
@@ -83,25 +81,22 @@ class Encoder:
         text = chats.asked(self.tokenizer, prompt) if self.chat and prompt else prompt
         return text if answer is None else f"{text}{self._spacing}{answer}"
 
-    def text(self, text: str) -> list[int]:
+    def text(self, text: str) -> Ids:
         """Token ids of bare text, without special tokens; one that is spelled out in the text (`<s>` in a program) is plain characters."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return self._read(text, add_special_tokens=False, split_special_tokens=True)
 
     def prompt(self, prompt: str) -> Ids:
         """The prompt's token ids, after `begin`, untruncated; of an empty one BOS in any case, as something must come before an answer."""
-        if prompt not in self._prompts:
-            chat = self.own(self.spelled(prompt), special=False) if self.chat and prompt else ()
-            self._prompts[prompt] = chat or (*self._first, *self.text(prompt)) or (self.tokenizer.bos_token_id,)
-        return self._prompts[prompt]
+        if self.chat and prompt:
+            return self.own(self.spelled(prompt), special=False)
+        return (*self._first, *self.text(prompt)) or (self.tokenizer.bos_token_id,)
 
     def answer(self, answer: str) -> Ids:
         """The answer's token ids as they follow a prompt, without EOS."""
-        if answer not in self._answers:
-            # Behind a sign: at a text's beginning some tokenizers put a space of their own, which behind a prompt would be a second one.
-            sign, follows = self.text(self._before), f"{self._spacing}{answer}"
-            whole = self.text(f"{self._before}{follows}")
-            self._answers[answer] = tuple(whole[len(sign) :] if whole[: len(sign)] == sign else self.text(follows))
-        return self._answers[answer]
+        # Behind a sign: at a text's beginning some tokenizers put a space of their own, which behind a prompt would be a second one.
+        sign, follows = self.text(self._before), f"{self._spacing}{answer}"
+        whole = self.text(f"{self._before}{follows}")
+        return whole[len(sign) :] if whole[: len(sign)] == sign else self.text(follows)
 
     def fits(self, answer: str) -> bool:
         """Whether the answer has at most `max_length` tokens together with the frame before it and EOS."""
@@ -111,9 +106,14 @@ class Encoder:
 
     def own(self, text: str, *, special: bool) -> Ids:
         """The text's ids as the tokenizer itself gives them, special tokens that the text spells as such; with `special` those that it adds, too."""
-        if (text, special) not in self._own:
-            self._own[text, special] = tuple(self.tokenizer.encode(text, add_special_tokens=special))
-        return self._own[text, special]
+        return self._read(text, add_special_tokens=special)
+
+    def _read(self, text: str, **settings: bool) -> Ids:
+        """The text's ids by the tokenizer with these settings, which is asked once."""
+        key = (text, *settings.items())
+        if key not in self._ids:
+            self._ids[key] = tuple(self.tokenizer(text, **settings)["input_ids"])
+        return self._ids[key]
 
     def example(self, example: Example) -> Encoded:
         """The example's ids with EOS at the end, the prompt cut so that they are at most `max_length`."""
