@@ -1,5 +1,6 @@
 """Examples to token ids, and token ids to the batches of one optimizer step."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
@@ -159,21 +160,19 @@ class Encoder:
         where rows run out, one row of weight 0 stands in.
         """
         drawn = [(self.example(example), source, weight) for example, source, weight in global_batch]
-        sources = max(source for _, source, _ in drawn) + 1
-        answers, attended, weights = [0] * sources, [0] * sources, [0.0] * sources
-        for encoded, source, weight in drawn:
+        weights = {source: weight for _, source, weight in drawn}
+        answers, attended = Counter[int](), Counter[int]()
+        for encoded, source, _ in drawn:
             answers[source] += len(encoded.ids) - encoded.answer_start
             attended[source] += len(encoded.ids)
-            weights[source] = weight
-        shares = [
-            weight / sum(weights) / count if count else 0.0 for weight, count in zip(weights, answers, strict=True)
-        ]
+        shares = {source: weight / sum(weights.values()) / answers[source] for source, weight in weights.items()}
+        source_tokens = tuple(attended[source] for source in range(max(attended) + 1))
         weighted = [(encoded, source, shares[source]) for encoded, source, _ in drawn]
         rows = rows if self.together else 1
         parts = [split_rows(weighted[first::world_size], rows=rows, tokens=tokens) for first in range(world_size)]
         encoded, source, _ = drawn[0]
         parts[rank] += [[(encoded, source, 0.0)]] * (max(map(len, parts)) - len(parts[rank]))
-        return [self._collated(part, source_tokens=tuple(attended)) for part in parts[rank]]
+        return [self._collated(part, source_tokens=source_tokens) for part in parts[rank]]
 
     def _collated(self, rows: Sequence[Drawn], *, source_tokens: tuple[int, ...]) -> Batch:
         ids = [torch.tensor(encoded.ids) for encoded, _, _ in rows]
@@ -202,7 +201,7 @@ def split_rows(drawn: Sequence[Drawn], *, rows: int, tokens: int | None) -> list
             held = 0
         parts[-1].append(row)
         held += length
-    return parts if len(parts) > 1 else [list(drawn)] if drawn else []
+    return [list(drawn)] if len(parts) == 1 else parts
 
 
 def clip_left(ids: Ids, length: int, *, kept: int = 1) -> Ids:

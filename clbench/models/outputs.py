@@ -10,7 +10,6 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from peft import PeftModel
@@ -93,23 +92,19 @@ def divergence(
     if any(is_sharded(parameter) for parameter in model.parameters()):
         # Ranks gather the head's weights together, so each of them makes one forward of it, whatever its tokens.
         wanted, size = (wanted, len(wanted)) if len(wanted) else (torch.zeros_like(weights_P[:1], dtype=torch.int64), 1)
-    part = partial(_divergence, model, reference, temperature)
+
+    def of_slice(hidden_PH: Tensor, reference_PH: Tensor, weights_P: Tensor) -> Tensor:
+        with reference():
+            reference_PV = (project(model, reference_PH) / temperature).log_softmax(-1)
+        log_probs_PV = (project(model, hidden_PH) / temperature).log_softmax(-1)
+        kl_P = F.kl_div(log_probs_PV, reference_PV, reduction="none", log_target=True).sum(-1)
+        return temperature**2 * (kl_P * weights_P).sum()
+
     total = hidden_PH.sum() * 0
     for places in wanted.split(size):
-        total = total + checkpoint(
-            part, hidden_PH[places], reference_PH[places], weights_P[places], use_reentrant=False
-        )
+        of_these = hidden_PH[places], reference_PH[places], weights_P[places]
+        total = total + checkpoint(of_slice, *of_these, use_reentrant=False)
     return total
-
-
-def _divergence(
-    model: Module, reference: Reference, temperature: float, hidden_PH: Tensor, reference_PH: Tensor, weights_P: Tensor
-) -> Tensor:
-    with reference():
-        reference_PV = (project(model, reference_PH) / temperature).log_softmax(-1)
-    log_probs_PV = (project(model, hidden_PH) / temperature).log_softmax(-1)
-    kl_P = F.kl_div(log_probs_PV, reference_PV, reduction="none", log_target=True).sum(-1)
-    return temperature**2 * (kl_P * weights_P).sum()
 
 
 @contextmanager
