@@ -132,12 +132,9 @@ class Secura(Method):
         if self.fusion_step is None or self.merge == "none" or self.steps % self.fusion_step:
             return
         for name, layer in self.layers.items():
-            for factor in engine.tensors((f"{name}.core.A", f"{name}.core.B")):
-                if factor.name.endswith(".A"):
-                    left = factor.value.clone()
-                else:
-                    layer.absorb(left @ factor.value, into_history=self.merge == "m2")
-                    factor.value = torch.zeros_like(factor.value)
+            a, b = engine.tensors((f"{name}.core.A", f"{name}.core.B"))
+            layer.absorb(a.value @ b.value, into_history=self.merge == "m2")
+            b.value = torch.zeros_like(b.value)
 
     def consolidate(self, model: Module) -> None:
         """The task's update becomes part of the weights (M1) or of the history (M2)."""

@@ -26,8 +26,8 @@ def causal_lm(model: Module) -> Module:
 class Packed:
     """The rows of a batch as one, without padding.
 
-    `ids`, `rows` [M]: its tokens, and which row each is of; `positions`: what tells the model where rows begin; `places`, `labels` [N]: the tokens
-    after which an answer's token comes, and those.
+    `ids` [M] are its tokens, `rows` [M] says which row of the batch each is of, and `positions` tells the model where rows begin; `labels` [N] are
+    the answer tokens, and `places` [N] where the token before each of them stands.
     """
 
     ids: Tensor
