@@ -17,14 +17,14 @@ Card:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from baselines.er import Er
-from clbench.models.loss import answer_loss, rows_of
+from clbench.models.loss import answer_loss, indices_of, rows_of
 from clbench.protocols import Engine
 from clbench.types import Batch, UserMistake
 
@@ -58,12 +58,10 @@ class Agem(Er):
 
     @staticmethod
     def only(batch: Batch, source: int) -> Batch:
-        """The rows of one source, weighted as if alone; where there are none one row without weight, as every rank makes the same forwards."""
-        rows = torch.nonzero(batch.sources == source)[:, 0]
-        picked = rows_of(batch, rows if len(rows) else torch.zeros_like(batch.sources[:1]))
+        """The rows of one source, weighted as if alone; where there are none one row without weight."""
+        picked = rows_of(batch, indices_of(batch, source))
         # A source is half of the step's loss.
-        weights = 2 * picked.weights * (picked.sources == source)
-        return Batch(**vars(picked) | {"weights": weights})
+        return replace(picked, weights=2 * picked.weights * (picked.sources == source))
 
     def correct_gradients(self, engine: Engine) -> Tensor | float:
         """Takes from the gradient what opposes the memory's; nothing is added to the loss."""

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import Module
 
-from baselines.seq import Seq
-from clbench.models.pairs import Pair, holding, lora_pairs
+from baselines.seq import SeqPairs
+from clbench.models.pairs import Pair, holding
 
 
 def shrunk(pairs: Sequence[Pair], shares: Sequence[float]) -> dict[str, Tensor]:
@@ -34,17 +34,10 @@ def shrunk(pairs: Sequence[Pair], shares: Sequence[float]) -> dict[str, Tensor]:
 
 
 @dataclass(kw_only=True)
-class Shrunk(Seq):
+class Shrunk(SeqPairs):
     """Sequential fine-tuning of one LoRA that is examined with shares of its update."""
 
     keeps = False
-
-    pairs: tuple[Pair, ...] = ()
-
-    def wrap(self, model: Module) -> Module:
-        wrapped = super().wrap(model)
-        self.pairs = lora_pairs(wrapped)
-        return wrapped
 
     def view(self, shares: Sequence[float]) -> AbstractContextManager:
         """The model with such a share of each pair's update."""

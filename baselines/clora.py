@@ -25,7 +25,7 @@ Card:
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
@@ -36,9 +36,6 @@ from baselines.seq import Seq
 from clbench.data.sampling import generator
 from clbench.models.pairs import lora_pairs
 from clbench.protocols import Engine
-from clbench.types import UserMistake
-
-BASES = ("random", "svd_major", "svd_minor")
 
 
 def penalty(factor: Tensor, basis: Tensor) -> Tensor:
@@ -68,17 +65,13 @@ def svd_bases(weight: Tensor, *, k_in: int, k_out: int, major: bool) -> tuple[Te
 
 @dataclass(kw_only=True)
 class Clora(Seq):
-    """LoRA with `fraction` of each side's directions (or `k` of them) penalised by `strength`; `basis` one of BASES."""
+    """LoRA with `fraction` of each side's directions (or `k` of them) penalised by `strength`."""
 
     strength: NonNegativeFloat
     fraction: Annotated[float, Field(gt=0, le=1)]
     k: PositiveInt | None
-    basis: str
+    basis: Literal["random", "svd_major", "svd_minor"]
     bases: dict[str, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.basis not in BASES:
-            raise UserMistake(f"method.basis={self.basis!r} is unknown; choose one of {', '.join(BASES)}")
 
     def wrap(self, model: Module) -> Module:
         """Adds the one adapter that all stages train, and builds the bases by the name of the factor they constrain."""

@@ -27,7 +27,7 @@ Card:
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import PositiveInt
 from torch import Tensor
@@ -39,7 +39,6 @@ from clbench.protocols import Method
 from clbench.types import UserMistake
 
 OFFSETS = {"code_eps": 1e-3, "paper": 0.0}
-SELECTIONS = (*OFFSETS, "topk")
 
 
 def choose(weight: Tensor, count: int, *, select: str, seed: int, name: str) -> tuple[Tensor, Tensor]:
@@ -58,13 +57,9 @@ class CurLora(Method):
     targets: list[str] | str
     rank: PositiveInt
     alpha: float
-    select: str
+    select: Literal["code_eps", "paper", "topk"]
     seed: int
     layers: dict[str, cur.CurLinear] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.select not in SELECTIONS:
-            raise UserMistake(f"method.select={self.select!r} is unknown; choose one of {', '.join(SELECTIONS)}")
 
     def wrap(self, model: Module) -> Module:
         self.layers = cur.inject(model, targets=self.targets, make=self.layer)

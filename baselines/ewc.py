@@ -119,10 +119,8 @@ class Ewc(Seq):
 
     def fisher(self, stage: Stage, engine: Engine) -> dict[str, Tensor]:
         """Fisher of this task on `fisher_examples` of its examples, of the sum of log p over each answer's tokens, scaled to mean 1."""
-        count = min(self.fisher_examples, len(stage.train))
-        picked = torch.randperm(len(stage.train), generator=generator(self.seed, "fisher", stage.index))[
-            :count
-        ].tolist()
+        order = torch.randperm(len(stage.train), generator=generator(self.seed, "fisher", stage.index))
+        picked = order[: self.fisher_examples].tolist()
 
         def nll(example: Example) -> Tensor:
             batch = stage.collate([example])

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from baselines.er import Er
-from clbench.models.loss import answer_loss, read, rows_of, weighted_nll
+from clbench.models.loss import answer_loss, indices_of, pack, read, rows_of, weighted_nll
 from clbench.models.pairs import Pair, holding, lora_pairs, using
 from clbench.protocols import Engine
 from clbench.types import Batch
@@ -98,22 +98,21 @@ class Ilora(Er):
         """(CE_current + CE_memory) / 2 + consistency on the memory's rows, in nats per answer token."""
         if self.consistency == 0 or len(batch.source_tokens) == 1:
             return answer_loss(model, batch)
-        rows = torch.nonzero(batch.sources == 1)[:, 0]
-        # Every rank makes the same forwards, so a micro-batch without memory rows reads one row and masks it.
-        picked = rows if len(rows) else torch.zeros_like(batch.sources[:1])
+        picked = indices_of(batch, 1)
+        packed, memory = pack(batch), pack(rows_of(batch, picked))
         with using(model, self.pairs, self.slow):
-            slow = read(model, rows_of(batch, picked), hidden_states=True)
-        fast = read(model, batch, hidden_states=True)
-        both = torch.isin(fast.rows, picked)
+            _, hidden_slow = read(model, memory, hidden_states=True)
+        logits, hidden_fast = read(model, packed, hidden_states=True)
+        both = torch.isin(packed.rows, picked)
         first = 0 if self.all_layers else -1
         disagreement = consistency(
-            [layer[both] for layer in fast.hidden_states[first:]],
-            slow.hidden_states[first:],
-            (batch.sources[picked] == 1)[slow.rows],
+            [layer[both] for layer in hidden_fast[first:]],
+            hidden_slow[first:],
+            (batch.sources[picked] == 1)[memory.rows],
             tokens=batch.source_tokens[1],
             one_sided=self.one_sided,
         )
-        return total_loss(weighted_nll(fast, batch), disagreement, self.consistency)
+        return total_loss(weighted_nll(logits, packed, batch), disagreement, self.consistency)
 
     def after_step(self, engine: Engine) -> None:
         """Moves the slow factors towards the fast ones; whole tensors, so that every rank holds the slow adapter."""

@@ -19,6 +19,7 @@ Card:
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from pydantic import NonNegativeFloat
@@ -26,36 +27,30 @@ from torch import Tensor
 from torch.nn import Module
 
 from baselines.seq import Seq
-from clbench.models.loss import answer_loss
+from clbench.models.loss import answer_loss, pack
 from clbench.models.outputs import divergence, nll, states, untouched
-from clbench.types import Batch, UserMistake
-
-TOKENS = ("answers", "all")
+from clbench.types import Batch
 
 
 @dataclass(kw_only=True)
 class KlBase(Seq):
-    """LoRA with `strength` times the divergence of the untouched model's predictions from its own at `tokens`, one of TOKENS."""
+    """LoRA with `strength` times the divergence of the untouched model's predictions from its own at `tokens`."""
 
     strength: NonNegativeFloat
-    tokens: str
-
-    def __post_init__(self) -> None:
-        if self.tokens not in TOKENS:
-            raise UserMistake(f"method.tokens={self.tokens!r} is unknown; choose one of {', '.join(TOKENS)}")
+    tokens: Literal["answers", "all"]
 
     def loss(self, model: Module, batch: Batch) -> Tensor:
         """CE + strength * KL in nats, this micro-batch's share."""
         if self.strength == 0:
             return answer_loss(model, batch)
-        reference = partial(untouched, model)
+        packed, reference = pack(batch), partial(untouched, model)
         with reference():
-            before = states(model, batch).hidden
-        now = states(model, batch)
-        of_row = batch.weights[now.rows]
+            before = states(model, packed)
+        now = states(model, packed)
+        of_row = batch.weights[packed.rows]
         if self.tokens == "all":
             weights = (of_row > 0) / batch.source_tokens[0]
         else:
-            weights = torch.zeros_like(of_row).index_copy(0, now.places, of_row[now.places])
-        kl = divergence(model, now.hidden, before, weights, reference=reference)
-        return nll(model, now, of_row[now.places]) + self.strength * kl
+            weights = torch.zeros_like(of_row).index_copy(0, packed.places, of_row[packed.places])
+        kl = divergence(model, now, before, weights, reference=reference)
+        return nll(model, now, packed, of_row[packed.places]) + self.strength * kl

@@ -20,10 +20,8 @@ from dataclasses import dataclass
 
 from pydantic import NonNegativeFloat
 from torch import Tensor
-from torch.nn import Module
 
-from baselines.seq import Seq
-from clbench.models.pairs import Pair, lora_pairs
+from baselines.seq import SeqPairs
 from clbench.protocols import Engine
 
 
@@ -43,16 +41,10 @@ def penalty_gradient(factor: Tensor, gram_other: Tensor, *, scale: float) -> Ten
 
 
 @dataclass(kw_only=True)
-class L2(Seq):
+class L2(SeqPairs):
     """LoRA with `strength`/2 times the squared Frobenius norm of the update."""
 
     strength: NonNegativeFloat
-    pairs: tuple[Pair, ...] = ()
-
-    def wrap(self, model: Module) -> Module:
-        wrapped = super().wrap(model)
-        self.pairs = lora_pairs(wrapped)
-        return wrapped
 
     def correct_gradients(self, engine: Engine) -> Tensor | float:
         """Adds the penalty's gradient to every factor; returns strength times the penalty."""

@@ -22,27 +22,21 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn import Module
 
-from baselines.seq import Seq
-from clbench.models.loss import answer_loss
+from baselines.seq import SeqPairs
+from clbench.models.loss import answer_loss, pack
 from clbench.models.outputs import divergence, nll, states
-from clbench.models.pairs import Pair, lora_pairs, using
+from clbench.models.pairs import using
 from clbench.protocols import Stage
 from clbench.types import Batch
 
 
 @dataclass(kw_only=True)
-class Lwf(Seq):
+class Lwf(SeqPairs):
     """LoRA with `strength` times the divergence of the previous model's predictions from its own, both softened by `temperature`."""
 
     strength: NonNegativeFloat
     temperature: PositiveFloat
     previous: dict[str, Tensor] = field(default_factory=dict)
-    pairs: tuple[Pair, ...] = ()
-
-    def wrap(self, model: Module) -> Module:
-        wrapped = super().wrap(model)
-        self.pairs = lora_pairs(wrapped)
-        return wrapped
 
     def begin_stage(self, stage: Stage, model: Module) -> None:
         """Keeps the adapter as it is; a run that continues within the stage does so before the stage's own weights are put back."""
@@ -52,11 +46,11 @@ class Lwf(Seq):
         """CE + strength * T^2 KL in nats, this micro-batch's share."""
         if self.strength == 0:
             return answer_loss(model, batch)
-        reference = partial(using, model, self.pairs, self.previous)
+        packed, reference = pack(batch), partial(using, model, self.pairs, self.previous)
         with reference():
-            before = states(model, batch).hidden
-        now = states(model, batch)
-        weights = batch.weights[now.rows[now.places]]
-        hidden = now.hidden[now.places], before[now.places]
+            before = states(model, packed)
+        now = states(model, packed)
+        weights = batch.weights[packed.rows[packed.places]]
+        hidden = now[packed.places], before[packed.places]
         kl = divergence(model, *hidden, weights, reference=reference, temperature=self.temperature)
-        return nll(model, now, weights) + self.strength * kl
+        return nll(model, now, packed, weights) + self.strength * kl

@@ -25,8 +25,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from baselines.seq import Seq
-from clbench.models.pairs import Pair, lora_pairs, stack
+from baselines.seq import SeqPairs
+from clbench.models.pairs import Pair, stack
 
 
 @contextmanager
@@ -48,16 +48,12 @@ def averaged(pairs: tuple[Pair, ...], stacks: dict[str, Tensor]) -> Iterator[Non
 
 
 @dataclass(kw_only=True)
-class MergeAverage(Seq):
+class MergeAverage(SeqPairs):
     """Sequential fine-tuning of one LoRA, examined at the mean of its updates after each stage so far."""
 
-    stacks: dict[str, Tensor] = field(default_factory=dict)
-    pairs: tuple[Pair, ...] = ()
+    writing = True
 
-    def wrap(self, model: Module) -> Module:
-        wrapped = super().wrap(model)
-        self.pairs = lora_pairs(wrapped, merging=True)
-        return wrapped
+    stacks: dict[str, Tensor] = field(default_factory=dict)
 
     def consolidate(self, model: Module) -> None:
         self.stacks = stack(self.pairs, self.stacks)

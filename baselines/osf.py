@@ -27,10 +27,9 @@ from torch.nn import Module
 
 from clbench.models.limits import check_unshared
 from clbench.models.lora import targeted
+from clbench.models.pairs import ADAPTER
 from clbench.protocols import Method
 from clbench.types import UserMistake
-
-ADAPTER = "default"
 
 
 @dataclass(kw_only=True)

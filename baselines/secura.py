@@ -33,7 +33,7 @@ Card:
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
@@ -46,7 +46,6 @@ from clbench.protocols import Engine, Method, Stage
 from clbench.types import UserMistake
 
 EPSILON = 1e-10
-MERGES = ("m1", "m2", "none")
 
 
 def magnorm_weight_id(weight: Tensor, delta: Tensor, *, quantile: float, kappa: float) -> Tensor:
@@ -78,10 +77,10 @@ class Secura(Method):
     targets: list[str] | str
     rank: PositiveInt
     inner: PositiveInt
-    magnorm: str
+    magnorm: Literal["weight_id", "weight_comment", "output_release", "none"]
     quantile: Annotated[float, Field(ge=0, le=1)]
     kappa: NonNegativeFloat
-    merge: str
+    merge: Literal["m1", "m2", "none"]
     fusion_step: PositiveInt | None
     train_bias: bool
     steps: int = 0
@@ -94,9 +93,6 @@ class Secura(Method):
             "output_release": partial(magnorm_output_release, kappa=self.kappa),
             "none": None,
         }
-        for key, value, allowed in (("magnorm", self.magnorm, self.magnorms), ("merge", self.merge, MERGES)):
-            if value not in allowed:
-                raise UserMistake(f"method.{key}={value!r} is unknown; choose one of {', '.join(allowed)}")
         if self.inner <= self.rank:
             raise UserMistake(f"method.inner={self.inner} must be larger than method.rank={self.rank}")
         self.merges = self.merge == "m1"
@@ -136,12 +132,9 @@ class Secura(Method):
         if self.fusion_step is None or self.merge == "none" or self.steps % self.fusion_step:
             return
         for name, layer in self.layers.items():
-            for factor in engine.tensors((f"{name}.core.A", f"{name}.core.B")):
-                if factor.name.endswith(".A"):
-                    left = factor.value.clone()
-                else:
-                    layer.absorb(left @ factor.value, into_history=self.merge == "m2")
-                    factor.value = torch.zeros_like(factor.value)
+            a, b = engine.tensors((f"{name}.core.A", f"{name}.core.B"))
+            layer.absorb(a.value @ b.value, into_history=self.merge == "m2")
+            b.value = torch.zeros_like(b.value)
 
     def consolidate(self, model: Module) -> None:
         """The task's update becomes part of the weights (M1) or of the history (M2)."""

@@ -21,7 +21,7 @@ Card:
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
@@ -30,28 +30,22 @@ from torch.nn import Module
 
 from baselines.seq import Seq
 from clbench.data.sampling import generator
-from clbench.models.loss import answer_loss, rows_of
+from clbench.models.loss import answer_loss, indices_of, pack, rows_of
 from clbench.models.outputs import divergence, nll, states, untouched, written
 from clbench.protocols import Stage
-from clbench.types import Batch, Example, Source, UserMistake
-
-FORMS = ("kl", "ce")
+from clbench.types import Batch, Example, Source
 
 
 @dataclass(kw_only=True)
 class SelfReplay(Seq):
-    """LoRA with `strength` times R on `rows` rows of `length` tokens that the untouched model wrote; `form` one of FORMS."""
+    """LoRA with `strength` times R on `rows` rows of `length` tokens that the untouched model wrote."""
 
     strength: NonNegativeFloat
-    form: str
+    form: Literal["kl", "ce"]
     ratio: NonNegativeFloat
     rows: PositiveInt
     length: PositiveInt
     replay: tuple[Example, ...] = field(default=())
-
-    def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise UserMistake(f"method.form={self.form!r} is unknown; choose one of {', '.join(FORMS)}")
 
     def wrap(self, model: Module) -> Module:
         """Draws the rows, then adds the adapter. A run that continues takes the rows back from its checkpoint."""
@@ -72,19 +66,17 @@ class SelfReplay(Seq):
             return answer_loss(model, batch)
         if self.form == "ce":
             return (1 + self.strength) * answer_loss(model, batch)
-        # Every rank makes the same forwards, so a micro-batch without replayed rows reads one row and masks it.
-        rows = torch.nonzero(batch.sources == 1)[:, 0]
-        picked = rows if len(rows) else torch.zeros_like(batch.sources[:1])
+        picked = indices_of(batch, 1)
         replayed = rows_of(batch, picked)
-        reference = partial(untouched, model)
+        packed, of_replayed, reference = pack(batch), pack(replayed), partial(untouched, model)
         with reference():
-            before = states(model, replayed)
-        now = states(model, batch)
-        after = now.hidden[torch.isin(now.rows, picked)]
-        weights = (replayed.weights * (replayed.sources == 1))[before.rows[before.places]]
-        kl = divergence(model, after[before.places], before.hidden[before.places], weights, reference=reference)
-        current = (batch.weights * (batch.sources == 0))[now.rows[now.places]]
-        return (1 + self.strength) * (nll(model, now, current) + kl)
+            before = states(model, of_replayed)
+        now = states(model, packed)
+        after, places = now[torch.isin(packed.rows, picked)], of_replayed.places
+        weights = (replayed.weights * (replayed.sources == 1))[of_replayed.rows[places]]
+        kl = divergence(model, after[places], before[places], weights, reference=reference)
+        current = (batch.weights * (batch.sources == 0))[packed.rows[packed.places]]
+        return (1 + self.strength) * (nll(model, now, packed, current) + kl)
 
     def state_dict(self) -> dict[str, Any]:
         return {"replay": torch.tensor([example.ids for example in self.replay])}

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from torch.nn import Module
 
 from clbench.models.lora import Lora
+from clbench.models.pairs import Pair, lora_pairs
 from clbench.protocols import Method
 
 
@@ -30,3 +31,18 @@ class Seq(Method):
     def wrap(self, model: Module) -> Module:
         """Adds the one adapter that all stages train."""
         return self.lora.add(model, seed=self.seed)
+
+
+@dataclass(kw_only=True)
+class SeqPairs(Seq):
+    """SEQ for methods that work on the two factors of each layer. `writing`: whether they write into the weights, if only for an examination."""
+
+    writing = False
+
+    pairs: tuple[Pair, ...] = ()
+
+    def wrap(self, model: Module) -> Module:
+        """Adds the adapter, which must be plain LoRA."""
+        wrapped = super().wrap(model)
+        self.pairs = lora_pairs(wrapped, merging=self.writing)
+        return wrapped

@@ -20,24 +20,19 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from baselines.seq import Seq
-from clbench.models.pairs import Pair, lora_pairs, merge_and_restart, merge_stacks, stack
+from baselines.seq import SeqPairs
+from clbench.models.pairs import merge_and_restart, merge_stacks, stack
 
 
 @dataclass(kw_only=True)
-class SeqMerge(Seq):
+class SeqMerge(SeqPairs):
     """Sequential fine-tuning of one LoRA per task, each merged when its task ends."""
 
     merges = True
+    writing = True
 
     stages: int = 0
     retired: dict[str, Tensor] = field(default_factory=dict)
-    pairs: tuple[Pair, ...] = ()
-
-    def wrap(self, model: Module) -> Module:
-        wrapped = super().wrap(model)
-        self.pairs = lora_pairs(wrapped, merging=True)
-        return wrapped
 
     def consolidate(self, model: Module) -> None:
         self.stages += 1

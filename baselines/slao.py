@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from baselines.seq import Seq
-from clbench.models.pairs import Pair, holding, lora_pairs
+from baselines.seq import SeqPairs
+from clbench.models.pairs import holding
 from clbench.protocols import Stage
 
 
@@ -38,16 +38,14 @@ def orthonormal_rows(a: Tensor) -> Tensor:
 
 
 @dataclass(kw_only=True)
-class Slao(Seq):
+class Slao(SeqPairs):
     """One LoRA, examined with the merged B of all tasks so far."""
 
     stages: int = 0
     merged: dict[str, Tensor] = field(default_factory=dict)
-    pairs: tuple[Pair, ...] = ()
 
     def wrap(self, model: Module) -> Module:
         wrapped = super().wrap(model)
-        self.pairs = lora_pairs(wrapped)
         self.merged = {pair.B: torch.zeros_like(pair.live()[pair.B]) for pair in self.pairs}
         return wrapped
 

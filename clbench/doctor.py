@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from transformers import PretrainedConfig
 
-from clbench.build import make_tasks, set_up_torch, sketch
+from clbench.build import check_classes, make_tasks, set_up_torch, sketch
 from clbench.cli import USERS_MISTAKES, put_in_reach, refuse
 from clbench.config import Config
 from clbench.config.checks import one_of
@@ -202,6 +202,7 @@ def asked(arguments: Sequence[str]) -> tuple[Config, str, float, int]:
 def forecast(arguments: Sequence[str]) -> Iterator[Table | str]:
     """All that is printed of an experiment, each part as soon as it is known."""
     config, gpu, share, ranks = asked(arguments)
+    check_classes(config)
     set_up_torch(config)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     tasks, source = make_tasks(config), instantiate(config.model, _convert_="all")

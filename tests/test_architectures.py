@@ -23,7 +23,7 @@ from clbench.examine.together import reads_together
 from clbench.models.folding import export, folded
 from clbench.models.limits import NO_LIMIT, check_length, positions
 from clbench.models.loss import answer_loss, causal_lm
-from clbench.models.pretrained import Pretrained, load, prepared
+from clbench.models.pretrained import Pretrained, prepared
 from clbench.models.tiny import word_tokenizer
 from clbench.models.weights import trainable
 from clbench.types import Example, UserMistake
@@ -407,7 +407,7 @@ def test_ids_beyond_the_embedding_are_refused_unless_only_a_special_tokens_spell
 def test_the_models_own_dropout_is_off_and_said_once(name, tmp_path, caplog):
     model = tiny(name, vocab_size=53)
     with caplog.at_level("INFO"):
-        loaded, tokenizer = load(folder(tmp_path, model), dtype=torch.float32)
+        loaded, tokenizer = Pretrained(label="x", name=folder(tmp_path, model)).load(tmp_path)
     said = [record.message for record in caplog.records if "dropout is off" in record.message]
     assert len(said) == (name in ("gpt2", "opt"))  # 0.1 in their configurations
     batch = Encoder(tokenizer, max_length=64).collate(examples())

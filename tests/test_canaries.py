@@ -604,9 +604,9 @@ def test_training_without_the_models_own_head_is_noticed(name, scale, encoder, m
     model, whole = kind(name, encoder), loss.read
     assert gaps(model, encoder) == set()
 
-    def unscaled(model, batch):
-        reading = whole(model, batch)
-        return replace(reading, logits=reading.logits * scale)
+    def unscaled(model, packed):
+        logits, hidden_states = whole(model, packed)
+        return logits * scale, hidden_states
 
     monkeypatch.setattr(loss, "read", unscaled)
     assert gaps(model, encoder) == {"training"}

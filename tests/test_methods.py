@@ -420,11 +420,6 @@ def test_clora_svd_bases_carry_the_largest_or_the_smallest_part_of_the_weight(en
     torch.testing.assert_close(torch.diag(p_u @ p_u.T), kept)
 
 
-def test_clora_refuses_an_unknown_basis():
-    with pytest.raises(UserMistake, match="svd_major"):
-        clora.Clora(lora=None, seed=0, strength=1.0, fraction=0.25, k=None, basis="best")
-
-
 # --- I-LoRA -------------------------------------------------------------------------------------------------------------
 
 

@@ -85,6 +85,7 @@ def test_a_number_within_lists_is_looked_at_too(configured):
         ("method.lora.rank", 0),
         ("method.lora.dropout", 1.0),
         ("model.steps", -1),
+        ("model.tokenizer", "letters"),
         ("model.batch_size", 0),
         ("probe.probes.perplexity.window", 0),
         ("tasks.world_total.train_rows", 0),
@@ -114,6 +115,16 @@ def test_the_edges_of_a_range_that_belong_to_it_are_allowed(configured, key, val
 )
 def test_a_value_of_another_type_is_refused(configured, key, value):
     assert "is not allowed" in refused(configured, key, value)
+
+
+@pytest.mark.parametrize(
+    "method", ["clora.basis", "curlora.select", "kl_base.tokens", "self_replay.form", "secura.magnorm", "secura.merge"]
+)
+def test_an_unknown_word_is_answered_with_those_that_a_method_knows(method):
+    name, _, key = method.partition(".")
+    config = compose([*TINY_MODEL, f"method={name}", f"method.{key}=best"])
+    with pytest.raises(UserMistake, match=rf"^method\.{key}='best' is not allowed, input should be '\w+'.* or '\w+'; "):
+        check_classes(config)
 
 
 def test_what_a_class_has_no_field_for_is_refused_and_what_it_needs_is_asked_for(configured):

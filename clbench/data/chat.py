@@ -5,6 +5,7 @@ As in lm-eval, a special token that a message spells is one. Not here: token ids
 
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -12,20 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from clbench.types import UserMistake
 
 Message = Mapping[str, str]
-DAY = {
-    "d": "26",
-    "m": "07",
-    "b": "Jul",
-    "B": "July",
-    "y": "24",
-    "Y": "2024",
-    "a": "Fri",
-    "A": "Friday",
-    "H": "00",
-    "M": "00",
-    "S": "00",
-}
+DAY = datetime(2024, 7, 26)
 """What a template is told that asks for the date: a run reads the same prompts on whatever day it goes on."""
+FORMS = "dmbByYaAHMS"
+"""The parts of a date that a template may ask for, as strftime calls them."""
 PROBE = "?"
 """A message that no template changes."""
 
@@ -50,7 +41,7 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
     template = tokenizer.get_chat_template()
     if "strftime_now" not in template:
         return template
-    written = "".join(f" | replace('%{form}', '{value}')" for form, value in DAY.items())
+    written = "".join(f" | replace('%{form}', '{DAY.strftime(f'%{form}')}')" for form in FORMS)
     return f"{{%- macro strftime_now(form) -%}}{{{{ form{written} }}}}{{%- endmacro -%}}{template}"
 
 

@@ -1,5 +1,6 @@
 """Examples to token ids, and token ids to the batches of one optimizer step."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
@@ -57,9 +58,7 @@ class Encoder:
         self.together = together
         self.chat = chat
         self._encoded: dict[tuple[str, str], Encoded] = {}
-        self._prompts: dict[str, Ids] = {}
-        self._answers: dict[str, Ids] = {}
-        self._own: dict[tuple[str, bool], Ids] = {}
+        self._ids: dict[tuple[object, ...], Ids] = {}
         first, *_ = tokenizer(SIGN, add_special_tokens=True, split_special_tokens=True)["input_ids"]
         self._first = (first,) if first == tokenizer.bos_token_id else ()
         self.begin: Ids = self._first
@@ -83,25 +82,22 @@ class Encoder:
         text = chats.asked(self.tokenizer, prompt) if self.chat and prompt else prompt
         return text if answer is None else f"{text}{self._spacing}{answer}"
 
-    def text(self, text: str) -> list[int]:
+    def text(self, text: str) -> Ids:
         """Token ids of bare text, without special tokens; one that is spelled out in the text (`<s>` in a program) is plain characters."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return self._read(text, add_special_tokens=False, split_special_tokens=True)
 
     def prompt(self, prompt: str) -> Ids:
         """The prompt's token ids, after `begin`, untruncated; of an empty one BOS in any case, as something must come before an answer."""
-        if prompt not in self._prompts:
-            chat = self.own(self.spelled(prompt), special=False) if self.chat and prompt else ()
-            self._prompts[prompt] = chat or (*self._first, *self.text(prompt)) or (self.tokenizer.bos_token_id,)
-        return self._prompts[prompt]
+        if self.chat and prompt:
+            return self.own(self.spelled(prompt), special=False)
+        return (*self._first, *self.text(prompt)) or (self.tokenizer.bos_token_id,)
 
     def answer(self, answer: str) -> Ids:
         """The answer's token ids as they follow a prompt, without EOS."""
-        if answer not in self._answers:
-            # Behind a sign: at a text's beginning some tokenizers put a space of their own, which behind a prompt would be a second one.
-            sign, follows = self.text(self._before), f"{self._spacing}{answer}"
-            whole = self.text(f"{self._before}{follows}")
-            self._answers[answer] = tuple(whole[len(sign) :] if whole[: len(sign)] == sign else self.text(follows))
-        return self._answers[answer]
+        # Behind a sign: at a text's beginning some tokenizers put a space of their own, which behind a prompt would be a second one.
+        sign, follows = self.text(self._before), f"{self._spacing}{answer}"
+        whole = self.text(f"{self._before}{follows}")
+        return whole[len(sign) :] if whole[: len(sign)] == sign else self.text(follows)
 
     def fits(self, answer: str) -> bool:
         """Whether the answer has at most `max_length` tokens together with the frame before it and EOS."""
@@ -111,9 +107,14 @@ class Encoder:
 
     def own(self, text: str, *, special: bool) -> Ids:
         """The text's ids as the tokenizer itself gives them, special tokens that the text spells as such; with `special` those that it adds, too."""
-        if (text, special) not in self._own:
-            self._own[text, special] = tuple(self.tokenizer.encode(text, add_special_tokens=special))
-        return self._own[text, special]
+        return self._read(text, add_special_tokens=special)
+
+    def _read(self, text: str, **settings: bool) -> Ids:
+        """The text's ids by the tokenizer with these settings, which is asked once."""
+        key = (text, *settings.items())
+        if key not in self._ids:
+            self._ids[key] = tuple(self.tokenizer(text, **settings)["input_ids"])
+        return self._ids[key]
 
     def example(self, example: Example) -> Encoded:
         """The example's ids with EOS at the end, the prompt cut so that they are at most `max_length`."""
@@ -159,21 +160,19 @@ class Encoder:
         where rows run out, one row of weight 0 stands in.
         """
         drawn = [(self.example(example), source, weight) for example, source, weight in global_batch]
-        sources = max(source for _, source, _ in drawn) + 1
-        answers, attended, weights = [0] * sources, [0] * sources, [0.0] * sources
-        for encoded, source, weight in drawn:
+        weights = {source: weight for _, source, weight in drawn}
+        answers, attended = Counter[int](), Counter[int]()
+        for encoded, source, _ in drawn:
             answers[source] += len(encoded.ids) - encoded.answer_start
             attended[source] += len(encoded.ids)
-            weights[source] = weight
-        shares = [
-            weight / sum(weights) / count if count else 0.0 for weight, count in zip(weights, answers, strict=True)
-        ]
+        shares = {source: weight / sum(weights.values()) / answers[source] for source, weight in weights.items()}
+        source_tokens = tuple(attended[source] for source in range(max(attended) + 1))
         weighted = [(encoded, source, shares[source]) for encoded, source, _ in drawn]
         rows = rows if self.together else 1
         parts = [split_rows(weighted[first::world_size], rows=rows, tokens=tokens) for first in range(world_size)]
         encoded, source, _ = drawn[0]
         parts[rank] += [[(encoded, source, 0.0)]] * (max(map(len, parts)) - len(parts[rank]))
-        return [self._collated(part, source_tokens=tuple(attended)) for part in parts[rank]]
+        return [self._collated(part, source_tokens=source_tokens) for part in parts[rank]]
 
     def _collated(self, rows: Sequence[Drawn], *, source_tokens: tuple[int, ...]) -> Batch:
         ids = [torch.tensor(encoded.ids) for encoded, _, _ in rows]
@@ -202,7 +201,7 @@ def split_rows(drawn: Sequence[Drawn], *, rows: int, tokens: int | None) -> list
             held = 0
         parts[-1].append(row)
         held += length
-    return parts if len(parts) > 1 else [list(drawn)] if drawn else []
+    return [list(drawn)] if len(parts) == 1 else parts
 
 
 def clip_left(ids: Ids, length: int, *, kept: int = 1) -> Ids:

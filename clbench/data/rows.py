@@ -29,14 +29,17 @@ class DatasetSpec:
 
 def load_rows(spec: DatasetSpec, *, split: str, data_dir: str | None) -> list[dict[str, Any]]:
     """The rows of one split, in file order; raises UserMistake when they cannot be had."""
-    return _hub_rows(spec, split) if data_dir is None else [row for _, row in _numbered(spec, split, data_dir)]
+    if data_dir is None:
+        return _hub_rows(spec, split)
+    return [row for _, row in numbered_rows(_path(spec, split, data_dir))]
 
 
 def place(spec: DatasetSpec, *, split: str, data_dir: str | None, row: int) -> str:
     """Where row number `row`, counted from 0, of a split stands: file and line, or hub address and row. For messages: the file is read again."""
     if data_dir is None:
         return f"{spec.hub}, split {split!r}, row {row}"
-    return f"{_path(spec, split, data_dir)}, line {_numbered(spec, split, data_dir)[row][0]}"
+    path = _path(spec, split, data_dir)
+    return f"{path}, line {numbered_rows(path)[row][0]}"
 
 
 def kind_of(value: Any) -> str:
@@ -53,16 +56,12 @@ def kind_of(value: Any) -> str:
 
 
 def _path(spec: DatasetSpec, split: str, data_dir: str) -> Path:
-    return Path(data_dir) / spec.name / f"{split}.jsonl"
-
-
-def _numbered(spec: DatasetSpec, split: str, data_dir: str) -> list[tuple[int, dict[str, Any]]]:
-    path = _path(spec, split, data_dir)
+    path = Path(data_dir) / spec.name / f"{split}.jsonl"
     if not path.is_file():
         raise UserMistake(
             f"data_dir={data_dir!r} has no {spec.name}/{split}.jsonl, which {spec.hub!r} needs; point data_dir at it"
         )
-    return numbered_rows(path)
+    return path
 
 
 def numbered_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:

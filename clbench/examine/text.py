@@ -118,7 +118,7 @@ class Text(Probe):
 
 def encode(texts: Sequence[str], encoder: Encoder) -> list[Ids]:
     """Each text's ids without BOS."""
-    return [tuple(encoder.text(text)) for text in texts]
+    return [encoder.text(text) for text in texts]
 
 
 def beginnings(texts: Sequence[str], encoder: Encoder, *, most: int | None) -> list[str]:

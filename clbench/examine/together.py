@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from clbench.data.encoder import Encoder, Ids
 from clbench.examine.student import Student
 from clbench.models.limits import ATTENTION, is_stretched, settings
-from clbench.models.loss import causal_lm, read, rows_of
+from clbench.models.loss import causal_lm, pack, read, rows_of
 from clbench.types import IGNORED, Batch
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -55,10 +55,9 @@ def _gap_in_training(model: Module, rows: list[Ids], device: torch.device) -> fl
         sources=zeros.long(),
         source_tokens=(),
     )
-    alone = [read(model, rows_of(batch, row[None])) for row in torch.arange(len(rows), device=device)]
-    losses = [
-        cross_entropy(each.logits.float(), each.labels, reduction="none") for each in (read(model, batch), *alone)
-    ]
+    alone = [rows_of(batch, row[None]) for row in torch.arange(len(rows), device=device)]
+    ways = [pack(each) for each in (batch, *alone)]
+    losses = [cross_entropy(read(model, way)[0].float(), way.labels, reduction="none") for way in ways]
     return float((losses[0] - torch.cat(losses[1:])).abs().max())
 
 

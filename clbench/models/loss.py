@@ -23,26 +23,11 @@ def causal_lm(model: Module) -> Module:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """What a model made of a batch, its rows one after another.
-
-    `logits` [N, V] and `labels` [N]: before each answer token, and the token; `rows` [M] and `answer_rows` [N]: which row a token is of;
-    `hidden_states`: every layer's [M, H], embeddings first, where asked for, else ().
-    """
-
-    logits: Tensor
-    labels: Tensor
-    rows: Tensor
-    answer_rows: Tensor
-    hidden_states: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
+class Packed:
     """The rows of a batch as one, without padding.
 
-    `ids`, `rows` [M]: its tokens, and which row each is of; `positions`: what tells the model where rows begin; `places`, `labels` [N]: the tokens
-    after which an answer's token comes, and those.
+    `ids` [M] are its tokens, `rows` [M] says which row of the batch each is of, and `positions` tells the model where rows begin; `labels` [N] are
+    the answer tokens, and `places` [N] where the token before each of them stands.
     """
 
     ids: Tensor
@@ -52,7 +37,7 @@ class Rows:
     labels: Tensor
 
 
-def end_to_end(batch: Batch) -> Rows:
+def pack(batch: Batch) -> Packed:
     """The attended tokens of a batch, row after row."""
     attended_BT = batch.attention_mask.bool()
     rows_BT = torch.arange(len(attended_BT), device=attended_BT.device)[:, None].expand_as(attended_BT)
@@ -60,7 +45,7 @@ def end_to_end(batch: Batch) -> Rows:
     labels_M = batch.labels[attended_BT]
     # No row begins with an answer, so a label's predecessor is always of its own row.
     places_N = (labels_M[1:] != IGNORED).nonzero()[:, 0]
-    return Rows(
+    return Packed(
         ids=batch.input_ids[attended_BT],
         rows=rows_BT[attended_BT],
         positions={"position_ids": positions_BT[attended_BT][None]} if len(attended_BT) > 1 else {},
@@ -69,34 +54,29 @@ def end_to_end(batch: Batch) -> Rows:
     )
 
 
-def read(model: Module, batch: Batch, *, hidden_states: bool = False) -> Reading:
-    """One forward of all rows of `batch`."""
-    rows = end_to_end(batch)
+def read(model: Module, packed: Packed, *, hidden_states: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One forward: the logits [N, V] before each answer token and, where asked for, every layer's hidden states [M, H], embeddings first."""
     output = causal_lm(model)(
-        input_ids=rows.ids[None],
+        input_ids=packed.ids[None],
         use_cache=False,
-        logits_to_keep=rows.places,
+        logits_to_keep=packed.places,
         output_hidden_states=hidden_states,
-        **rows.positions,
+        **packed.positions,
     )
-    return Reading(
-        logits=output.logits[0],
-        labels=rows.labels,
-        rows=rows.rows,
-        answer_rows=rows.rows[rows.places],
-        hidden_states=tuple(layer[0] for layer in output.hidden_states) if hidden_states else (),
-    )
+    return output.logits[0], tuple(layer[0] for layer in output.hidden_states) if hidden_states else ()
 
 
-def weighted_nll(reading: Reading, batch: Batch) -> Tensor:
+def weighted_nll(logits_NV: Tensor, packed: Packed, batch: Batch) -> Tensor:
     """This batch's share of the mean negative log-likelihood of the step, in nats per answer token."""
-    nll_N = F.cross_entropy(reading.logits.float(), reading.labels, reduction="none")
-    return (nll_N * batch.weights[reading.answer_rows]).sum()
+    nll_N = F.cross_entropy(logits_NV.float(), packed.labels, reduction="none")
+    return (nll_N * batch.weights[packed.rows[packed.places]]).sum()
 
 
 def answer_loss(model: Module, batch: Batch) -> Tensor:
     """As `weighted_nll`, from one forward of the batch."""
-    return weighted_nll(read(model, batch), batch)
+    packed = pack(batch)
+    logits_NV, _ = read(model, packed)
+    return weighted_nll(logits_NV, packed, batch)
 
 
 def rows_of(batch: Batch, picked: Tensor) -> Batch:
@@ -109,3 +89,9 @@ def rows_of(batch: Batch, picked: Tensor) -> Batch:
         weights=batch.weights[picked],
         sources=batch.sources[picked],
     )
+
+
+def indices_of(batch: Batch, source: int) -> Tensor:
+    """Indices of the rows of one source; where there are none the first row's, as every rank makes the same forwards: it is then to be masked."""
+    rows = torch.nonzero(batch.sources == source)[:, 0]
+    return rows if len(rows) else torch.zeros_like(batch.sources[:1])

@@ -10,7 +10,6 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from peft import PeftModel
@@ -22,9 +21,9 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from clbench.models.limits import settings
-from clbench.models.loss import causal_lm, end_to_end
+from clbench.models.loss import Packed, causal_lm
 from clbench.models.sharding import gathering, is_sharded
-from clbench.types import Batch, UserMistake
+from clbench.types import UserMistake
 
 SLICE = 2**24
 """Logits that are made at once, of either model: 64 MiB in float32."""
@@ -32,19 +31,6 @@ AT_ONCE = 64
 """Rows that are written side by side."""
 Reference = Callable[[], AbstractContextManager[None]]
 """Opens a context in which forwards are those of the model that is compared with, without gradient."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class States:
-    """What a model's layers made of a batch, its rows one after another: the input of its head.
-
-    `hidden` [M, H]; `rows` [M]: which row a token is of; `places` [N]: the tokens after which an answer's token comes, and `labels` [N] those.
-    """
-
-    hidden: Tensor
-    rows: Tensor
-    places: Tensor
-    labels: Tensor
 
 
 @dataclass
@@ -67,11 +53,10 @@ class _Hidden(Module):
         return self
 
 
-def states(model: Module, batch: Batch) -> States:
-    """One forward of all rows of `batch`, without the head."""
-    rows = end_to_end(batch)
-    output = causal_lm(model).base_model(input_ids=rows.ids[None], use_cache=False, **rows.positions)
-    return States(hidden=output.last_hidden_state[0], rows=rows.rows, places=rows.places, labels=rows.labels)
+def states(model: Module, packed: Packed) -> Tensor:
+    """What the model's layers make of some rows, [M, H]: the input of its head."""
+    output = causal_lm(model).base_model(input_ids=packed.ids[None], use_cache=False, **packed.positions)
+    return output.last_hidden_state[0]
 
 
 def project(model: Module, hidden_PH: Tensor) -> Tensor:
@@ -82,11 +67,11 @@ def project(model: Module, hidden_PH: Tensor) -> Tensor:
     return head(inputs_embeds=hidden_PH[None], use_cache=False).logits[0].float()
 
 
-def nll(model: Module, states: States, weights_N: Tensor) -> Tensor:
+def nll(model: Module, hidden_MH: Tensor, packed: Packed, weights_N: Tensor) -> Tensor:
     """Weighted sum of the negative log-likelihoods of the answer tokens, in nats; only those with a weight are projected, and one at least."""
     wanted = weights_N.nonzero()[:, 0] if weights_N.any() else torch.arange(1, device=weights_N.device)
-    logits_PV = project(model, states.hidden[states.places[wanted]])
-    return (F.cross_entropy(logits_PV, states.labels[wanted], reduction="none") * weights_N[wanted]).sum()
+    logits_PV = project(model, hidden_MH[packed.places[wanted]])
+    return (F.cross_entropy(logits_PV, packed.labels[wanted], reduction="none") * weights_N[wanted]).sum()
 
 
 def divergence(
@@ -107,23 +92,19 @@ def divergence(
     if any(is_sharded(parameter) for parameter in model.parameters()):
         # Ranks gather the head's weights together, so each of them makes one forward of it, whatever its tokens.
         wanted, size = (wanted, len(wanted)) if len(wanted) else (torch.zeros_like(weights_P[:1], dtype=torch.int64), 1)
-    part = partial(_divergence, model, reference, temperature)
+
+    def of_slice(hidden_PH: Tensor, reference_PH: Tensor, weights_P: Tensor) -> Tensor:
+        with reference():
+            reference_PV = (project(model, reference_PH) / temperature).log_softmax(-1)
+        log_probs_PV = (project(model, hidden_PH) / temperature).log_softmax(-1)
+        kl_P = F.kl_div(log_probs_PV, reference_PV, reduction="none", log_target=True).sum(-1)
+        return temperature**2 * (kl_P * weights_P).sum()
+
     total = hidden_PH.sum() * 0
     for places in wanted.split(size):
-        total = total + checkpoint(
-            part, hidden_PH[places], reference_PH[places], weights_P[places], use_reentrant=False
-        )
+        of_these = hidden_PH[places], reference_PH[places], weights_P[places]
+        total = total + checkpoint(of_slice, *of_these, use_reentrant=False)
     return total
-
-
-def _divergence(
-    model: Module, reference: Reference, temperature: float, hidden_PH: Tensor, reference_PH: Tensor, weights_P: Tensor
-) -> Tensor:
-    with reference():
-        reference_PV = (project(model, reference_PH) / temperature).log_softmax(-1)
-    log_probs_PV = (project(model, hidden_PH) / temperature).log_softmax(-1)
-    kl_P = F.kl_div(log_probs_PV, reference_PV, reduction="none", log_target=True).sum(-1)
-    return temperature**2 * (kl_P * weights_P).sum()
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from clbench.models.sharding import stored, whole
 from clbench.types import UserMistake
 
 ADAPTER = "default"
-"""PEFT's name of the one adapter that `adapters.Lora` adds."""
+"""PEFT's name of the one adapter that a method adds."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,9 @@
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from huggingface_hub import snapshot_download
@@ -56,8 +56,15 @@ class Pretrained:
     trust_remote_code: bool = False
 
     def record(self, cache_dir: Path) -> dict[str, str]:
-        """The hash of the weights, configuration and tokenizer that are there now, and of what base an adapter is, for the manifest."""
-        return record(self.name, revision=self.revision)
+        """For the manifest: `model_fingerprint`, the hash of the weights, configuration and tokenizer that are there now; of an adapter also that
+        of its base, whose name is `model_adapter_of`."""
+        base, folder = self.base(), self.folder()
+        with refusing(self.name):
+            own = of_folder(folder)
+        if base is None:
+            return {"model_fingerprint": own}
+        both = of_json([own, base.record(cache_dir)["model_fingerprint"]])
+        return {"model_fingerprint": both, "model_adapter_of": base.name}
 
     def load(
         self, cache_dir: Path, *, dtype: torch.dtype = torch.float32
@@ -65,11 +72,29 @@ class Pretrained:
         """The model in `dtype` on the CPU, in eval mode, and its tokenizer. Hugging Face keeps a download in its own cache, not in `cache_dir`."""
         if self.trust_remote_code:
             log.warning("model.trust_remote_code=true: Python code that lies beside the weights of %s runs", self.name)
-        return load(self.name, dtype=dtype, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        tokenizer, model = self.load_tokenizer(cache_dir), self.weights(cache_dir, dtype=dtype)
+        infinite = [key for key, parameter in model.named_parameters() if not stored(parameter).isfinite().all()]
+        if infinite:
+            raise UserMistake(
+                f"model.name={self.name!r} has numbers that are not finite in {first_of(infinite)}; choose another model"
+            )
+        return prepared(model), tokenizer
 
     def configuration(self, cache_dir: Path) -> PretrainedConfig:
-        """What lies beside the weights."""
-        return configuration(self.name, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        """What lies beside the weights, of an adapter its base's; raises UserMistake where it is no causal language model's."""
+        base = self.base()
+        if base is not None:
+            return base.configuration(cache_dir)
+        with refusing(self.name):
+            config = AutoConfig.from_pretrained(
+                self.name, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        known = self.trust_remote_code or type(config) in AutoModelForCausalLM._model_mapping
+        if config.is_encoder_decoder or not known:
+            raise UserMistake(
+                f"model.name={self.name!r} is a {config.model_type}, no decoder that continues text; name a causal language model"
+            )
+        return config
 
     def sizes(self, cache_dir: Path) -> PretrainedConfig:
         """From `architecture` alone, where it is stated."""
@@ -77,7 +102,82 @@ class Pretrained:
         return AutoConfig.for_model(**self.architecture) if stated else self.configuration(cache_dir)
 
     def load_tokenizer(self, cache_dir: Path) -> PreTrainedTokenizerFast:
-        return load_tokenizer(self.name, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        """The tokenizer, with the special tokens that it lacks taken from its EOS; of an adapter without one its base's."""
+        base = self.base()
+        if base is not None and not any(self.folder().glob("tokenizer*")):
+            return base.load_tokenizer(cache_dir)
+        with refusing(self.name):
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.name, revision=self.revision, padding_side="right", trust_remote_code=self.trust_remote_code
+            )
+        if tokenizer.eos_token is None:
+            raise UserMistake(
+                f"model.name={self.name!r} has a tokenizer without an end-of-text token; choose another model"
+            )
+        if tokenizer.bos_token is None:
+            tokenizer.bos_token = tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        check_tokens(self.configuration(cache_dir), tokenizer)
+        return tokenizer
+
+    def base(self) -> Self | None:
+        """The model that the PEFT adapter `name` is for, None where `name` is a whole model; raises UserMistake where it is both."""
+        check_objects(Path(self.name))
+        with refusing(self.name):
+            path = find_adapter_config_file(self.name, revision=self.revision)
+            if path is None:
+                return None
+            if Path(self.name).is_dir() and (Path(self.name) / "config.json").is_file():
+                raise UserMistake(
+                    f"model.name={self.name!r} holds both a whole model (config.json) and an adapter (adapter_config.json); "
+                    "move one of them elsewhere"
+                )
+            adapter = PeftConfig.from_pretrained(str(Path(path).parent))
+        if not adapter.base_model_name_or_path:
+            raise UserMistake(
+                f"model.name={self.name!r} is an adapter that names no base; add base_model_name_or_path to it"
+            )
+        return replace(self, name=adapter.base_model_name_or_path, revision=adapter.revision)
+
+    def folder(self) -> Path:
+        """Where the weights are: the local folder, or that of the download; raises UserMistake where there is no safetensors file."""
+        with refusing(self.name):
+            folder = Path(self.name)
+            if not folder.is_dir():
+                folder = Path(
+                    snapshot_download(self.name, revision=self.revision, allow_patterns=WANTED, ignore_patterns="*/*")
+                )
+            if not weights_in(folder):
+                pickles = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
+                what = f"{', '.join(sorted(pickles))}, which may run code when read," if pickles else "no weights"
+                raise UserMistake(
+                    f"model.name={self.name!r} has {what} and no model.safetensors; convert it with save_pretrained, or choose another model"
+                )
+        return folder
+
+    def weights(self, cache_dir: Path, *, dtype: torch.dtype) -> PreTrainedModel:
+        """The model, an adapter merged into its base; raises UserMistake where a weight is missing or misfits."""
+        base, folder = self.base(), self.folder()
+        if base is not None:
+            log.info("%s is an adapter: it is merged into %s", self.name, base.name)
+            return merged(base.weights(cache_dir, dtype=dtype), folder)
+        local = replace(self, name=str(folder), revision=None)
+        config = without_dropout(local.configuration(cache_dir))
+        with refusing(self.name):
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                trust_remote_code=self.trust_remote_code,
+            )
+        check_complete(
+            self.name, lacks=found["missing_keys"], others=found["unexpected_keys"], misfits=found["mismatched_keys"]
+        )
+        return model
 
 
 @contextmanager
@@ -94,98 +194,14 @@ def refusing(name: str) -> Iterator[None]:
         ) from error
 
 
-def folder_of(name: str, *, revision: str | None) -> Path:
-    """The folder of a model's weights: a local one, or that of its download; raises UserMistake where it has no safetensors file."""
-    with refusing(name):
-        is_local = Path(name).is_dir()
-        found = (
-            name
-            if is_local
-            else snapshot_download(name, revision=revision, allow_patterns=WANTED, ignore_patterns="*/*")
-        )
-        folder = Path(found)
-        if not weights_in(folder):
-            pickles = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
-            what = f"{', '.join(sorted(pickles))}, which may run code when read," if pickles else "no weights"
-            raise UserMistake(
-                f"model.name={name!r} has {what} and no model.safetensors; convert it with save_pretrained, or choose another model"
-            )
-    return folder
-
-
-def adapter_of(name: str, *, revision: str | None) -> PeftConfig | None:
-    """The configuration of the PEFT adapter that `name` is, None where it is a whole model; raises UserMistake where it is both."""
-    check_objects(Path(name))
-    with refusing(name):
-        path = find_adapter_config_file(name, revision=revision)
-        if path is None:
-            return None
-        if Path(name).is_dir() and (Path(name) / "config.json").is_file():
-            raise UserMistake(
-                f"model.name={name!r} holds both a whole model (config.json) and an adapter (adapter_config.json); move one of them elsewhere"
-            )
-        adapter = PeftConfig.from_pretrained(str(Path(path).parent))
-    if not adapter.base_model_name_or_path:
-        raise UserMistake(f"model.name={name!r} is an adapter that names no base; add base_model_name_or_path to it")
-    return adapter
-
-
-def record(name: str, *, revision: str | None = None) -> dict[str, str]:
-    """`model_fingerprint`, the hash of a model's folder; of an adapter also that of its base, whose name is `model_adapter_of`."""
-    adapter, folder = adapter_of(name, revision=revision), folder_of(name, revision=revision)
-    with refusing(name):
-        own = of_folder(folder)
-    if adapter is None:
-        return {"model_fingerprint": own}
-    base = record(adapter.base_model_name_or_path, revision=adapter.revision)
-    both = of_json([own, base["model_fingerprint"]])
-    return {"model_fingerprint": both, "model_adapter_of": adapter.base_model_name_or_path}
-
-
-def load(
-    name: str, *, revision: str | None = None, dtype: torch.dtype, trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Model (in `dtype`, on the CPU, in eval mode) and tokenizer of a folder or hub id; raises UserMistake where there is none."""
-    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
-    model = weights(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-    infinite = [key for key, parameter in model.named_parameters() if not stored(parameter).isfinite().all()]
-    if infinite:
-        raise UserMistake(
-            f"model.name={name!r} has numbers that are not finite in {first_of(infinite)}; choose another model"
-        )
-    return prepared(model), tokenizer
-
-
-def weights(name: str, *, revision: str | None, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """The model of a folder or hub id, an adapter merged into its base; raises UserMistake where a weight is missing or misfits."""
-    adapter, folder = adapter_of(name, revision=revision), folder_of(name, revision=revision)
-    if adapter is not None:
-        base = adapter.base_model_name_or_path
-        log.info("%s is an adapter: it is merged into %s", name, base)
-        loaded = weights(base, revision=adapter.revision, dtype=dtype, trust_remote_code=trust_remote_code)
-        return merged(loaded, folder, adapter)
-    config = without_dropout(configuration(str(folder), trust_remote_code=trust_remote_code))
-    with refusing(name):
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-        )
-    check_complete(name, lacks=found["missing_keys"], others=found["unexpected_keys"], misfits=found["mismatched_keys"])
-    return model
-
-
-def merged(base: PreTrainedModel, folder: Path, adapter: PeftConfig) -> PreTrainedModel:
+def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The base with the adapter of a folder added to its weights; raises UserMistake where they do not belong together."""
     if any(map(is_sharded, base.parameters())):
         raise UserMistake(
             f"model.name={str(folder)!r} is an adapter, which engine.shard_base=true cannot merge; merge it beforehand"
         )
     with refusing(str(folder)):
+        adapter = PeftConfig.from_pretrained(str(folder))
         model = get_peft_model(base, adapter)
         if not isinstance(model.base_model, BaseTuner):
             raise UserMistake(
@@ -213,22 +229,6 @@ def first_of(keys: Iterable[str]) -> str:
     """The first three of some names, and how many more there are."""
     ordered = sorted(keys)
     return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
-
-
-def configuration(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of a folder or hub id, of an adapter its base's; raises UserMistake where it is no causal language model's."""
-    adapter = adapter_of(name, revision=revision)
-    if adapter is not None:
-        base = adapter.base_model_name_or_path
-        return configuration(base, revision=adapter.revision, trust_remote_code=trust_remote_code)
-    with refusing(name):
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    known = trust_remote_code or type(config) in AutoModelForCausalLM._model_mapping
-    if config.is_encoder_decoder or not known:
-        raise UserMistake(
-            f"model.name={name!r} is a {config.model_type}, no decoder that continues text; name a causal language model"
-        )
-    return config
 
 
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
@@ -259,25 +259,3 @@ def unstretched(rotary: Module, inputs: object) -> None:
     """Forgets the longest sequence that a dynamic rotary embedding has seen, by which it would read the next one."""
     rotary.max_seq_len_cached = rotary.original_max_seq_len
     rotary.inv_freq = rotary.original_inv_freq
-
-
-def load_tokenizer(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder or hub id, with the special tokens that it lacks taken from its EOS; of an adapter without one its base's."""
-    adapter = adapter_of(name, revision=revision)
-    if adapter is not None and not any(folder_of(name, revision=revision).glob("tokenizer*")):
-        base = adapter.base_model_name_or_path
-        return load_tokenizer(base, revision=adapter.revision, trust_remote_code=trust_remote_code)
-    with refusing(name):
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision, padding_side="right", trust_remote_code=trust_remote_code
-        )
-    if tokenizer.eos_token is None:
-        raise UserMistake(f"model.name={name!r} has a tokenizer without an end-of-text token; choose another model")
-    if tokenizer.bos_token is None:
-        tokenizer.bos_token = tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    check_tokens(configuration(name, revision=revision, trust_remote_code=trust_remote_code), tokenizer)
-    return tokenizer

@@ -9,26 +9,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from clbench.config.checks import writing
 from clbench.data.sampling import generator
 from clbench.hashes import of_folder, of_json
-from clbench.models.pretrained import load, load_tokenizer, log
+from clbench.models.pretrained import Pretrained, log
 from clbench.models.pretraining import pretrain
 from clbench.types import UserMistake
 
@@ -57,7 +50,7 @@ class Recipe:
 
     label: str
     corpus: Corpus
-    tokenizer: str
+    tokenizer: Literal["words", "bpe"]
     architecture: dict[str, bool | PositiveInt | PositiveFloat]
     steps: NonNegativeInt
     batch_size: PositiveInt
@@ -69,8 +62,6 @@ class Recipe:
     note: str = ""
 
     def __post_init__(self) -> None:
-        if self.tokenizer not in ("words", "bpe"):
-            raise UserMistake(f"model.tokenizer={self.tokenizer!r} is unknown; choose words or bpe in conf/model")
         known = {one.name for one in fields(LlamaConfig)}
         for name in self.architecture.keys() - known:
             raise UserMistake(f"model.architecture.{name} is no field of transformers' LlamaConfig (conf/model)")
@@ -90,10 +81,10 @@ class Recipe:
 
     def record(self, cache_dir: Path) -> dict[str, str]:
         """The hash of the weights, configuration and tokenizer, for the manifest."""
-        return {"model_fingerprint": of_folder(Path(self.folder(cache_dir)))}
+        return self.made(cache_dir).record(cache_dir)
 
-    def folder(self, cache_dir: Path) -> str:
-        """Where the model is kept; it is pretrained where `cache_dir` lacks it."""
+    def made(self, cache_dir: Path) -> Pretrained:
+        """The model as it is kept in `cache_dir`; it is pretrained where that lacks it."""
         folder = cache_dir / "models" / f"{self.label}-{self.settings_hash()[:12]}"
         # Of several processes that need the same model one makes it, the others wait for it.
         with writing(folder), locked(folder.with_suffix(".lock")):
@@ -105,10 +96,10 @@ class Recipe:
             if not folder.exists():
                 log.info("pretraining %s, once; it will be kept in %s", self.label, folder)
                 with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
-                    made = Path(unfinished) / "model"
-                    self.make(made)
-                    os.rename(made, folder)
-        return str(folder)
+                    model = Path(unfinished) / "model"
+                    self.make(model)
+                    os.rename(model, folder)
+        return Pretrained(label=self.label, name=str(folder))
 
     def load(
         self, cache_dir: Path, *, dtype: torch.dtype = torch.float32
@@ -116,17 +107,17 @@ class Recipe:
         """The model in `dtype` on the CPU, in eval mode, and its tokenizer."""
         if self.note:
             log.warning("%s: %s", self.label, self.note)
-        model, tokenizer = load(self.folder(cache_dir), dtype=dtype)
+        model, tokenizer = self.made(cache_dir).load(cache_dir, dtype=dtype)
         return model, with_bos(tokenizer)
 
     def configuration(self, cache_dir: Path) -> PretrainedConfig:
-        return AutoConfig.from_pretrained(self.folder(cache_dir))
+        return self.made(cache_dir).configuration(cache_dir)
 
     def sizes(self, cache_dir: Path) -> PretrainedConfig:
         return self.configuration(cache_dir)
 
     def load_tokenizer(self, cache_dir: Path) -> PreTrainedTokenizerFast:
-        return with_bos(load_tokenizer(self.folder(cache_dir)))
+        return with_bos(self.made(cache_dir).load_tokenizer(cache_dir))
 
     def make(self, folder: Path) -> None:
         """Pretrains the model and writes it, its tokenizer and recipe.json to `folder`."""
@@ -177,7 +168,10 @@ def remove(path: Path) -> None:
 
 
 def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """`tokenizer`, which then puts BOS before a text, as every text was pretrained on with one."""
+    """`tokenizer`, which then puts BOS before a text, as every text was pretrained on with one.
+
+    Tokenizers that earlier versions kept do not do so by themselves.
+    """
     tokenizer.add_bos_token = True
     return tokenizer
 

@@ -37,31 +37,27 @@ class Trained:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a stage: `steps` on the mixed sources, then one pass over each source that comes after."""
+    """The steps of a stage, `total` of them: `steps` on the mixed sources, then one pass over the rows that come after."""
 
-    mixed: tuple[Source, ...]
-    after: tuple[Source, ...]
-    steps: int
-    after_steps: tuple[int, ...]
-
-    @property
-    def total(self) -> int:
-        return self.steps + sum(self.after_steps)
+    mixed: tuple[Source, ...] = ()
+    after: tuple[Example, ...] = ()
+    steps: int = 0
+    total: int = 0
 
 
 def plan_stage(sources: Sequence[Source], config: TrainConfig) -> Plan:
     """How many steps the stage takes on which sources; none without sources."""
     mixed = tuple(source for source in sources if not source.after)
-    after = tuple(source for source in sources if source.after and source.examples)
+    after = tuple(example for source in sources if source.after for example in source.examples)
     if not mixed:
-        return Plan(mixed=(), after=(), steps=0, after_steps=())
+        return Plan()
     steps = (
         config.steps
         if config.steps is not None
         else math.ceil(len(mixed[0].examples) * config.epochs / config.batch_size)
     )
-    passes = tuple(math.ceil(len(source.examples) / config.batch_size) if steps else 0 for source in after)
-    return Plan(mixed=mixed, after=after, steps=steps, after_steps=passes)
+    after_steps = math.ceil(len(after) / config.batch_size) if steps else 0
+    return Plan(mixed=mixed, after=after, steps=steps, total=steps + after_steps)
 
 
 def global_batch(
@@ -70,13 +66,8 @@ def global_batch(
     """The rows of optimizer step `step` (from 0): (example, index of its source, weight of its source)."""
     if step < plan.steps:
         return draw(plan.mixed, batch_size=config.batch_size, step=step, seed=seed, stage=stage)
-    step -= plan.steps
-    for index, (source, steps) in enumerate(zip(plan.after, plan.after_steps, strict=True)):
-        if step < steps:
-            rows = range(step * config.batch_size, min((step + 1) * config.batch_size, len(source.examples)))
-            return [(source.examples[row], len(plan.mixed) + index, 1.0) for row in rows]
-        step -= steps
-    raise AssertionError((step, plan.total))
+    first = (step - plan.steps) * config.batch_size
+    return [(example, len(plan.mixed), 1.0) for example in plan.after[first : first + config.batch_size]]
 
 
 def train_stage(

@@ -42,9 +42,10 @@ def seconds_a_token(model: Module, encoder: Encoder, rows: Sequence[Example], co
 
 def tokens_of(method: Method, stage: Stage, encoder: Encoder, config: TrainConfig) -> float:
     """About how many tokens the stage reads, of what the method trains on now: by the lengths of each source's first rows."""
-    plan, tokens = plan_stage(method.training_set(stage), config), 0.0
-    for source in (*plan.mixed, *plan.after):
+    sources, tokens = method.training_set(stage), 0.0
+    steps = plan_stage(sources, config).steps
+    for source in sources:
         if lengths := [len(encoder.example(row).ids) for row in islice(source.examples, ROWS)]:
-            rows = len(source.examples) if source.after else plan.steps * round(source.share * config.batch_size)
+            rows = len(source.examples) if source.after else steps * round(source.share * config.batch_size)
             tokens += rows * sum(lengths) / len(lengths)
     return tokens
