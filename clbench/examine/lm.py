@@ -17,11 +17,10 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postproce
 from transformers import PreTrainedTokenizerBase
 
 from clbench.data.chat import Message, rendered
-from clbench.data.encoder import Ids
 from clbench.examine.student import Student
 from clbench.examine.text import rolling_nll
 from clbench.models.loss import causal_lm
-from clbench.types import UserMistake
+from clbench.types import Ids, UserMistake
 
 
 class StudentLM(TemplateLM):

@@ -17,12 +17,12 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from clbench.data.encoder import Encoder, Ids
+from clbench.data.encoder import Encoder
 from clbench.data.rows import DatasetSpec
 from clbench.examine.scores import Found, mean, scores
 from clbench.examine.student import Student
 from clbench.protocols import Probe, Stream
-from clbench.types import Score
+from clbench.types import Ids, Score
 
 FEWEST = 64
 """Tokens of a text that are worth reading, where the budget does not allow all of it."""

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from clbench.data.chat import own_template
-from clbench.data.encoder import Encoder, Ids
+from clbench.data.encoder import Encoder
 from clbench.examine.canaries.answers import Verdict
 from clbench.examine.student import Student
 from clbench.protocols import Stage
-from clbench.types import Example
+from clbench.types import Example, Ids
 
 NEW_TOKENS = 16
 """What a random model writes, at most, in tokens."""
