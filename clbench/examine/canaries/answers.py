@@ -79,24 +79,19 @@ def copier(stage: Stage) -> Verdict:
     """
     examples = (*stage.test, *stage.train)[: max(len(stage.test), ENOUGH)]
     constant = [_commonest_answer(examples)] * len(examples)
-    least = max(ceil(COPIED * len(examples)), solved(stage.task, examples, constant, at_least=0) + 1)
+    least = max(ceil(COPIED * len(examples)), solved(stage.task, examples, constant) + 1)
     readers = 0
     for name, answers in copies(examples):
         readers += 1
-        right = solved(stage.task, examples, answers, at_least=least)
+        right = solved(stage.task, examples, answers)
         if right >= least:
             return False, f"{name} are right {right} times in {len(examples)}; {least - 1} are allowed"
     return True, f"none of {readers} readers that only copy is right {least} times in {len(examples)}"
 
 
-def solved(task: Task, examples: Sequence[Example], answers: Sequence[str], *, at_least: int) -> int:
-    """How many of the answers get the full score; stops where fewer than `at_least` can."""
-    right = 0
-    for index, (example, answer) in enumerate(zip(examples, answers, strict=True)):
-        if right + len(examples) - index < at_least:
-            break
-        right += is_right(task, example, answer)
-    return right
+def solved(task: Task, examples: Sequence[Example], answers: Sequence[str]) -> int:
+    """How many of the answers get the full score."""
+    return sum(is_right(task, example, answer) for example, answer in zip(examples, answers, strict=True))
 
 
 def swap(pairs: Sequence[tuple[Example, Example]]) -> Verdict:
