@@ -14,7 +14,7 @@ from clbench.data.encoder import Encoder
 from clbench.examine.canaries.own_model import said
 from clbench.models.loss import causal_lm
 from clbench.models.sharding import gathering
-from clbench.models.weights import check_trained, count_parameters, load_trainable_state, trainable
+from clbench.models.weights import count_parameters, load_trainable_state, trainable
 from clbench.protocols import Engine, Method, Probe, Stage, Stream
 from clbench.record.ledger import Checkpoint, Ledger
 from clbench.record.tracking import Tracker
@@ -69,10 +69,9 @@ def train(
     method.end_stage(stage, engine)
     carried = engine.moments() if config.train.carry_optimizer else {}
     engine.close()
-    try:
-        check_trained(run.model)
-    except FloatingPointError as error:
-        raise FloatingPointError(f"step {plan.total}: {error}") from error
+    for name, tensor in trainable(run.model).items():
+        if not tensor.isfinite().all():
+            raise FloatingPointError(f"step {plan.total}: {name} is not finite")
     if stage.index == 1 and method.keeps:
         with gathering(run.model.eval()):
             trained = replace(trained, said=tuple(said(run.model, run.encoder, run.stream)))
