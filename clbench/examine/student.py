@@ -158,7 +158,7 @@ class Student:
         """By the model's own `generate`, in batches of like lengths, padded on the left."""
         model, pad = causal_lm(self.model), self.encoder.tokenizer.pad_token_id
         ends = {self.encoder.tokenizer.eos_token_id, *eos_ids(model)}
-        settings = GenerationConfig(
+        generation = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=sorted(ends),
@@ -176,7 +176,7 @@ class Student:
             output_BT = model.generate(
                 pad_sequence(rows, True, pad, "left"),
                 attention_mask=pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left"),
-                generation_config=settings,
+                generation_config=generation,
                 stopping_criteria=[stopping(has_ended, width)] if has_ended else [],
             )
             for number, ids in zip(batch, output_BT[:, width:].tolist(), strict=True):
@@ -204,7 +204,7 @@ class Student:
                     cache.crop(shared - cache.get_seq_length())
 
     def _rows(self, reads: Sequence[Read], members: Sequence[int], *, shared: int) -> Iterator[list[int]]:
-        """Members of a group that one forward holds."""
+        """The members of a group, in parts that one forward holds."""
         most = max(ROWS, LOGITS[self.encoder.device.type] // settings(self.model)["vocab_size"])
         row: list[int] = []
         tokens = wanted = 0
@@ -216,8 +216,7 @@ class Student:
             row.append(number)
             tokens += own
             wanted += reads[number].scored
-        if row:
-            yield row
+        yield row
 
     def _alone(self, read: Read) -> Tensor:
         """As of one row, each of the read's sequences by itself."""

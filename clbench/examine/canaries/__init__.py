@@ -58,16 +58,13 @@ def check_stream(stream: Stream, encoder: Encoder, *, seed: int = 0, rows: int =
     with seeded(seed, "canary"):  # what an accelerator draws next is left alone, too
         size = {"max_position_embeddings": encoder.max_length + NEW_TOKENS}
         model = fresh_llama(encoder.tokenizer, architecture=ARCHITECTURE | size, seed=seed).eval()
-    return tuple(
-        Canary(name=name, task=stage.name, passed=passed, detail=detail)
-        for stage in stream.stages
-        for name, (passed, detail) in check_task(
-            replace(stage, train=stage.train[:rows], test=stage.test[:rows]),
-            model=model,
-            encoder=encoder,
-            unusable=stream.unusable,
-        ).items()
-    )
+    found: list[Canary] = []
+    for stage in stream.stages:
+        few = replace(stage, train=stage.train[:rows], test=stage.test[:rows])
+        verdicts = check_task(few, model=model, encoder=encoder, unusable=stream.unusable)
+        for name, (passed, detail) in verdicts.items():
+            found.append(Canary(name=name, task=stage.name, passed=passed, detail=detail))
+    return tuple(found)
 
 
 def check_task(stage: Stage, *, model: Module, encoder: Encoder, unusable: Sequence[Unusable]) -> dict[str, Verdict]:
