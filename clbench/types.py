@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+Ids = tuple[int, ...]
+"""Token ids of a text."""
+
+
 class UserMistake(ValueError):
     """What the user asked for cannot be done: one line with what was given, what is allowed, where to change it."""
 

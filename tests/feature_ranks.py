@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from clbench import experiment  # noqa: E402
+from clbench.experiment import underway  # noqa: E402
 from clbench.record.ledger import Checkpoint, Ledger  # noqa: E402
 from clbench.train.launch import join, leave  # noqa: E402
 from clbench.train.ranks import Ranks  # noqa: E402
@@ -52,7 +53,7 @@ def stage(case: str, folder: Path, *overrides: str, joined: Ranks, killed: bool)
     """Stage 1 of `case`, up to its checkpoint at step 2 or from wherever `folder` says it is."""
     toy = lab(case, *KEEP, *overrides)
     toy.run = replace(toy.run, ranks=joined, ledger=Ledger(folder, manifest=SAME) if joined.is_first else None)
-    save = experiment.save_within
+    save = underway.save_within
 
     def save_and_die(*args, step: int, **rest) -> None:
         save(*args, step=step, **rest)
@@ -65,13 +66,13 @@ def stage(case: str, folder: Path, *overrides: str, joined: Ranks, killed: bool)
         state = {"weights": methods.trainable_state(toy.model), "state": toy.method.state_dict()}
         toy.run.ledger.save(Checkpoint(stage=0, moments={}, **state))
     reached = toy.within.step if toy.within else 0
-    experiment.save_within = save_and_die
+    underway.save_within = save_and_die
     try:
         toy.train(1)
     except Killed:
         return {}
     finally:
-        experiment.save_within = save
+        underway.save_within = save
         if toy.run.ledger:
             toy.run.ledger._lock.close()
     return {

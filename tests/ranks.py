@@ -27,6 +27,7 @@ from clbench.config import (
     run_directory,  # noqa: E402
 )
 from clbench.data.encoder import Encoder  # noqa: E402
+from clbench.experiment import underway  # noqa: E402
 from clbench.models.loss import answer_loss  # noqa: E402
 from clbench.models.weights import trainable  # noqa: E402
 from clbench.protocols import Engine, Method  # noqa: E402
@@ -265,7 +266,7 @@ def descent(clip: float, *overrides: str) -> dict[str, object]:
     """A gradient, and how far one step of plain descent at rate 1 goes on it."""
     toy = methods.lab("seq", *TOY_STEP, f"train.clip={clip}", *overrides)
     descend = lambda parameters, config, moments: torch.optim.SGD(parameters.values(), lr=1.0)  # noqa: E731
-    with patch.object(experiment.optim, "optimizer", descend):
+    with patch.object(underway.optim, "optimizer", descend):
         plan, engine = toy.open(1)
     rows = methods.global_batch(plan, 0, config=toy.run.config.train, seed=0, stage=1)
     start = values(engine)

@@ -17,9 +17,9 @@ from tests.test_leaderboard import ALPHA, read, refreshed, results, write_run  #
 
 
 def test_a_run_whose_weights_are_not_finite_ends_as_diverged_and_keeps_its_last_good_stage(overrides, monkeypatch):
-    from clbench import experiment
+    from clbench.experiment import underway
 
-    trained = experiment.train_stage
+    trained = underway.train_stage
 
     def broken(stage, *given, engine, **named):
         found = trained(stage, *given, engine=engine, **named)
@@ -27,7 +27,7 @@ def test_a_run_whose_weights_are_not_finite_ends_as_diverged_and_keeps_its_last_
             next(engine.tensors()).value = torch.full_like(next(engine.tensors()).value, torch.inf)
         return found
 
-    monkeypatch.setattr(experiment, "train_stage", broken)
+    monkeypatch.setattr(underway, "train_stage", broken)
     path = run(compose(overrides))
     status = (path / "status").read_text()
     assert status.startswith("diverged: stage 2 of 3") and "step 3: " in status and "is not finite" in status

@@ -17,7 +17,7 @@ from clbench import experiment
 from clbench.config import TrainConfig, run_hash
 from clbench.config.composition import compose
 from clbench.examine.student import Student
-from clbench.examine.text import rolling_nll
+from clbench.examine.text import read_windows
 from clbench.models.loss import causal_lm
 from clbench.models.weights import trainable
 from clbench.record import ledger
@@ -325,7 +325,7 @@ def asked(toy: methods.Lab, student: Student) -> dict[str, object]:
         "likelihoods": student.log_likelihoods([(context, choice) for context in contexts for choice in choices]),
         "answers": student.generate(contexts, max_new_tokens=4),
         "distributions": torch.cat([rows for *_, rows in student.read([(ids, choices[0], [0]) for ids in contexts])]),
-        "text": rolling_nll(student, [context[1:] for context in contexts], window=3),
+        "text": read_windows(student, [context[1:] for context in contexts], window=3)[0],
         "one": student.log_likelihoods([(contexts[0], choices[0])]),
         "none": student.log_likelihoods([]),
         "tokens": student.tokens_scored,

@@ -21,7 +21,7 @@ from clbench.build import DTYPES, make_method
 from clbench.config.composition import CONF_DIR, compose
 from clbench.contract.lab import ToyTask
 from clbench.data.encoder import Encoder
-from clbench.experiment import open_engine
+from clbench.experiment.underway import open_engine
 from clbench.models.weights import count_parameters, trainable_state
 from clbench.protocols import Stage
 from clbench.train.launch import join, leave

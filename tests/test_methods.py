@@ -617,7 +617,7 @@ def test_merged_weights_are_the_base_plus_the_sum_of_all_adapters():
     toy.train(1)
     toy.train(2)
     for pair in toy.method.pairs:
-        before = toy.untouched[id(pair.layer.get_base_layer().weight)]
+        before = toy.base[id(pair.layer.get_base_layer().weight)]
         torch.testing.assert_close(pair.weight, before + pair.update(toy.method.retired), rtol=1e-5, atol=1e-6)
 
 

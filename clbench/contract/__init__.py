@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from clbench.config import Config
 from clbench.contract.lab import WORDS, Lab, everything, lab, same, watched
@@ -193,17 +194,12 @@ def gradients(toy: Lab, engine: Engine, batches: Sequence[Batch]) -> dict[str, T
 
 def widened(batch: Batch, columns: int) -> Batch:
     """`batch` with so many more columns of padding, whose ids are noise."""
-    rows = len(batch.input_ids)
-
-    def wider(tensor: Tensor, filler: Tensor) -> Tensor:
-        return torch.cat([tensor, filler], dim=1)
-
-    noise = torch.randint(len(WORDS), (rows, columns), generator=torch.Generator().manual_seed(1))
+    noise = torch.randint(len(WORDS), (len(batch.input_ids), columns), generator=torch.Generator().manual_seed(1))
     return replace(
         batch,
-        input_ids=wider(batch.input_ids, noise),
-        attention_mask=wider(batch.attention_mask, torch.zeros_like(noise)),
-        labels=wider(batch.labels, torch.full_like(noise, IGNORED)),
+        input_ids=torch.cat([batch.input_ids, noise], dim=1),
+        attention_mask=pad(batch.attention_mask, (0, columns)),
+        labels=pad(batch.labels, (0, columns), value=IGNORED),
     )
 
 

@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedTokenizerFast
 
-from clbench import experiment
 from clbench.build import make_method
-from clbench.config import Config
+from clbench.config import Config, StreamConfig
 from clbench.data.encoder import Encoder
-from clbench.experiment.underway import Run
+from clbench.experiment.underway import Run, open_engine, train
 from clbench.models.tiny import fresh_llama, word_tokenizer
-from clbench.protocols import Engine, Method, Stage, Stream, Task
+from clbench.protocols import Engine, Method, Stage, Task
 from clbench.record.ledger import Checkpoint
 from clbench.record.tracking import Tracker
+from clbench.stream import build_stream
 from clbench.train.loop import Plan, Trained, plan_stage, train_stage
 from clbench.types import Batch, Example
 
@@ -69,12 +69,11 @@ class ToyTask(Task):
 class Lab:
     """A method on a tiny model with the toy stream.
 
-    `base` names the model's own parameters by identity, `untouched` has their first values, `plain` the logits that they give.
+    `base` has the first values of the model's own parameters by their identity, `plain` the logits that they give.
     """
 
     run: Run
-    base: set[int]
-    untouched: dict[int, Tensor]
+    base: dict[int, Tensor]
     plain: Tensor
     moments: dict[str, Tensor] = field(default_factory=dict)
     within: Checkpoint | None = None
@@ -94,7 +93,7 @@ class Lab:
     def train(self, number: int) -> Trained:
         """Stage `number`, whole."""
         tracker = Tracker(self.run.config, self.run.stream.stages, silent=True)
-        _, trained, self.moments = experiment.train(
+        _, trained, self.moments = train(
             self.run, self.stage(number), tracker, moments=self.moments, within=self.within
         )
         self.within = None
@@ -105,7 +104,7 @@ class Lab:
         """Stage `number` up to its first step."""
         self.method.begin_stage(self.stage(number), self.model)
         plan = plan_stage(self.method.training_set(self.stage(number)), self.run.config.train)
-        return plan, experiment.open_engine(self.model, self.run.config, plan)
+        return plan, open_engine(self.model, self.run.config, plan)
 
     def step(self, number: int) -> Engine:
         """Stage `number` up to its last step, the engine still open."""
@@ -145,26 +144,13 @@ def lab(
     """The method of `config` on the model that is `made` for a tokenizer of WORDS."""
     words = word_tokenizer(WORDS)
     model = made(words).eval().to(dtype)
-    base = list(model.parameters())
-    untouched = {id(parameter): parameter.detach().clone() for parameter in base}
+    base = {id(parameter): parameter.detach().clone() for parameter in model.parameters()}
     encoder = Encoder(words, max_length=config.train.max_length)
-    tasks = [ToyTask(index) for index in (1, 2, 3)]
-    rows = [tuple(task.examples("train")) for task in tasks]
-    whole = tuple(example for examples in rows for example in examples)
-    stages = tuple(
-        Stage(index=i, name=task.name, task=task, train=train, test=train, collate=encoder.collate, whole_stream=whole)
-        for i, (task, train) in enumerate(zip(tasks, rows, strict=True), start=1)
-    )
-    method, plain = make_method(config), logits(model, encoder.collate(rows[0]))
-    run = Run(
-        config=config,
-        method=method,
-        model=method.wrap(model),
-        stream=Stream(name="toy", order="default", stages=stages),
-        probes=(),
-        encoder=encoder,
-    )
-    return Lab(run=run, base={id(parameter) for parameter in base}, untouched=untouched, plain=plain)
+    tasks = {f"toy{index}": ToyTask(index) for index in (1, 2, 3)}
+    stream = build_stream(StreamConfig(name="toy"), order="default", tasks=tasks, encoder=encoder)
+    method, plain = make_method(config), logits(model, encoder.collate(stream.stages[0].train))
+    run = Run(config=config, method=method, model=method.wrap(model), stream=stream, probes=(), encoder=encoder)
+    return Lab(run=run, base=base, plain=plain)
 
 
 def everything(model: Module) -> dict[str, Tensor]:

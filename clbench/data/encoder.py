@@ -10,9 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from clbench.data import chat as chats
-from clbench.types import IGNORED, Batch, Example, UserMistake
+from clbench.types import IGNORED, Batch, Example, Ids, UserMistake
 
-Ids = tuple[int, ...]
 SIGN = "?"
 """What prompts often end in, and is a token by itself."""
 

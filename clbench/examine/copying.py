@@ -11,7 +11,7 @@ are runs of letters and digits, or single other signs; upper and lower case coun
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import takewhile
+from os.path import commonprefix
 
 from clbench.types import Example
 
@@ -75,8 +75,7 @@ def copies(examples: Sequence[Example]) -> Iterator[tuple[str, list[str]]]:
 
 def common_tail(prompts: Sequence[Words]) -> int:
     """How many words at their ends all prompts share."""
-    backwards = zip(*(reversed(prompt.words) for prompt in prompts), strict=False)
-    return len(list(takewhile(lambda words: len(set(words)) == 1, backwards)))
+    return len(commonprefix([prompt.words[::-1] for prompt in prompts]))
 
 
 def cues(prompts: Sequence[Words], right: Sequence[Sequence[str]]) -> list[str]:

@@ -17,11 +17,10 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postproce
 from transformers import PreTrainedTokenizerBase
 
 from clbench.data.chat import Message, rendered
-from clbench.data.encoder import Ids
 from clbench.examine.student import Student
-from clbench.examine.text import rolling_nll
+from clbench.examine.text import read_windows
 from clbench.models.loss import causal_lm
-from clbench.types import UserMistake
+from clbench.types import Ids, UserMistake
 
 
 class StudentLM(TemplateLM):
@@ -77,7 +76,8 @@ class StudentLM(TemplateLM):
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood in nats of whole texts, in windows of the longest input."""
         texts = [tuple(self.tok_encode(request.args[0])) for request in requests]
-        return [-nll for nll in rolling_nll(self.student, texts, window=self.max_length)]
+        nll, _ = read_windows(self.student, texts, window=self.max_length)
+        return [-one for one in nll]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Greedy answers, cut before the first of the request's stop strings; requests of equal settings share batches."""

@@ -6,9 +6,9 @@ metric stand the share of answers of the right form, and for closed tasks how of
 """
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from statistics import mode
 
 import numpy as np
 
@@ -103,7 +103,7 @@ def floors(stage: Stage) -> dict[str, float]:
     guessed = [[(guess, task.score(example, guess)) for guess in task.guesses(example)] for example in tests]
     chance = sum(sum(score for _, score in offered) / len(offered) for offered in guessed if offered) / len(tests)
     right = [guess for offered in guessed for guess, score in offered if score >= task.reference_score]
-    common = [Counter(said).most_common(1)[0][0] for said in ([example.answer for example in tests], right) if said]
+    common = [mode(said) for said in ([example.answer for example in tests], right) if said]
     majority = max(sum(task.score(example, constant) for example in tests) for constant in common) / len(tests)
     borrowed = (task.score(example, stage.train[i % len(stage.train)].answer) for i, example in enumerate(tests))
     return {"chance": chance, "majority": majority, "format_only": sum(borrowed) / len(tests), "copy": copied(stage)}

@@ -8,11 +8,12 @@ Shape suffixes: T tokens of a row, S tokens it sees (the group's beginning and t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 
 import torch
 from torch import Tensor
 
-from clbench.data.encoder import Ids
+from clbench.types import Ids
 
 SHARED = 32
 """Fewest tokens of a common beginning that are worth a forward of their own."""
@@ -20,10 +21,9 @@ SHARED = 32
 
 @dataclass(frozen=True)
 class Read:
-    """A context and `branches` that continue it. Logits are wanted at `places` of the context and everywhere in the branches."""
+    """A context and `branches` that continue it. Logits are wanted after the context and everywhere in the branches."""
 
     context: Ids
-    places: tuple[int, ...]
     branches: tuple[Ids, ...] = ()
 
     @property
@@ -33,7 +33,7 @@ class Read:
     @property
     def scored(self) -> int:
         """At how many of them logits are wanted."""
-        return len(self.places) + sum(map(len, self.branches))
+        return 1 + sum(map(len, self.branches))
 
     @property
     def longest(self) -> int:
@@ -50,8 +50,8 @@ class Row:
     sees_TS: Tensor | None
 
 
-def row_of(reads: Sequence[Read], *, shared: int) -> Row:
-    """The reads end to end, each without its first `shared` tokens. Of each read its own places come first, then those of its branches."""
+def row_of(reads: Sequence[Read], *, shared: int = 0) -> Row:
+    """The reads end to end, each without its first `shared` tokens. Of each read its context's place comes first, then those of its branches."""
     ids: list[int] = []
     positions: list[int] = []
     places: list[int] = []
@@ -60,8 +60,8 @@ def row_of(reads: Sequence[Read], *, shared: int) -> Row:
         start, length = len(ids), len(read.context)
         ids += read.context[shared:]
         positions += range(shared, length)
-        places += [start + place - shared for place in read.places]
         end = len(ids)
+        places.append(end - 1)
         spans.append((start, end, start, start))
         for branch in filter(None, read.branches):
             first, last = len(ids), len(ids) + len(branch)
@@ -84,33 +84,24 @@ def _sight(spans: Sequence[tuple[int, int, int, int]], *, tokens: int, shared: i
     return sees_TS
 
 
-def groups(contexts: Sequence[Ids], *, limits: Sequence[int]) -> list[tuple[int, list[int]]]:
-    """(tokens of a common beginning, the contexts that share it), no beginning longer than the limit of a member; 0 for those that share none.
+def groups(contexts: Sequence[Ids]) -> list[tuple[int, list[int]]]:
+    """(tokens of a common beginning, the contexts that share it), of each member all but its last token at most; 0 for those that share none.
 
     Neighbours in lexicographic order are taken in as long as a shorter beginning of more contexts saves more tokens than a longer one of fewer.
 
-    >>> groups([(*range(40), 1, 2), (5, 6), (*range(40), 3)], limits=[41, 1, 40])
+    >>> groups([(*range(40), 1, 2), (5, 6), (*range(40), 3)])
     [(40, [0, 2]), (0, [1])]
     """
     order = sorted(range(len(contexts)), key=contexts.__getitem__)
     found: list[tuple[int, list[int]]] = []
     for place, index in enumerate(order):
+        longest = len(contexts[index]) - 1
         if found:
             before, members = found[-1]
-            shared = min(before, limits[index], common_length(contexts[order[place - 1]], contexts[index]))
+            shared = min(before, longest, len(commonprefix([contexts[order[place - 1]], contexts[index]])))
             if shared >= SHARED and len(members) * shared >= (len(members) - 1) * before:
                 found[-1] = (shared, [*members, index])
                 continue
-        found.append((limits[index], [index]))
+        found.append((longest, [index]))
     alone = [members[0] for _, members in found if len(members) == 1]
     return [group for group in found if len(group[1]) > 1] + ([(0, alone)] if alone else [])
-
-
-def common_length(left: Ids, right: Ids) -> int:
-    """How many tokens two sequences begin with in common.
-
-    >>> common_length((1, 2, 3), (1, 2, 4)), common_length((1, 2), (1, 2, 3)), common_length((1,), (2,))
-    (2, 2, 0)
-    """
-    pairs = zip(left, right, strict=False)
-    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))

@@ -18,11 +18,12 @@ from torch.nn import Module
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig
 
-from clbench.data.encoder import Encoder, Ids, clip_left
+from clbench.data.encoder import Encoder, clip_left
 from clbench.examine.packing import Read, Row, groups, row_of
 from clbench.models.limits import check_read, is_stretched, positions, settings
 from clbench.models.loss import causal_lm
 from clbench.train.ranks import Ranks
+from clbench.types import Ids
 
 TOKENS = {"cpu": 384, "cuda": 4096}
 """Tokens of a forward that keep a device busy and, on the CPU, in its caches (measured)."""
@@ -36,7 +37,6 @@ HasEnded = Callable[[list[list[int]]], list[bool]]
 """Of the tokens that each row has written so far: whether the row is done."""
 Request = tuple[Ids, Ids, Sequence[int]]
 """A context, its continuation, and the places of that at which whole distributions are wanted."""
-NOTHING = torch.empty(0)
 Report = Callable[[str, str, int, int], None]
 """Hears of a probe and a task how many requests are answered, and of how many."""
 
@@ -113,11 +113,12 @@ class Student:
             tokens[context] += len(continuation)
         owners = list(asked.values())
         reads = [
-            Read(context, (len(context) - 1,), tuple(requests[index][1][:-1] for index in members))
+            Read(context, tuple(requests[index][1][:-1] for index in members))
             for (context, *_), members in asked.items()
         ]
         found: dict[int, tuple[float, bool, Tensor]] = {}
-        for numbers, logits_NV in self._reported(reads):
+        done = 0
+        for numbers, logits_NV in self._forwards(reads):
             places, targets, members, whole, start = [], [], [], [], 0
             for number in numbers:
                 first, start = start, start + 1
@@ -125,10 +126,7 @@ class Student:
                     _, continuation, wanted = requests[index]
                     at = [first, *range(start, start + len(continuation) - 1)]
                     places += at
-                    # Other ranks get them: a view would take all of what it is a view of along.
-                    whole.append(
-                        logits_NV[[at[place] for place in wanted]].log_softmax(-1).cpu() if wanted else NOTHING
-                    )
+                    whole.append(logits_NV[[at[place] for place in wanted]].log_softmax(-1).cpu())
                     targets += continuation
                     members.append(index)
                     start += len(continuation) - 1
@@ -137,6 +135,8 @@ class Student:
             parts = zip(members, picked.split(lengths), greedy.split(lengths), whole, strict=True)
             for index, values, flags, rows_NV in parts:
                 found[index] = float(values.sum()), bool(flags.all()), rows_NV
+            done += len(numbers)
+            self._report(*self._about, done, len(reads))
         return [found[index] for index in range(len(requests))]
 
     def generate(self, prompts: Sequence[Ids], *, max_new_tokens: int) -> list[str]:
@@ -158,7 +158,7 @@ class Student:
         """By the model's own `generate`, in batches of like lengths, padded on the left."""
         model, pad = causal_lm(self.model), self.encoder.tokenizer.pad_token_id
         ends = {self.encoder.tokenizer.eos_token_id, *eos_ids(model)}
-        settings = GenerationConfig(
+        generation = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=sorted(ends),
@@ -176,7 +176,7 @@ class Student:
             output_BT = model.generate(
                 pad_sequence(rows, True, pad, "left"),
                 attention_mask=pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left"),
-                generation_config=settings,
+                generation_config=generation,
                 stopping_criteria=[stopping(has_ended, width)] if has_ended else [],
             )
             for number, ids in zip(batch, output_BT[:, width:].tolist(), strict=True):
@@ -186,33 +186,25 @@ class Student:
             self._report(*self._about, len(written), len(prompts))
         return [written[number] for number in range(len(prompts))]
 
-    def _reported(self, reads: Sequence[Read]) -> Iterator[tuple[list[int], Tensor]]:
-        done = 0
-        for numbers, logits_NV in self._forwards(reads):
-            yield numbers, logits_NV
-            done += len(numbers)
-            self._report(*self._about, done, len(reads))
-
     def _forwards(self, reads: Sequence[Read]) -> Iterator[tuple[list[int], Tensor]]:
-        """Per forward the reads in it and logits [N, V] in float32: of each read those at its places, then those of its branches."""
+        """Per forward the reads in it and logits [N, V] in float32: of each read those after its context, then those of its branches."""
         longest = max((read.longest for read in reads), default=0)
         check_read(longest, positions=self.positions)
         if not self.encoder.together:
             for number, read in enumerate(reads):
                 yield [number], self._alone(read)
             return
-        for shared, members in groups([read.context for read in reads], limits=[read.places[0] for read in reads]):
+        for shared, members in groups([read.context for read in reads]):
             cache = DynamicCache() if shared else None
             if shared:
-                beginning = Read(reads[members[0]].context[:shared], (shared - 1,))
-                self._logits(row_of([beginning], shared=0), cache)
+                self._logits(row_of([Read(reads[members[0]].context[:shared])]), cache)
             for row in self._rows(reads, members, shared=shared):
                 yield row, self._logits(row_of([reads[number] for number in row], shared=shared), cache)
                 if cache is not None:
                     cache.crop(shared - cache.get_seq_length())
 
     def _rows(self, reads: Sequence[Read], members: Sequence[int], *, shared: int) -> Iterator[list[int]]:
-        """Members of a group that one forward holds."""
+        """The members of a group, in parts that one forward holds."""
         most = max(ROWS, LOGITS[self.encoder.device.type] // settings(self.model)["vocab_size"])
         row: list[int] = []
         tokens = wanted = 0
@@ -224,15 +216,14 @@ class Student:
             row.append(number)
             tokens += own
             wanted += reads[number].scored
-        if row:
-            yield row
+        yield row
 
     def _alone(self, read: Read) -> Tensor:
         """As of one row, each of the read's sequences by itself."""
         parts: list[Tensor] = []
-        for branch in read.branches or ((),):
-            logits_NV = self._logits(row_of([Read(read.context, read.places, (branch,))], shared=0))
-            parts.append(logits_NV[len(read.places) :] if parts else logits_NV)
+        for branch in read.branches:
+            logits_NV = self._logits(row_of([Read(read.context, (branch,))]))
+            parts.append(logits_NV[1:] if parts else logits_NV)
         return torch.cat(parts)
 
     def _logits(self, row: Row, cache: DynamicCache | None = None) -> Tensor:

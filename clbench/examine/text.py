@@ -17,12 +17,12 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from clbench.data.encoder import Encoder, Ids
+from clbench.data.encoder import Encoder
 from clbench.data.rows import DatasetSpec
 from clbench.examine.scores import Found, mean, scores
 from clbench.examine.student import Student
 from clbench.protocols import Probe, Stream
-from clbench.types import Score
+from clbench.types import Ids, Score
 
 FEWEST = 64
 """Tokens of a text that are worth reading, where the budget does not allow all of it."""
@@ -93,21 +93,8 @@ class Text(Probe):
     def _reading(self, student: Student) -> Reading:
         student.about(self.name, self.task)
         started = time.perf_counter()
-        texts, bos = encode(self.read, student.encoder), student.encoder.tokenizer.bos_token_id
-        pairs = [
-            (number, *pair) for number, ids in enumerate(texts) for pair in windows(ids, bos=bos, length=self.window)
-        ]
-        chosen, first, requests = self.chosen(sum(map(len, texts))), 0, []
-        for _, context, continuation in pairs:
-            last = first + len(continuation)
-            requests.append((context, continuation, [token - first for token in chosen if first <= token < last]))
-            first = last
-        nll, log_probs = [0.0] * len(texts), []
-        for (number, *_), (value, _, rows_NV) in zip(
-            pairs, student.read(requests, max_length=self.window), strict=True
-        ):
-            nll[number] -= value
-            log_probs.append(rows_NV)
+        texts = encode(self.read, student.encoder)
+        nll, log_probs = read_windows(student, texts, window=self.window, chosen=self.chosen(sum(map(len, texts))))
         return Reading(nll=nll, log_probs_NV=torch.cat(log_probs), seconds=time.perf_counter() - started)
 
     def chosen(self, tokens: int) -> list[int]:
@@ -164,18 +151,32 @@ def windows(ids: Ids, *, bos: int, length: int) -> Iterator[tuple[Ids, Ids]]:
 
     A full window has one token of context, BOS or the one before it; the last one, where it is short, is filled up with more of them.
     """
-    yield (bos,), ids[:length]
+    if ids:
+        yield (bos,), ids[:length]
     for start in range(length, len(ids), length):
         end = min(start + length, len(ids))
         yield ids[end - length - 1 : start], ids[start:end]
 
 
-def rolling_nll(student: Student, texts: Sequence[Ids], *, window: int) -> list[float]:
-    """Negative log-likelihood in nats of each text (its token ids without BOS) in windows of `window` tokens."""
-    bos = student.encoder.tokenizer.bos_token_id
-    read = [list(windows(ids, bos=bos, length=window)) if ids else [] for ids in texts]
-    scored = iter(student.log_likelihoods([pair for pairs in read for pair in pairs], max_length=window))
-    return [-sum(next(scored)[0] for _ in pairs) for pairs in read]
+def read_windows(
+    student: Student, texts: Sequence[Ids], *, window: int, chosen: Sequence[int] = ()
+) -> tuple[list[float], list[Tensor]]:
+    """Each text's negative log-likelihood in nats, read in windows of `window` tokens, and log-probabilities of the vocabulary, by window.
+
+    A text is its token ids without BOS. `chosen` are the tokens of all texts in a row whose distributions are wanted.
+    """
+    owners, requests, first = [], [], 0
+    for number, ids in enumerate(texts):
+        for context, continuation in windows(ids, bos=student.encoder.tokenizer.bos_token_id, length=window):
+            last = first + len(continuation)
+            requests.append((context, continuation, [token - first for token in chosen if first <= token < last]))
+            owners.append(number)
+            first = last
+    nll, log_probs = [0.0] * len(texts), []
+    for number, (value, _, rows_NV) in zip(owners, student.read(requests, max_length=window), strict=True):
+        nll[number] -= value
+        log_probs.append(rows_NV)
+    return nll, log_probs
 
 
 def exponential(exponent: float) -> float:

@@ -3,14 +3,15 @@
 import copy
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import cross_entropy
 
-from clbench.data.encoder import Encoder, Ids
+from clbench.data.encoder import Encoder
 from clbench.examine.student import Student
 from clbench.models.limits import ATTENTION, is_stretched, settings
-from clbench.models.loss import causal_lm, pack, read, rows_of
-from clbench.types import IGNORED, Batch
+from clbench.models.loss import causal_lm, pack, read
+from clbench.types import Example, Ids
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Nats a token between two ways of computing a log-likelihood that count as rounding."""
@@ -34,31 +35,22 @@ def reads_together(model: Module, encoder: Encoder) -> bool:
     pairs = zip(alone.log_likelihoods(requests), together.log_likelihoods(requests), strict=True)
     gaps = [abs(a - b) / len(continuation) for ((a, _), (b, _)), (_, continuation) in zip(pairs, requests, strict=True)]
     written = [student.write(prompts, max_new_tokens=2) for student in (alone, together)]
-    gaps.append(_gap_in_training(inner, [context for context, _ in requests], encoder.device))
+    gaps.append(_gap_in_training(inner, [context for context, _ in requests], many))
     # Each by itself, as a NaN is in no order.
     return all(gap <= TOLERANCES[inner.dtype] for gap in gaps) and written[0] == written[1]
 
 
 @torch.inference_mode()
-def _gap_in_training(model: Module, rows: list[Ids], device: torch.device) -> float:
+def _gap_in_training(model: Module, rows: list[Ids], encoder: Encoder) -> float:
     """The largest difference of a token's loss, in nats, between rows read as one and each by itself."""
-    width = min(len(row) for row in rows)
-    ids = torch.tensor([row[-width:] for row in rows], device=device)
-    labels = ids.clone()
-    labels[:, 0] = IGNORED
-    zeros = torch.zeros(len(rows), device=device)
-    batch = Batch(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        labels=labels,
-        weights=zeros,
-        sources=zeros.long(),
-        source_tokens=(),
-    )
-    alone = [rows_of(batch, row[None]) for row in torch.arange(len(rows), device=device)]
-    ways = [pack(each) for each in (batch, *alone)]
-    losses = [cross_entropy(read(model, way)[0].float(), way.labels, reduction="none") for way in ways]
-    return float((losses[0] - torch.cat(losses[1:])).abs().max())
+    width = min(map(len, rows))
+    examples = [Example(id="", prompt="", answer="", ids=row[-width:]) for row in rows]
+
+    def losses(part: list[Example]) -> Tensor:
+        packed = pack(encoder.collate(part))
+        return cross_entropy(read(model, packed)[0].float(), packed.labels, reduction="none")
+
+    return float((losses(examples) - torch.cat([losses([one]) for one in examples])).abs().max())
 
 
 def _questions(vocabulary: int) -> tuple[list[tuple[Ids, Ids]], list[Ids]]:

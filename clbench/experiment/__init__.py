@@ -1,7 +1,7 @@
 """One run, from a typed configuration to a closed ledger: the stage loop.
 
-The path of a stage, downwards: `run` -> `run_stage` (this file) -> `train.loop` -> the method -> the engine; then `examine` -> the probes ->
-the student; then the ledger. A kill at any point costs at most the stage it fell into.
+The path of a stage, downwards: `run` -> `run_stage` (this file) -> `train` (`underway`) -> `train.loop` -> the method -> the engine; then
+`examine` -> the probes -> the student; then the ledger. A kill at any point costs at most the stage it fell into.
 """
 
 import logging
@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
+from math import isnan
 from pathlib import Path
 
 from torch import Tensor
-from torch.nn import Module
 
 from clbench.build import build, load_model, set_up_torch, wrap
 from clbench.config import Config, run_directory, run_name
-from clbench.examine.canaries.own_model import said
 from clbench.examine.together import reads_together
 from clbench.experiment.examination import (
     check_evaluation,
@@ -27,13 +26,11 @@ from clbench.experiment.examination import (
     replay_scores,
     under_views,
 )
-from clbench.experiment.outcome import send_outcome
-from clbench.experiment.underway import Run, cost_of
-from clbench.models.loss import causal_lm
+from clbench.experiment.underway import Run, cost_of, train
 from clbench.models.sharding import gathering
-from clbench.models.weights import check_trained, load_trainable_state, trainable, trainable_state
+from clbench.models.weights import load_trainable_state, trainable, trainable_state
 from clbench.progress import Line
-from clbench.protocols import Engine, Stage
+from clbench.protocols import Stage
 from clbench.record.forecast import Forecast, seconds_of
 from clbench.record.ledger import COMPLETE, DIVERGED, Checkpoint, Ledger, status_of
 from clbench.record.manifest import describe
@@ -42,12 +39,10 @@ from clbench.record.tracking import Tracker, written_to
 from clbench.record.untouched import Untouched
 from clbench.report.standing import standing
 from clbench.stream import cut_prompts, said_of
-from clbench.train import optimizer as optim
-from clbench.train.local import LocalEngine
-from clbench.train.loop import Plan, Trained, plan_stage, train_stage
+from clbench.train.loop import Trained
 from clbench.train.pace import seconds_a_token, tokens_of
 from clbench.train.ranks import Ranks
-from clbench.types import Cost, Diverged, Score, Source, UserMistake
+from clbench.types import Cost, Diverged, Score, UserMistake
 
 log = logging.getLogger("clbench")
 
@@ -208,75 +203,22 @@ def record(run: Run, scores: Sequence[Score], cost: Cost, *, moments: Mapping[st
     run.ranks.wait()
 
 
-def train(
-    run: Run, stage: Stage, tracker: Tracker, *, moments: Mapping[str, Tensor], within: Checkpoint | None
-) -> tuple[Sequence[Source], Trained, dict[str, Tensor]]:
-    """The method's turn: everything between two examinations. Gives what was trained on and the optimizer's state, too."""
-    config, method = run.config, run.method
-    method.begin_stage(stage, run.model)
-    # A memory grows when its stage ends; what was trained on is what it held before.
-    sources = [replace(source, examples=tuple(source.examples)) for source in method.training_set(stage)]
-    plan = plan_stage(sources, config.train)
-    before = within or Checkpoint(stage=stage.index, weights={}, state={}, moments=dict(moments))
-    if within:
-        re_enter(run, within)
-    started = time.perf_counter() - before.seconds
-    engine = open_engine(run.model, config, plan, moments=before.moments, done=before.step)
-    trained = train_stage(
-        stage,
-        plan,
-        method=method,
-        engine=engine,
-        encoder=run.encoder,
-        config=config.train,
-        seed=config.seed,
-        report=lambda step, steps, reading: tracker.step(stage, step, steps, reading),
-        first=before.step,
-        save=lambda step: save_within(run, stage, engine, step=step, seconds=time.perf_counter() - started),
-    )
-    method.end_stage(stage, engine)
-    carried = engine.moments() if config.train.carry_optimizer else {}
-    engine.close()
-    try:
-        check_trained(run.model)
-    except FloatingPointError as error:
-        raise FloatingPointError(f"step {plan.total}: {error}") from error
-    if stage.index == 1 and method.keeps:
-        with gathering(run.model.eval()):
-            trained = replace(trained, said=tuple(said(run.model, run.encoder, run.stream)))
-    method.consolidate(run.model)
-    return sources, trained, carried
+def send_outcome(path: Path, tracker: Tracker) -> None:
+    """Gives the curves of the run recorded at `path`, if it has any, its measures, score matrix and report; of one that is not ranked,
+    the report alone."""
+    if not tracker.curves:
+        return
+    # These take a while to import.
+    from clbench.report.html import page
+    from clbench.report.summary import of_run
 
-
-def re_enter(run: Run, within: Checkpoint) -> None:
-    """Puts back what a stage that has just begun was in the middle of."""
-    load_trainable_state(run.model, within.weights)
-    device = run.encoder.device
-    here = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in within.state.items()}
-    run.method.load_state_dict(here)
-
-
-def save_within(run: Run, stage: Stage, engine: Engine, *, step: int, seconds: float) -> None:
-    """Keeps a stage as it is after `step` steps; every rank takes part, the first one writes."""
-    weights = {tensor.name: tensor.value for tensor in engine.tensors()}
-    whole = {"weights": weights, "state": run.method.state_dict(), "moments": engine.moments()}
-    if run.ledger:
-        run.ledger.save(Checkpoint(stage=stage.index, step=step, seconds=seconds, **whole))
-
-
-def open_engine(
-    model: Module, config: Config, plan: Plan, *, moments: Mapping[str, Tensor] | None = None, done: int = 0
-) -> Engine:
-    """The stage's engine over the tensors that train now, after `done` of its steps. `moments` is what the optimizer starts from."""
-    if config.engine.activation_checkpointing:
-        causal_lm(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if not trainable(model):
-        return LocalEngine(model, optimizer=None, schedule=None, clip=0.0)
-    moments = optim.fitting(moments or {}, trainable(model))
-    optimizer = optim.optimizer(trainable(model), config.train, moments)
-    schedule = optim.schedule(optimizer, config.train, steps=plan.total, done=done)
-    if config.engine.name == "local":
-        return LocalEngine(model, optimizer=optimizer, schedule=schedule, clip=config.train.clip, moments=moments)
-    from clbench.train.zero import DeepSpeedEngine
-
-    return DeepSpeedEngine(model, optimizer=optimizer, schedule=schedule, config=config, moments=moments)
+    summary = of_run(path)
+    measures = summary.measures.to_dict("index").get(path.name, {})
+    found = {
+        "measures": {name: value for name, value in measures.items() if not isnan(value)},
+        "matrix": summary.matrices[path.name].tolist() if measures else [],
+        "stages": [stage.name for stage in tracker.stages],
+        "report": page(summary, path.parents[1]),
+    }
+    for curves in tracker.curves:
+        curves.outcome(**found)

@@ -133,7 +133,7 @@ def examine_again(
     manifest |= parts.source.record(Path(config.cache_dir)) | {"run": run.manifest["run"]}
     asked = {key: manifest[key] for key in ASKED} | {"probe": masked(asdict(config.probe)), "sources": config.sources}
     name = f"{examined.FOLDER}/{choice.replace('/', '-')}-{probe_hash(asdict(config))}.jsonl"
-    lines = before(path, name, run=manifest["run"], probe_data=manifest["probe_data"])
+    lines = examined_before(path, name, run=manifest["run"], probe_data=manifest["probe_data"])
     left = sorted({*wanted} - {line["stage"] for line in lines})
     with working("loading the model") as shown:
         for index, scores in examinations(run, config, parts, stages=left, manifest=manifest, shown=shown):
@@ -146,7 +146,7 @@ def examine_again(
     return path / name
 
 
-def before(path: Path, name: str, *, run: str, probe_data: Mapping[str, Any]) -> list[examined.Line]:
+def examined_before(path: Path, name: str, *, run: str, probe_data: Mapping[str, Any]) -> list[examined.Line]:
     """The stages that the examination `name` of the run at `path` holds; raises UserMistake where they are damaged, or measured on other rows."""
     if not (path / name).is_file():
         return []

@@ -28,13 +28,6 @@ def load_trainable_state(model: Module, state: dict[str, Tensor]) -> None:
         parameter.copy_(state[name])
 
 
-def check_trained(model: Module) -> None:
-    """Raises FloatingPointError where a trainable tensor holds a number that is not finite."""
-    for name, tensor in trainable(model).items():
-        if not tensor.isfinite().all():
-            raise FloatingPointError(f"{name} is not finite")
-
-
 def count_parameters(model: Module) -> dict[str, Any]:
     """Counts of parameters: all, trainable."""
     return {

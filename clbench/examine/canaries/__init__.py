@@ -3,7 +3,7 @@
 Per task, on its first test examples: what cannot know the answer does not find it (`chance`, a model with random weights; `copier`,
 readers that only copy out of the prompt; `swap`, another row's answer put into the row; `shuffled`, wrong answers), what is right counts
 as right (`reference`), and training and examination read the same tokens (`bos`, `prompt`, of a chat `template`). Each is described where it is
-defined: `canaries.answers` and `canaries.tokens`. `canaries.own_model` examines the run's own model, before and after its first stage.
+defined: about answers in `canaries.answers`, about tokens here. `canaries.own_model` examines the run's own model, before and after its first stage.
 
 Not here: duplicates and overlaps between texts (`record.overlaps`), and what becomes of a run whose canary failed (the leaderboard).
 """
@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import Module
 
+from clbench.data.chat import own_template
 from clbench.data.encoder import Encoder
 from clbench.data.sampling import seeded
 from clbench.examine.canaries.answers import Verdict, chance, copier, near_zero, reference, shuffled, swap, wrong_scores
-from clbench.examine.canaries.tokens import NEW_TOKENS, Watched, in_template, one_bos, same_prompt
 from clbench.examine.student import Student
 from clbench.models.tiny import fresh_llama
 from clbench.protocols import Stage, Stream
-from clbench.types import Unusable
+from clbench.types import Example, Ids, Unusable
 
 # A wide initialisation, so that the random model answers different prompts differently.
 ARCHITECTURE = {
@@ -33,6 +33,9 @@ ARCHITECTURE = {
     "num_key_value_heads": 2,
     "initializer_range": 0.2,
 }
+
+NEW_TOKENS = 16
+"""What a random model writes, at most, in tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +58,13 @@ def check_stream(stream: Stream, encoder: Encoder, *, seed: int = 0, rows: int =
     with seeded(seed, "canary"):  # what an accelerator draws next is left alone, too
         size = {"max_position_embeddings": encoder.max_length + NEW_TOKENS}
         model = fresh_llama(encoder.tokenizer, architecture=ARCHITECTURE | size, seed=seed).eval()
-    return tuple(
-        Canary(name=name, task=stage.name, passed=passed, detail=detail)
-        for stage in stream.stages
-        for name, (passed, detail) in check_task(
-            replace(stage, train=stage.train[:rows], test=stage.test[:rows]),
-            model=model,
-            encoder=encoder,
-            unusable=stream.unusable,
-        ).items()
-    )
+    found: list[Canary] = []
+    for stage in stream.stages:
+        few = replace(stage, train=stage.train[:rows], test=stage.test[:rows])
+        verdicts = check_task(few, model=model, encoder=encoder, unusable=stream.unusable)
+        for name, (passed, detail) in verdicts.items():
+            found.append(Canary(name=name, task=stage.name, passed=passed, detail=detail))
+    return tuple(found)
 
 
 def check_task(stage: Stage, *, model: Module, encoder: Encoder, unusable: Sequence[Unusable]) -> dict[str, Verdict]:
@@ -84,3 +84,92 @@ def check_task(stage: Stage, *, model: Module, encoder: Encoder, unusable: Seque
         **({"swap": swap(pairs)} if pairs else {}),
         **({"template": in_template(stage, encoder, asked=student.asked)} if encoder.chat else {}),
     }
+
+
+class Watched:
+    """A student that keeps the (context, continuation) ids it is given and writes at most NEW_TOKENS tokens."""
+
+    def __init__(self, student: Student) -> None:
+        self.student = student
+        self.encoder = student.encoder
+        self.asked: set[tuple[Ids, Ids]] = set()
+
+    def log_likelihoods(self, requests: Sequence[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
+        self.asked.update(requests)
+        return self.student.log_likelihoods(requests)
+
+    def generate(self, prompts: Sequence[Ids], *, max_new_tokens: int) -> list[str]:
+        self.asked.update((prompt, ()) for prompt in prompts)
+        return self.student.generate(prompts, max_new_tokens=min(max_new_tokens, NEW_TOKENS))
+
+
+def encodable(stage: Stage, encoder: Encoder) -> list[Example]:
+    """The test and training examples whose answer, with BOS and EOS, fits `train.max_length`: no other can be trained on at all."""
+    return [example for example in (*stage.test, *stage.train) if encoder.fits(example.answer)]
+
+
+def one_bos(stage: Stage, encoder: Encoder) -> Verdict:
+    """Whether encoded examples begin with BOS where the tokenizer, or its chat template, gives one, end with EOS and hold no BOS of their own.
+
+    The final EOS is not looked at, so the count is right where BOS and EOS are one token; PAD is never part of an encoded example.
+    """
+    bos, eos = encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id
+    examples = [example for example in encodable(stage, encoder) if example.prompt]
+    encoded, first = [encoder.example(example).ids for example in examples], encoder.begin[:1] == (bos,)
+    count = (*encoder.begin, *encoder.end).count(bos)
+    good = sum((ids[0] == bos) == first and ids[-1] == eos and ids[:-1].count(bos) == count for ids in encoded)
+    said = "one BOS, at the start" if first else "no BOS, as the tokenizer gives none"
+    return good == len(encoded) > 0, f"{good} of {len(encoded)} examples have {said}"
+
+
+def same_prompt(stage: Stage, encoder: Encoder, *, asked: set[tuple[Ids, Ids]]) -> Verdict:
+    """Whether prompts and answers have the same ids in training and in examination, and examination did read them so.
+
+    A prompt that training cuts must be what its cut leaves of the one examined, and more than what is never cut. Of closed tasks the right answer
+    must have been scored, too. `asked` is what the student was given for `chance`.
+    """
+    examples = encodable(stage, encoder)
+    same = cut = lost = 0
+    for example in examples:
+        encoded = encoder.example(example)
+        context, answer = encoder.prompt(example.prompt), encoder.answer(example.answer)
+        kept = encoder.clipped(context, encoder.max_length - len(answer) - 1)
+        same += encoded.ids == (*kept, *answer, encoder.tokenizer.eos_token_id) and encoded.answer_start == len(kept)
+        cut += kept != context
+        lost += len(context) > len(kept) == len(encoder.begin) + len(encoder.end)
+    asked = asked | {(context, ()) for context, _ in asked}
+    read = sum(
+        (encoder.prompt(example.prompt), encoder.answer(example.answer) if example.choices else ()) in asked
+        for example in stage.test
+    )
+    left_out = len(stage.test) + len(stage.train) - len(examples)
+    return (
+        same == len(examples) > 0 == lost and read == len(stage.test),
+        f"{same} of {len(examples)} examples are the same in training and examination, {cut} cut and {lost} without a prompt among them "
+        f"({left_out} left out: the answer alone is longer than train.max_length); {read} of {len(stage.test)} were examined as they are",
+    )
+
+
+def in_template(stage: Stage, encoder: Encoder, *, asked: set[tuple[Ids, Ids]]) -> Verdict:
+    """Whether training and examination read the tokens that the tokenizer itself gives of its chat template; cut ones as far as they go.
+
+    `asked` is what the student was given for `chance`.
+    """
+    contexts = {context for context, _ in asked}
+
+    def by_itself(example: Example) -> Ids:
+        messages = [{"role": "user", "content": example.prompt}]
+        settings = {"chat_template": own_template(encoder.tokenizer), "add_generation_prompt": True}
+        return tuple(encoder.tokenizer.apply_chat_template(messages, return_dict=False, **settings))
+
+    examples = encodable(stage, encoder)
+    trained = [encoder.example(example) for example in examples]
+    same = sum(
+        one.ids[: one.answer_start] == encoder.clipped(by_itself(example), one.answer_start)
+        for example, one in zip(examples, trained, strict=True)
+    )
+    read = sum(by_itself(example) in contexts for example in stage.test)
+    return (
+        same == len(examples) > 0 and read == len(stage.test),
+        f"{same} of {len(examples)} examples are trained on and {read} of {len(stage.test)} are examined in the tokenizer's own template",
+    )

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 from math import ceil, sqrt
+from statistics import mode
 
 from clbench.examine.copying import copies
 from clbench.examine.matrix import choose, examine
@@ -57,7 +58,7 @@ def near_zero(stage: Stage, student: Student, wrong: Sequence[float]) -> Verdict
     """
     items, _ = examine(student, stage)
     score = sum(items[stage.task.metric]) / len(stage.test)
-    constant = _commonest_answer(stage.test)
+    constant = mode(example.answer for example in stage.test)
     commonest = sum(stage.task.score(example, constant) for example in stage.test) / len(stage.test)
     other = sum(wrong) / max(len(wrong), 1)
     allowed = max(NEAR_ZERO, other, commonest)
@@ -67,10 +68,6 @@ def near_zero(stage: Stage, student: Student, wrong: Sequence[float]) -> Verdict
     )
 
 
-def _commonest_answer(examples: Sequence[Example]) -> str:
-    return Counter(example.answer for example in examples).most_common(1)[0][0]
-
-
 def copier(stage: Stage) -> Verdict:
     """Whether no reader of `copies` is right on 95 per cent of the examples, and on more of them than the commonest answer.
 
@@ -78,25 +75,20 @@ def copier(stage: Stage) -> Verdict:
     by luck. A task whose answer does stand at a fixed place of the prompt fails, on purpose: it can be solved without being understood.
     """
     examples = (*stage.test, *stage.train)[: max(len(stage.test), ENOUGH)]
-    constant = [_commonest_answer(examples)] * len(examples)
-    least = max(ceil(COPIED * len(examples)), solved(stage.task, examples, constant, at_least=0) + 1)
+    constant = [mode(example.answer for example in examples)] * len(examples)
+    least = max(ceil(COPIED * len(examples)), solved(stage.task, examples, constant) + 1)
     readers = 0
     for name, answers in copies(examples):
         readers += 1
-        right = solved(stage.task, examples, answers, at_least=least)
+        right = solved(stage.task, examples, answers)
         if right >= least:
             return False, f"{name} are right {right} times in {len(examples)}; {least - 1} are allowed"
     return True, f"none of {readers} readers that only copy is right {least} times in {len(examples)}"
 
 
-def solved(task: Task, examples: Sequence[Example], answers: Sequence[str], *, at_least: int) -> int:
-    """How many of the answers get the full score; stops where fewer than `at_least` can."""
-    right = 0
-    for index, (example, answer) in enumerate(zip(examples, answers, strict=True)):
-        if right + len(examples) - index < at_least:
-            break
-        right += is_right(task, example, answer)
-    return right
+def solved(task: Task, examples: Sequence[Example], answers: Sequence[str]) -> int:
+    """How many of the answers get the full score."""
+    return sum(is_right(task, example, answer) for example, answer in zip(examples, answers, strict=True))
 
 
 def swap(pairs: Sequence[tuple[Example, Example]]) -> Verdict:

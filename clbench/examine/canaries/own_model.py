@@ -19,14 +19,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.nn import Module
 
-from clbench.data.encoder import Encoder, Ids
+from clbench.data.encoder import Encoder
 from clbench.data.sampling import seeded
 from clbench.examine.student import Student, eos_ids
 from clbench.examine.together import TOLERANCES
 from clbench.models.limits import is_stretched, rope_settings, settings
 from clbench.models.loss import answer_loss, causal_lm
 from clbench.protocols import Stream
-from clbench.types import Example
+from clbench.types import Example, Ids
 
 EXAMPLES = 6
 WRITTEN = 4
