@@ -21,11 +21,8 @@ import torch  # noqa: E402
 from deepspeed.utils import safe_set_full_fp32_param  # noqa: E402
 from torch import Tensor, distributed  # noqa: E402
 
-from clbench import experiment
-from clbench.config import (
-    composition,  # noqa: E402
-    run_directory,  # noqa: E402
-)
+from clbench import experiment  # noqa: E402
+from clbench.config import composition, run_directory  # noqa: E402
 from clbench.data.encoder import Encoder  # noqa: E402
 from clbench.experiment import underway  # noqa: E402
 from clbench.models.loss import answer_loss  # noqa: E402
@@ -152,7 +149,7 @@ def outcome(case: str, *overrides: str) -> dict[str, object]:
 def train(toy: methods.Lab, number: int) -> float:
     """Stage `number`; the loss that it reports."""
     tracker = Tracker(toy.run.config, toy.run.stream.stages, silent=True)
-    _, trained, toy.moments = experiment.train(toy.run, toy.stage(number), tracker, moments=toy.moments, within=None)
+    _, trained, toy.moments = underway.train(toy.run, toy.stage(number), tracker, moments=toy.moments, within=None)
     toy.model.eval()
     return trained.loss
 
@@ -190,7 +187,7 @@ def in_turn(case: str) -> dict[str, object]:
         return [batch for part in parts for batch in part]
 
     split = Encoder.micro_batches
-    with patch.object(experiment, "LocalEngine", InTurn), patch.object(Encoder, "micro_batches", both):
+    with patch.object(underway, "LocalEngine", InTurn), patch.object(Encoder, "micro_batches", both):
         return outcome(case)
 
 
