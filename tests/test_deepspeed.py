@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from clbench.cli import take_part
 from clbench.config.composition import compose
 from clbench.train.launch import launch
-from clbench.types import RankFailed, UserMistake
+from clbench.types import UserMistake
 from tests import ranks
 from tests.conftest import QUIET, TINY_MODEL, TINY_STREAM
 from tests.test_run import elsewhere, run, scores
@@ -402,7 +401,7 @@ COUNTED = ("accuracy", "exact_match", "acc", "format_validity", "chance", "major
 """Metrics that are counts of right answers or of examples: equal to the last bit."""
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", (2, 3))
 @pytest.mark.parametrize("method", CORE)
 def test_a_run_of_two_processes_has_the_weights_and_scores_of_one(runs, method, stage):
     check_equal_runs(runs(method, stage)["path"], runs(method)["path"])
@@ -419,29 +418,6 @@ def test_a_run_resumes_with_other_processes_and_another_stage(runs, pair, cache_
     assert len(costs[0]) == 2 and costs[1][:2] == costs[0] and len(costs[1]) == 3, "stage 1 was not done again"
     for whole in (runs(method), runs(method, 2)):
         check_equal_runs(found["path"], whole["path"])
-
-
-def test_memory_does_not_grow_over_sixteen_stages(cache_dir, tmp_path):
-    folder = tmp_path / "ranks"
-    folder.mkdir()
-    fresh = Pair(folder)
-    short = [
-        "stream=seq16",
-        "stream.limit=16",
-        "stream.train_rows=24",
-        "stream.test_rows=6",
-        "train.steps=2",
-        "probe.limit=12",
-    ]
-    places = [f"cache_dir={cache_dir}", f"results_dir={tmp_path / 'results'}"]
-    found = fresh.ask("run", *TINY_MODEL, *short, *QUIET, *places, "method=seq", *two(2))
-    fresh.end()
-    for rank, resident in enumerate(found["resident"]):
-        assert len(resident) == 16
-        print(
-            f"rank {rank}: {resident[1] / 2**20:.0f} MiB after stage 2, {resident[15] / 2**20:.0f} MiB after stage 16"
-        )
-        assert resident[15] <= 1.05 * resident[1]
 
 
 def test_a_launched_run_has_the_scores_of_one_process(overrides, tmp_path):
@@ -474,22 +450,6 @@ def test_a_killed_rank_ends_the_run_and_resume_continues_it(overrides, tmp_path)
     assert path.read_text() == "complete\n"
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_no_rank_outlives_its_parent(overrides, tmp_path, how):
-    command = [sys.executable, "-m", "clbench", *overrides, *two(), "train.steps=1000"]
-    parent = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    ledgers = tmp_path / "results" / "runs"
-    wait_for(lambda: any('"stage": 0,' in path.read_text() for path in ledgers.glob("*/scores.jsonl")), parent)
-    children = psutil.Process(parent.pid).children(recursive=True)
-    assert len(ranks_among(children)) == 2
-    parent.send_signal(how)
-    assert parent.wait(30) != 0
-    assert not psutil.wait_procs(children, timeout=10)[1]
-    if how == signal.SIGTERM:
-        (path,) = ledgers.glob("*/status")
-        assert path.read_text() == "interrupted\n"
-
-
 def ranks_among(children: list[psutil.Process]) -> list[psutil.Process]:
     """The ranks, in order; the others are what multiprocessing keeps its books with."""
     return sorted((child for child in children if "spawn_main" in "".join(child.cmdline())), key=lambda c: c.pid)
@@ -502,18 +462,6 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def test_the_error_of_the_first_rank_is_told_once(overrides):
-    with pytest.raises(RankFailed, match="a mistake of ours") as told:
-        launch(ranks.broken, compose([*overrides, *two()]), command="")
-    assert str(told.value).count("Traceback") == 1
-
-
-def test_ranks_that_diverge_end_as_one_process_does(overrides):
-    broken = [*overrides, *two(), "train.lr=1e30", "train.clip=0", "train.schedule=constant", "train.warmup=0"]
-    path = launch(take_part, compose(broken), command="")
-    assert (path / "status").read_text().startswith("diverged")
-
-
 def test_a_users_mistake_in_a_rank_is_one_line(overrides):
     with pytest.raises(UserMistake, match="resume=must"):
         launch(take_part, compose([*overrides, *two(), "resume=must"]), command="")
@@ -524,12 +472,3 @@ def test_the_wrong_number_of_processes_is_refused(overrides):
     environment = os.environ | {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}
     answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert answer.returncode == 2 and "engine.processes=2, but 3 processes" in answer.stderr
-
-
-def test_joining_ranks_started_by_another_launcher(overrides, tmp_path):
-    processes = start_ranks([sys.executable, "-m", "clbench", *overrides, *two(1)], tmp_path)
-    codes = [process.wait(240) for process in processes]
-    assert codes == [0, 0], (tmp_path / "rank-0.log").read_text()[-3000:]
-    (path,) = (tmp_path / "results" / "runs").glob("*/status")
-    assert path.read_text() == "complete\n"
-    assert len(json.loads((path.parent / "manifest.json").read_text())["tasks"]) == 3
