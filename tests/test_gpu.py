@@ -62,12 +62,12 @@ class Trained:
 
 
 class Numbers:
-    """A tokenizer whose words are token ids."""
+    """A tokenizer whose words are token ids; any other word is 1."""
 
     bos_token_id = eos_token_id = pad_token_id = 0
 
     def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
-        return {"input_ids": [int(word) for word in text.split()]}
+        return {"input_ids": [int(word) if word.isdigit() else 1 for word in text.split()]}
 
 
 def configured(*, dtype: str, steps: int, rows: int, length: int, zero_stage: int | None):
