@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from clbench.data.sampling import seeded
 from clbench.models.limits import settings
-from clbench.models.sharding import gathering
+from clbench.models.sharding import gathering, shape
 from clbench.types import UserMistake
 
 ALL_LINEAR = "all-linear"
@@ -37,7 +37,7 @@ class Lora:
         """`model` with its weights frozen and fresh adapters on every layer whose name ends in one of `targets`, of which each must name one."""
         layers = targeted(model, self.targets, kinds=(nn.Linear, nn.Embedding, Conv1D))
         # A gate of one output has no rank to speak of and is adapted beside others.
-        most = max(min(layer.weight.shape) for layer in layers.values())
+        most = max(min(shape(layer.weight)) for layer in layers.values())
         if self.rank > most:
             raise UserMistake(
                 f"method.lora.rank={self.rank} is more than the smaller side of every layer; set it to {most} at most (conf/method)"

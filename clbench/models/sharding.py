@@ -24,6 +24,11 @@ def entries(parameter: Tensor) -> int:
     return parameter.ds_numel if is_sharded(parameter) else parameter.numel()
 
 
+def shape(parameter: Tensor) -> tuple[int, ...]:
+    """The parameter's shape, all ranks together."""
+    return tuple(parameter.ds_shape if is_sharded(parameter) else parameter.shape)
+
+
 def stored(parameter: Tensor) -> Tensor:
     """What this rank keeps of a parameter: its slice, flat and padded, or all of it. Writing to it writes to the parameter, unless it is `whole`."""
     return parameter.ds_tensor if is_sharded(parameter) else parameter.detach()
