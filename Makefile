@@ -49,8 +49,8 @@ reference: setup ## the whole field, bounds and baselines included, six blocks
 test: setup ## the tests that a change must pass
 	$(PY) -m pytest -m "not slow and not gpu and not learnability"
 
-test-ranks: setup ## equal numbers from one and two processes on every ZeRO stage, kills and resumes
-	$(PY) -m pytest -m "slow and not gpu" tests/test_deepspeed.py
+test-ranks: setup ## equal numbers from one and two processes on every ZeRO stage and with a base in slices, kills and resumes
+	$(PY) -m pytest -m "slow and not gpu" tests/test_deepspeed.py "tests/test_sharded_base.py::test_a_run_in_slices_has_the_weights_and_scores_of_one_process[seq]"
 
 test-slow: setup ## all tests that take minutes, those of test-ranks among them
 	$(PY) -m pytest -m "slow and not gpu"
