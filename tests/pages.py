@@ -11,7 +11,7 @@ import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
-SHOWN = ("method", "blocks", "accuracy", "learned", "BWT", "retention", "probability kept", "perplexity")
+SHOWN = ("method", "blocks", "accuracy", "learned", "BWT", "retention", "perplexity")
 
 
 def validation() -> str:
@@ -29,12 +29,12 @@ def validation() -> str:
     return table(rows)
 
 
-def standing(results: Path, *, most: int | None = None) -> str:
-    """The first `most` rows of a leaderboard.md in the columns SHOWN."""
-    lines = (results / "leaderboard.md").read_text(encoding="utf-8").splitlines()
+def reference() -> str:
+    """The first five rows of the reference's leaderboard.md in the columns SHOWN."""
+    lines = (RESULTS / "reference" / "leaderboard.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     places = [rows[0].index(name) for name in SHOWN]
-    return table([[row[place] for place in places] for row in rows[: None if most is None else most + 2]])
+    return table([[row[place] for place in places] for row in rows[:7]])
 
 
 def table(rows: list[tuple[str, ...]] | list[list[str]]) -> str:
@@ -42,7 +42,10 @@ def table(rows: list[tuple[str, ...]] | list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-BLOCKS: Mapping[Path, Mapping[str, Callable[[], str]]] = {RESULTS / "README.md": {"validation": validation}}
+BLOCKS: Mapping[Path, Mapping[str, Callable[[], str]]] = {
+    ROOT / "README.md": {"reference": reference},
+    RESULTS / "README.md": {"validation": validation},
+}
 """By page, what each of its blocks holds."""
 
 

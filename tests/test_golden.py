@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from baselines import clora, curlora, ewc, ilora, secura
 from clbench.data.encoder import Encoder
+from clbench.examine.text import likelihood
 from clbench.models import cur
 from clbench.models.tiny import word_tokenizer
 from clbench.protocols import Stage
@@ -85,6 +86,10 @@ def test_perplexity_equals_the_golden_numbers(golden):
     expect, before, after = block["expect"], block["nll_nats_before"], block["nll_nats_after"]
     ratio = metrics.perplexity_ratio(before, after, count=block["n_words"])
     assert ratio == pytest.approx(expect["word_ppl_ratio"], **DOUBLE)
+    text = ["x" * block["n_bytes"]]
+    bits_before, bits_after = (likelihood([nats], text, tokens=1)["bits_per_byte"].value for nats in (before, after))
+    assert bits_before == pytest.approx(expect["bits_per_byte_before"], **DOUBLE)
+    assert bits_after - bits_before == pytest.approx(expect["bits_per_byte_drift"], **DOUBLE)
 
 
 def test_fisher_of_a_softmax_regression_is_the_mean_of_squared_example_gradients(golden):
