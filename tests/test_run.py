@@ -92,6 +92,18 @@ def test_row_zero_is_the_same_for_every_method(overrides):
     assert first[0] and all(other == first[0] for other in first[1:])
 
 
+def test_a_model_that_nothing_trains_is_read_once_and_stands_for_every_stage(overrides, tmp_path):
+    path = run(elsewhere(overrides, tmp_path, "whole"), "method=base", "+probe.cadence.perplexity=every:3")
+    read = [cost["tokens_scored"] for cost in costs(tmp_path / "whole")]
+    assert read[0] == sum(read[1:]) and min(read[1], read[3]) > 0 and read[2] == 0, read
+    rows = [{key: row[key] for key in ("stage", "probe", "task", "metric", "value", "n")} for row in scores(path)]
+    first, second, third = (
+        [{**row, "stage": 0} for row in rows if row["stage"] == stage and row["probe"] != "canaries"]
+        for stage in (1, 2, 3)
+    )
+    assert first == second == [row for row in third if row["probe"] not in ("perplexity", "divergence")] != third
+
+
 def test_without_steps_every_stage_is_row_zero(overrides):
     rows = scores(run(overrides, "method=seq", "train.steps=0"))
     floors = ("chance", "majority")

@@ -20,7 +20,8 @@ from clbench.examine.student import Report, Student
 from clbench.experiment.underway import Run
 from clbench.models.folding import folded
 from clbench.models.sharding import gathering
-from clbench.protocols import Stage
+from clbench.models.weights import trainable
+from clbench.protocols import Probe, Stage
 from clbench.record.manifest import failed_canaries
 from clbench.record.runs import CANARIES, FAILED
 from clbench.record.untouched import Untouched, find, keep, kept_at, source_hash
@@ -96,10 +97,21 @@ def examine(run: Run, index: int, watch: Watch) -> tuple[list[Score], int]:
         with weights, folded(run.model) if number == 0 else nullcontext(), gathering(run.model):
             student = student_of(run.config, run.model, run.encoder, run.ranks, report=partial(watch, view))
             for probe in due:
-                found = probe.measure(student, run.stream, index)
+                found = measure(run, probe, view, student, index)
                 scores += [replace(score, probe=f"{score.probe}@{view}") if number else score for score in found]
             tokens += student.tokens_scored
     return scores, tokens
+
+
+def measure(run: Run, probe: Probe, view: str, student: Student, index: int) -> list[Score]:
+    """What `probe` finds after stage `index`. A model of which nothing trains is read once and not after every stage."""
+    if (view, probe.name) in run.found:
+        where = {"stage": index, "stage_name": run.stream.stage_name(index), "seconds": 0.0}
+        return [replace(score, **where) for score in run.found[view, probe.name]]
+    found = list(probe.measure(student, run.stream, index))
+    if not trainable(run.model):
+        run.found[view, probe.name] = found
+    return found
 
 
 def check_own_model(run: Run, index: int, *, before: Sequence[float] = ()) -> list[Score]:

@@ -22,12 +22,15 @@ from clbench.train import optimizer as optim
 from clbench.train.local import LocalEngine
 from clbench.train.loop import Plan, Trained, plan_stage, train_stage
 from clbench.train.ranks import Ranks
-from clbench.types import Cost, Source
+from clbench.types import Cost, Score, Source
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run under way. Only the first rank has a ledger. `overlapping`: ids of training examples that a test or probe holds, too."""
+    """A run under way. Only the first rank has a ledger. `overlapping`: ids of training examples that a test or probe holds, too.
+
+    `found`: what each view's probes found, kept only where nothing trains and it therefore holds for every stage.
+    """
 
     config: Config
     method: Method
@@ -38,6 +41,7 @@ class Run:
     ledger: Ledger | None = None
     ranks: Ranks = field(default_factory=Ranks)
     overlapping: frozenset[str] = frozenset()
+    found: dict[tuple[str, str], list[Score]] = field(default_factory=dict)
 
 
 def train(
