@@ -313,7 +313,7 @@ def test_what_a_kill_left_half_written_is_removed_at_the_next_start(tmp_path):
     (tmp_path / f".stages.csv.{os.getpid()}.tmp").write_text("being written")
     remove_left(tmp_path)
     assert sorted(one.name for one in tmp_path.iterdir()) == [f".stages.csv.{os.getpid()}.tmp", "run"]
-    half = tmp_path / "models" / f".toy-{recipe().settings_hash()[:12]}-x"
+    half = tmp_path / "models" / f".toy-{recipe().settings_hash[:12]}-x"
     half.mkdir(parents=True)
     recipe().load(tmp_path)
     assert not half.exists()

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -75,8 +76,9 @@ class Recipe:
         corpus = of_json([*self.corpus.vocabulary(), "", *self.corpus.texts()])
         return {key: value for key, value in asdict(self).items() if key not in ("label", "note")} | {"corpus": corpus}
 
+    @cached_property
     def settings_hash(self) -> str:
-        """The hash of everything that determines the weights."""
+        """The hash of everything that determines the weights. It takes a second, as the corpus is made for it."""
         return of_json([self.settings()])
 
     def record(self, cache_dir: Path) -> dict[str, str]:
@@ -85,7 +87,7 @@ class Recipe:
 
     def made(self, cache_dir: Path) -> Pretrained:
         """The model as it is kept in `cache_dir`; it is pretrained where that lacks it."""
-        folder = cache_dir / "models" / f"{self.label}-{self.settings_hash()[:12]}"
+        folder = cache_dir / "models" / f"{self.label}-{self.settings_hash[:12]}"
         # Of several processes that need the same model one makes it, the others wait for it.
         with writing(folder), locked(folder.with_suffix(".lock")):
             for left_by_a_kill in folder.parent.glob(f".{folder.name}-*"):
