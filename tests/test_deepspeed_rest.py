@@ -15,12 +15,15 @@ from clbench.types import RankFailed
 from tests import ranks
 from tests.conftest import QUIET, TINY_MODEL
 from tests.test_deepspeed import (  # noqa: F401 (two are fixtures)
+    BITWISE,
     CORE,
+    REST,
     ROOT,
-    SELDOM,
     STAGES,
     Pair,
+    check_bitwise,
     check_equal_runs,
+    check_rows,
     check_weights,
     pair,
     ranks_among,
@@ -33,10 +36,20 @@ from tests.test_deepspeed import (  # noqa: F401 (two are fixtures)
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("stage", (0, 1, 2))
-@pytest.mark.parametrize("case", SELDOM)
+@pytest.mark.parametrize(("case", "stage"), [one for one in REST if one[0] != "seq_bfloat16"])
 def test_two_processes_train_the_weights_of_one(pair, case, stage):  # noqa: F811
     check_weights(pair, case, stage)
+
+
+@pytest.mark.parametrize("stage", (0, 1))
+@pytest.mark.parametrize("case", BITWISE)
+def test_two_processes_are_bitwise_one_that_adds_in_their_order(pair, case, stage):  # noqa: F811
+    check_bitwise(pair, case, stage)
+
+
+@pytest.mark.parametrize(("case", "stage"), REST)
+def test_every_step_trains_on_the_same_rows_whatever_the_number_of_processes(pair, case, stage):  # noqa: F811
+    check_rows(pair, case, stage)
 
 
 @pytest.mark.parametrize("stage", STAGES)
