@@ -9,6 +9,9 @@ RESULTS ?= results
 METHODS ?= base,seq,er,ewc,ilora,clora,curlora,secura
 FIELD ?= $(subst $(space),$(comma),$(sort $(basename $(notdir $(wildcard conf/method/*.yaml)))))
 SEEDS ?= 0
+# Six orders are six blocks, with which differences can be claimed; short streams and stages, as it is to be over in minutes.
+ORDERS ?= default,latin:1,latin:2,latin:3,reversed,random:2
+SHORT ?= stream.limit=4 train.steps=30
 # An order and a seed each. No two share either, as what an order does to a method is shared by all its seeds.
 BLOCKS ?= default,0 reversed,1 latin:5,2 latin:10,3 random:1,4 random:2,5
 JOBS ?= 2
@@ -30,8 +33,8 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	else $(PY) -m pip install -q -c constraints.txt -e '.[$(EXTRAS)]'; fi
 	touch $@
 
-run: setup ## the main job: every core method over the embedded 16-task stream, then the leaderboard
-	$(PY) -m clbench -m method=$(METHODS) seed=$(SEEDS) results_dir=$(RESULTS) $(LAUNCH)
+run: setup ## a first leaderboard: every core method over four tasks of the embedded stream in six orders
+	$(PY) -m clbench -m method=$(METHODS) order=$(ORDERS) seed=$(SEEDS) $(SHORT) results_dir=$(RESULTS) $(LAUNCH)
 
 tune: setup ## the search that chose learning rates and strengths, on another world, order and seeds
 	for search in $(basename $(notdir $(wildcard conf/experiment/tune/*.yaml))); do \
@@ -46,10 +49,10 @@ reference: setup ## the whole field, bounds and baselines included, six blocks
 	done
 	$(PY) -m clbench.leaderboard $(RESULTS)/reference --pack
 
-test: setup ## the tests that a change must pass
-	$(PY) -m pytest -m "not slow and not gpu and not learnability"
+test: setup ## the tests that a change must pass, JOBS at a time
+	$(PY) -m pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu and not learnability"
 
-test-ranks: setup ## equal numbers from one and two processes on every ZeRO stage and with a base in slices, kills and resumes
+test-ranks: setup ## equal numbers from one and two processes, mostly on ZeRO 2 and 3; test-slow has every method on every stage
 	$(PY) -m pytest -m "slow and not gpu" tests/test_deepspeed.py "tests/test_sharded_base.py::test_a_run_in_slices_has_the_weights_and_scores_of_one_process[seq]"
 
 test-slow: setup ## all tests that take minutes, those of test-ranks among them
