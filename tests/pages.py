@@ -5,6 +5,7 @@ A page holds each between `<!-- NAME -->` and `<!-- /NAME -->`. tests/test_pages
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -29,12 +30,12 @@ def validation() -> str:
     return table(rows)
 
 
-def reference() -> str:
-    """The first five rows of the reference's leaderboard.md in the columns SHOWN."""
-    lines = (RESULTS / "reference" / "leaderboard.md").read_text(encoding="utf-8").splitlines()
+def leaderboard(folder: str, *, most: int) -> str:
+    """The first rows, `most` at most, of a folder's leaderboard.md in the columns SHOWN."""
+    lines = (RESULTS / folder / "leaderboard.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     places = [rows[0].index(name) for name in SHOWN]
-    return table([[row[place] for place in places] for row in rows[:7]])
+    return table([[row[place] for place in places] for row in rows[: 2 + most]])
 
 
 def table(rows: list[tuple[str, ...]] | list[list[str]]) -> str:
@@ -43,8 +44,8 @@ def table(rows: list[tuple[str, ...]] | list[list[str]]) -> str:
 
 
 BLOCKS: Mapping[Path, Mapping[str, Callable[[], str]]] = {
-    ROOT / "README.md": {"reference": reference},
-    RESULTS / "README.md": {"validation": validation},
+    ROOT / "README.md": {"reference": partial(leaderboard, "reference", most=5)},
+    RESULTS / "README.md": {"validation": validation, "real": partial(leaderboard, "real", most=10)},
 }
 """By page, what each of its blocks holds."""
 

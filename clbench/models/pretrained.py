@@ -106,7 +106,7 @@ class Pretrained:
         base = self.base()
         if base is not None and not any(self.folder().glob("tokenizer*")):
             return base.load_tokenizer(cache_dir)
-        with refusing(self.name):
+        with refusing(self.name), naming_the_tokenizer():
             tokenizer = AutoTokenizer.from_pretrained(
                 self.name, revision=self.revision, padding_side="right", trust_remote_code=self.trust_remote_code
             )
@@ -192,6 +192,18 @@ def refusing(name: str) -> Iterator[None]:
         raise UserMistake(
             f"model.name={name!r} could not be loaded ({reason}); name a local folder, or choose another model"
         ) from error
+
+
+@contextmanager
+def naming_the_tokenizer() -> Iterator[None]:
+    """Raises ValueError where a tokenizer's files hold a value of the wrong kind."""
+    try:
+        yield
+    except Exception as error:
+        # tokenizers has no narrower kind than Exception itself; in transformers such a value is run into.
+        if type(error) not in (Exception, TypeError, AttributeError):
+            raise
+        raise ValueError(f"its tokenizer: {error}") from error
 
 
 def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:

@@ -170,10 +170,10 @@ def model(named: str, prepare: Callable[[Path], object]) -> Mistake:
     return Mistake(arguments=arguments, named=named, prepare=lambda folder: prepare(folder / "model"))
 
 
-def config(**changed: object) -> Callable[[Path], None]:
+def config(file: str = "config.json", **changed: object) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        whole = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(whole | changed))
+        whole = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(whole | changed))
 
     return change
 
@@ -371,6 +371,11 @@ MODELS = [
     model("model", content("config.json", None)),
     model("model", content("config.json", "{}")),
     model("tokenizer", content("tokenizer.json", None)),
+    model("its tokenizer: ", config("tokenizer.json", version=1)),
+    model("its tokenizer: ", config("tokenizer.json", added_tokens=None)),
+    model("its tokenizer: ", config("tokenizer.json", model={"type": "WordLevel"})),
+    model("its tokenizer: ", config("tokenizer_config.json", eos_token=1)),
+    model("its tokenizer: ", config("tokenizer_config.json", added_tokens_decoder=[1])),
     model("model", content("model.safetensors", None)),
     model("model", content("model.safetensors", b"")),
     model("model", content("model.safetensors", b"\xff" * 4096)),
