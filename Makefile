@@ -76,8 +76,9 @@ report: setup ## results/report.html from the ledger
 leaderboard: setup ## the CSVs from the ledger
 	$(PY) -m clbench.leaderboard $(RESULTS)
 
-check: setup ## format and lint, as CI does
+check: setup ## format, lint and types, as CI does
 	$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check .
+	$(VENV)/bin/basedpyright --pythonpath $(PY)
 
 format: setup ## format and mend what can be mended
 	$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .

@@ -31,8 +31,8 @@ from clbench.types import Batch, UserMistake
 
 def share_along(g: Sequence[Tensor], g_ref: Sequence[Tensor]) -> Tensor:
     """What of g_ref is taken from g: min(0, <g, g_ref>) / ||g_ref||^2, over all tensors as one vector; 0 where g_ref is 0."""
-    product = sum((one * other).sum() for one, other in zip(g, g_ref, strict=True))
-    square = sum(one.square().sum() for one in g_ref)
+    product = torch.as_tensor(sum((one * other).sum() for one, other in zip(g, g_ref, strict=True)))
+    square = torch.as_tensor(sum(one.square().sum() for one in g_ref))
     return torch.where(square > 0, product.clamp(max=0) / square, 0.0)
 
 

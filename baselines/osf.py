@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import Module
 
+from clbench.models.cur import oriented
 from clbench.models.limits import check_unshared
 from clbench.models.lora import targeted
 from clbench.models.pairs import ADAPTER
@@ -51,7 +52,7 @@ class Osf(Method):
                 f"method.targets={self.targets}: none is a torch.nn.Linear, which PEFT's OSF needs; choose another method"
             )
         check_unshared(model, list(found))
-        if any(not layer.weight.numel() for layer in found.values()):
+        if any(not layer.get_parameter("weight").numel() for layer in found.values()):
             raise UserMistake(
                 "method=osf decomposes whole weights, which engine.shard_base=true keeps in slices; set it to false"
             )
@@ -63,7 +64,7 @@ class Osf(Method):
 
     def consolidate(self, model: Module) -> None:
         for layer in self.layers.values():
-            weight = layer.get_base_layer().weight.detach()
+            weight = oriented(layer.get_base_layer())
             weight += layer.get_delta_weight(ADAPTER).detach()
             self.decompose(layer)
 
@@ -77,12 +78,12 @@ class Osf(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """The weights that were merged into."""
-        return {name: layer.get_base_layer().weight.detach().clone() for name, layer in self.layers.items()}
+        return {name: oriented(layer.get_base_layer()).clone() for name, layer in self.layers.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts merged weights back and decomposes them; within a stage they are there already, and what was trained of them stays."""
         for name, layer in self.layers.items():
-            weight = layer.get_base_layer().weight.detach()
+            weight = oriented(layer.get_base_layer())
             if not torch.equal(weight, state[name].to(weight)):
                 weight.copy_(state[name])
                 self.decompose(layer)
@@ -98,4 +99,4 @@ def in_float32(layer: OSFLayer) -> None:
         starts[name][ADAPTER] = factor.detach().clone()
     for frozen in (layer._osf_U_high, layer._osf_V_high):
         if ADAPTER in frozen:
-            frozen[ADAPTER] = frozen[ADAPTER].float()
+            frozen[ADAPTER] = frozen.get_buffer(ADAPTER).float()

@@ -106,7 +106,7 @@ class Secura(Method):
 
     def fitted(self, base: Module) -> cur.CurLinear:
         """The adapted layer, of the rank and inner width that fit it."""
-        rank, inner = cur.clamped(self.rank, self.inner, shape=tuple(cur.oriented(base).shape))
+        rank, inner = cur.clamped(self.rank, self.inner, shape=cur.oriented(base).shape)
         return self.layer(base, rank=rank, inner=inner)
 
     def layer(self, base: Module, *, rank: int, inner: int) -> cur.CurLinear:
@@ -139,14 +139,15 @@ class Secura(Method):
     def consolidate(self, model: Module) -> None:
         """The task's update becomes part of the weights (M1) or of the history (M2)."""
         for layer in self.layers.values() if self.merge != "none" else ():
-            layer.absorb((layer.core.A @ layer.core.B).detach(), into_history=self.merge == "m2")
-            layer.core.B.detach().zero_()
+            a, b = (layer.core.get_parameter(factor).detach() for factor in "AB")
+            layer.absorb(a @ b, into_history=self.merge == "m2")
+            b.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """What merges changed, when the next is due, and the hash of C and R, which `wrap` makes again from the untouched weights."""
         layers = self.layers if self.merge != "none" else {}
         kept = {
-            f"kept/{name}": layer.core.history.to("cpu", copy=True) if self.merge == "m2" else layer.saved_weight()
+            f"kept/{name}": layer.history.to("cpu", copy=True) if self.merge == "m2" else layer.saved_weight()
             for name, layer in layers.items()
         }
         return {"selection": cur.selection_hash(self.layers), "steps": self.steps, **kept}
@@ -157,6 +158,6 @@ class Secura(Method):
         self.steps = state["steps"]
         for name, layer in self.layers.items() if self.merge != "none" else ():
             if self.merge == "m2":
-                layer.core.history.copy_(state[f"kept/{name}"])
+                layer.history.copy_(state[f"kept/{name}"])
             else:
                 layer.restore_weight(state[f"kept/{name}"])

@@ -184,9 +184,9 @@ def _check_target(key: str, settings: Mapping[str, Any], hint: Any) -> None:
     target, kinds = settings["_target_"], list(_kinds(hint))
     wanted = " or ".join(kind.__name__ for kind in kinds) or "nothing that is made of a _target_"
     try:
-        found = locate(str(target))
+        found: Any = locate(str(target))
     except ErrorDuringImport as error:
-        if not issubclass(error.exc, Exception):
+        if error.value and not isinstance(error.value, Exception):
             raise error.value from None  # Ctrl-C, which locate takes for a fault of the module
         raise UserMistake(f"{key}._target_={target} cannot be imported ({error})") from error
     makes = _hints(found).get("return") if isfunction(found) else found
@@ -221,7 +221,7 @@ class _Unknown(dict[str, Any]):
 def _hints(found: Any) -> dict[str, Any]:
     """What a function, or a class, takes, by name; annotations in quotes are looked up where it, or a class that it inherits from, is written."""
     written = found.__mro__ if isinstance(found, type) else (found,)
-    known = ChainMap(*(vars(sys.modules[one.__module__]) for one in written), vars(builtins), _Unknown())
+    known = ChainMap(*(vars(sys.modules[one.__module__]) for one in written), builtins.__dict__, _Unknown())
     return get_type_hints(found.__init__ if isinstance(found, type) else found, localns=known, include_extras=True)
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.utils import instantiate
@@ -65,9 +65,9 @@ class Tokens:
 
 def method_yaml(name: str) -> dict[str, Any]:
     """The keys of conf/method/<name>.yaml over those of the yamls it inherits; `seed` is 0."""
-    loaded = OmegaConf.load(CONF_DIR / "method" / f"{name}.yaml")
+    loaded: Any = OmegaConf.load(CONF_DIR / "method" / f"{name}.yaml")
     parents = [method_yaml(parent) for parent in loaded.get("defaults", ()) if isinstance(parent, str)]
-    return OmegaConf.to_container(OmegaConf.merge({"seed": 0}, *parents, loaded), resolve=True)
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge({"seed": 0}, *parents, loaded), resolve=True))
 
 
 def methods() -> dict[str, dict[str, Any]]:
@@ -100,7 +100,7 @@ def datasets_page() -> str:
     """conf/task/README.md: what every task reads, under which terms, and how it is scored."""
     rows = []
     for path in sorted((CONF_DIR / "task").glob("*.yaml")):
-        task = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        task: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         if "dataset" in task:
             splits = f"{task['dataset']['splits']['train']} / {task['dataset']['splits']['test']}"
             metric = f"{task['metric']} v{task['metric_version']}"
@@ -173,14 +173,15 @@ def memory(config: Config, model: torch.nn.Module, sizes: PretrainedConfig, rank
     kept = layers * hidden * entry + layer if config.engine.activation_checkpointing else layers * layer
     weights = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     trained = 4 * count_parameters(model)["trainable"]
-    parts = {
+    parts: dict[str, list[float]] = {
         "weights": [*[weights] * 3, weights / ranks],
         "gradients": [trained] * 4,
         "moments, masters": [2 * trained, *[3 * trained / ranks] * 3],
         "activations": [rows * config.train.max_length * kept] * 4,
         "logits": [rows * config.train.max_length // 4 * sizes.vocab_size * 8] * 4,
     }
-    return parts | {"total": [sum(column) for column in zip(*parts.values(), strict=True)]}
+    parts["total"] = [sum(column) for column in zip(*parts.values(), strict=True)]
+    return parts
 
 
 def assumed(formula: Callable[..., object]) -> str:

@@ -35,7 +35,7 @@ def of_json(value: object) -> str:
 def of_tensor(tensor: Tensor) -> str:
     """Of a tensor on the CPU: its type, shape and numbers."""
     found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    found.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+    found.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

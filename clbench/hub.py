@@ -1,6 +1,7 @@
 """Whether the hub still has what conf/ names: every dataset of a task or probe, its configuration, revision and splits (`clbench.doctor hub`)."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from datasets import get_dataset_split_names
 from datasets.exceptions import DatasetNotFoundError
@@ -18,7 +19,7 @@ from clbench.types import UserMistake
 def wanted() -> Iterator[tuple[str, DatasetSpec, set[str]]]:
     """(who asks for it, the dataset, the names of its splits on the hub) of every yaml of conf/task and conf/probe."""
     for path in sorted((CONF_DIR / "task").glob("*.yaml")):
-        task = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        task: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         if "dataset" in task:
             spec = instantiate(task["dataset"])
             yield path.stem, spec, set(spec.splits.values()) or {"train", "test"}

@@ -37,18 +37,23 @@ class ModelSource(Protocol):
 
     def record(self, cache_dir: Path) -> dict[str, str]:
         """What the manifest says of the weights that are there now: `model_fingerprint`, their hash."""
+        ...
 
     def load(self, cache_dir: Path, *, dtype: torch.dtype = ...) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         """The model in `dtype` on the CPU, in eval mode, and its tokenizer."""
+        ...
 
     def configuration(self, cache_dir: Path) -> PretrainedConfig:
         """The model's own configuration; no weights are read."""
+        ...
 
     def sizes(self, cache_dir: Path) -> PretrainedConfig:
         """What is enough to count its parameters, without a download where that is to be had."""
+        ...
 
     def load_tokenizer(self, cache_dir: Path) -> PreTrainedTokenizerFast:
         """The tokenizer alone."""
+        ...
 
 
 class Task(ABC):
@@ -164,7 +169,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def total(self, value: Tensor | float) -> Tensor | float:
+    def total(self, value: Tensor) -> Tensor:
         """Sum of `value` over ranks."""
 
     @abstractmethod

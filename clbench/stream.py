@@ -202,4 +202,5 @@ def ordered(names: Sequence[str], order: str) -> list[str]:
         shift = int(number) % len(names)
         return [*names[shift:], *names[:shift]]
     assert kind == "random", order
-    return [names[i] for i in torch.randperm(len(names), generator=generator(int(number), "stream order")).tolist()]
+    drawn: list[int] = torch.randperm(len(names), generator=generator(int(number), "stream order")).tolist()
+    return [names[i] for i in drawn]

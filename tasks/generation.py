@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics import BLEU
+from sacrebleu.metrics.bleu import BLEU
 
 from clbench.types import Example
 from tasks.hub import TextTask, accepted, ragged

@@ -108,7 +108,7 @@ class HubTask(Task):
 
     def _rows(self, split: str) -> dict[int, Row]:
         """The rows that belong to `split`, by their index in the file."""
-        rows = dict(enumerate(load_rows(self.dataset, split=split, data_dir=self.data_dir)))
+        rows: dict[int, Row] = dict(enumerate(load_rows(self.dataset, split=split, data_dir=self.data_dir)))
         for column, wanted in self.where.items():
             allowed = [wanted] if isinstance(wanted, (str, int, float)) else wanted
             rows = {i: row for i, row in rows.items() if self._value(column, row, i, split) in allowed}
@@ -291,6 +291,6 @@ def bucket(*names: object) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, names)).encode()).digest()[:8], "big")
 
 
-def ragged(examples: Iterable[Example]) -> list[list[str | None]]:
-    """The references of `examples` as sacrebleu wants them: one list per place, None where an example has fewer."""
+def ragged(examples: Iterable[Example]) -> list[list[Any]]:
+    """The references of `examples` as sacrebleu wants them: one list per place, None (which it does not declare) where an example has fewer."""
     return [list(answers) for answers in zip_longest(*map(accepted, examples))]

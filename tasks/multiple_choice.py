@@ -33,8 +33,8 @@ class MultipleChoice(ClosedTask):
 
     def example(self, row: Row, *, id: str) -> Example:
         """The question with its lettered options."""
-        one_column = isinstance(self.options, str)
-        texts = texts_at(row, self.options) if one_column else [text_at(row, column) for column in self.options]
+        own = self.options
+        texts = texts_at(row, own) if isinstance(own, str) else [text_at(row, column) for column in own]
         letters = ascii_uppercase[: len(texts)]
         labels = texts_at(row, self.option_labels) if self.option_labels else list(letters)
         right = position(lookup(row, self.answer), labels, column=self.answer)

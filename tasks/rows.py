@@ -58,7 +58,7 @@ class Rows(ClosedTask):
                 f"task {self.name!r}: metric={self.metric!r} is unknown; choose one of {', '.join(kinds)}"
             )
 
-    def _read(self, split: str) -> dict[int, tuple[str, Row]]:
+    def _read(self, split: str) -> Mapping[int, tuple[str, Row]]:
         """The rows of a split by their number, each with its file and line."""
         path = Path(self.rows)
         if path.is_dir():

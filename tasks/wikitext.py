@@ -7,6 +7,7 @@ published model is measured on the whole split (`split="all"`); a model that was
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from clbench.data.rows import DatasetSpec, load_rows, place
 from clbench.types import UserMistake
@@ -27,7 +28,7 @@ def dataset() -> DatasetSpec:
 
 def articles(*, data_dir: str | None, split: str) -> list[str]:
     """The articles of `split`: "train" (the first 50), "heldout" (the rest) or "all"."""
-    pages = [row.get("page") for row in load_rows(DATASET, split="test", data_dir=data_dir)]
+    pages: list[Any] = [row.get("page") for row in load_rows(DATASET, split="test", data_dir=data_dir)]
     for number, page in enumerate(pages):
         if not isinstance(page, str) or not page.strip():
             where = place(DATASET, split="test", data_dir=data_dir, row=number)

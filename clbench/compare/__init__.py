@@ -6,7 +6,7 @@ A run is one order and one seed, so an interval here is about questions: what ot
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -112,16 +112,16 @@ def read_side(path: Path) -> Side:
 def compare(first: Side, second: Side) -> list[Row]:
     """What both measured after their last stages, in the order of the first."""
     common = [key for key in first.values if key in second.values]
-    return [row((*at, metric), first, second) for *at, metric in common if metric in first.shown(*at)]
+    return [row(key, first, second) for key in common if key[2] in first.shown(*key[:2])]
 
 
 def row(key: Key, first: Side, second: Side) -> Row:
     """One score, paired where both kept the items of the same questions."""
     probe, task, _ = key
-    values = {"first": first.values[key], "second": second.values[key]}
+    plain = Row(key=key, first=first.values[key], second=second.values[key])
     one, other = (side.items.get(key, np.empty(0)) for side in (first, second))
     if len(one) != len(other) or not len(one) or first.questions(probe, task) != second.questions(probe, task):
-        return Row(key=key, **values)
+        return plain
     is_share = examined.probe_of(probe) in SHARES
     low, high = metrics.paired_interval(one, other) if is_share else metrics.interval((one - other).tolist())[1:]
-    return Row(key=key, **values, n_items=len(one), low=low, high=high)
+    return replace(plain, n_items=len(one), low=low, high=high)

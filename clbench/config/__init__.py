@@ -163,7 +163,7 @@ def groups() -> dict[str, Any]:
     return {own.name: own.default_factory for own in fields(Config) if is_dataclass(own.default_factory)}
 
 
-def keys() -> dict[str, Mapping[str, Any]]:
+def keys() -> Mapping[str, Mapping[str, Any]]:
     """What `key` says of every key, by dotted name."""
     inner = {f"{name}.{own.name}": own.metadata for name, shape in groups().items() for own in fields(shape)}
     return {own.name: own.metadata for own in fields(Config)} | inner

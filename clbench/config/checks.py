@@ -154,7 +154,7 @@ def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
 
 def given(words: Sequence[str], *, among: Iterable[str]) -> dict[str, str]:
     """The key=value words of a side command, by key; raises UserMistake for any other word."""
-    found = dict(word.partition("=")[::2] for word in words)
+    found = {key: value for key, _, value in (word.partition("=") for word in words)}
     for key, value in found.items():
         if key not in among or not value:
             raise UserMistake(

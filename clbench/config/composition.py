@@ -136,7 +136,7 @@ def resolve(composed: DictConfig) -> Config:
             composed.model.label = re.sub(r"[^A-Za-z0-9_.+-]+|^[^A-Za-z0-9_]+", "_", name)[-64:]
         if settings := composed.pop("settings"):
             _put_in(composed, settings, name=choices["settings"])
-        changed = OmegaConf.to_container(composed.tasks, resolve=False)
+        changed: Any = OmegaConf.to_container(composed.tasks, resolve=False)
         composed.tasks = _tasks(composed.stream.tasks)
         for name in changed:
             if name not in composed.tasks:
@@ -194,7 +194,8 @@ def _is_of_world(option: str) -> bool:
     found = next(filter(Path.is_file, (folder / f"{option}.yaml" for folder in folders)), None)
     if found is None:
         return False
-    own, group = OmegaConf.load(found), option.partition("/")[0]
+    own: Any = OmegaConf.load(found)
+    group = option.partition("/")[0]
     used = [f"{group}/{name}" for name in own.get("defaults", ()) if isinstance(name, str)]
     used += [f"task/{name}" for name in own.get("tasks", ()) if group == "stream"]
     return OF_WORLD in OmegaConf.to_yaml(own) or any(map(_is_of_world, used))

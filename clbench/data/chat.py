@@ -4,15 +4,16 @@ As in lm-eval, a special token that a message spells is one. Not here: token ids
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from clbench.types import UserMistake
 
-Message = Mapping[str, str]
+Message = dict[str, str]
 DAY = datetime(2024, 7, 26)
 """What a template is told that asks for the date: a run reads the same prompts on whatever day it goes on."""
 FORMS = "dmbByYaAHMS"
@@ -28,7 +29,8 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
             "prompt=chat, but the model's tokenizer has no chat template; choose prompt=plain, or put the template into its folder (model.name)"
         )
     try:
-        asked(tokenizer, ""), spacing(tokenizer)
+        asked(tokenizer, "")
+        spacing(tokenizer)
     except (TemplateError, ValueError) as error:  # ValueError: several templates, none of them the default one
         reason = " ".join(str(error).split())
         raise UserMistake(
@@ -45,10 +47,10 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"{{%- macro strftime_now(form) -%}}{{{{ form{written} }}}}{{%- endmacro -%}}{template}"
 
 
-def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **settings: bool) -> str:
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **settings: Any) -> str:
     """The text that the template makes of messages, each with a `role` and its `content`."""
     template = own_template(tokenizer)
-    return tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False, **settings)
+    return str(tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False, **settings))
 
 
 def asked(tokenizer: PreTrainedTokenizerBase, question: str) -> str:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -51,6 +52,10 @@ class Encoder:
         chat: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
+        special: Any = tokenizer  # transformers declares what it gives of special tokens as anything
+        self.bos: int = special.bos_token_id
+        self.eos: int = special.eos_token_id
+        self.pad: int = special.pad_token_id
         self.max_length = max_length
         self.cut = cut
         self.device = torch.device(device)
@@ -59,7 +64,7 @@ class Encoder:
         self._encoded: dict[tuple[str, str], Encoded] = {}
         self._ids: dict[tuple[object, ...], Ids] = {}
         first, *_ = tokenizer(SIGN, add_special_tokens=True, split_special_tokens=True)["input_ids"]
-        self._first = (first,) if first == tokenizer.bos_token_id else ()
+        self._first = (first,) if first == self.bos else ()
         self.begin: Ids = self._first
         self.end: Ids = ()
         self._before, self._spacing = SIGN, " "
@@ -68,8 +73,8 @@ class Encoder:
             self._before, self._spacing = chats.after_special(tokenizer, self.spelled(SIGN)), chats.spacing(tokenizer)
             # What differs is the message, and what a tokenizer makes one token of with its edge.
             alike = [self.own(chats.asked(tokenizer, text), special=False) for text in ("", SIGN, "A")]
-            self.begin = commonprefix(alike)
-            self.end = commonprefix([ids[len(self.begin) :][::-1] for ids in alike])[::-1]
+            self.begin = tuple(commonprefix(alike))
+            self.end = tuple(commonprefix([ids[len(self.begin) :][::-1] for ids in alike])[::-1])
 
     @property
     def frame(self) -> int:
@@ -89,7 +94,7 @@ class Encoder:
         """The prompt's token ids, after `begin`, untruncated; of an empty one BOS in any case, as something must come before an answer."""
         if self.chat and prompt:
             return self.own(self.spelled(prompt), special=False)
-        return (*self._first, *self.text(prompt)) or (self.tokenizer.bos_token_id,)
+        return (*self._first, *self.text(prompt)) or (self.bos,)
 
     def answer(self, answer: str) -> Ids:
         """The answer's token ids as they follow a prompt, without EOS."""
@@ -108,7 +113,7 @@ class Encoder:
         """The text's ids as the tokenizer itself gives them, special tokens that the text spells as such; with `special` those that it adds, too."""
         return self._read(text, add_special_tokens=special)
 
-    def _read(self, text: str, **settings: bool) -> Ids:
+    def _read(self, text: str, **settings: Any) -> Ids:
         """The text's ids by the tokenizer with these settings, which is asked once."""
         key = (text, *settings.items())
         if key not in self._ids:
@@ -121,7 +126,7 @@ class Encoder:
             return Encoded(ids=example.ids, answer_start=1)
         key = (example.prompt, example.answer)
         if key not in self._encoded:
-            answer = (*self.answer(example.answer), self.tokenizer.eos_token_id)
+            answer = (*self.answer(example.answer), self.eos)
             if len(answer) + self.frame > self.max_length:
                 raise UserMistake(
                     f"the answer of {example.id} has {len(answer)} tokens; train.max_length={self.max_length} must hold it and a prompt"
@@ -180,7 +185,7 @@ class Encoder:
             label[: encoded.answer_start] = IGNORED
         mask = [torch.ones_like(row) for row in ids]
         return Batch(
-            input_ids=pad_sequence(ids, True, self.tokenizer.pad_token_id).to(self.device),
+            input_ids=pad_sequence(ids, True, self.pad).to(self.device),
             attention_mask=pad_sequence(mask, True).to(self.device),
             labels=pad_sequence(labels, True, IGNORED).to(self.device),
             weights=torch.tensor([weight for _, _, weight in rows]).to(self.device),

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -60,7 +61,7 @@ class Memory:
         """Takes back what `state` gave."""
         record = json.loads(state)
         self.seen = record["seen"]
-        self.examples = [
-            Example(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
-            for row in record["examples"]
-        ]
+        self.examples = []
+        for row in record["examples"]:
+            kept: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in row.items()}
+            self.examples.append(Example(**kept))

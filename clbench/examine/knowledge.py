@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby, islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from lm_eval.api import metrics
@@ -75,7 +75,7 @@ class LedgerRow:
     def rights(self) -> list[list[float]]:
         """What each choice of each document scores by the task's metric when it is taken for certain: 1 for the right one, mostly."""
         asked = zip(self.documents(), self.offered, strict=True)
-        return [choice_scores(*one, len(choices), self.metric) for one, choices in asked]
+        return [choice_scores(*one, len(choices), cast(str, self.metric)) for one, choices in asked]
 
     @property
     def metric(self) -> str | None:

@@ -36,12 +36,12 @@ class StudentLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.student.encoder.tokenizer.eos_token_id
+        return self.student.encoder.eos
 
     @property
     def prefix_token_id(self) -> int:
         """The token that stands for an empty context: BOS."""
-        return self.student.encoder.tokenizer.bos_token_id
+        return self.student.encoder.bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids, with what the tokenizer puts around a text unless that begins with BOS or `add_special_tokens` says otherwise."""
@@ -108,7 +108,7 @@ class StudentLM(TemplateLM):
                 f"a task of probe.tasks writes {count} tokens, the model has {self.max_length}; take it out"
             )
         eos = self.student.encoder.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
-        return (*settings["until"], eos), count
+        return (*settings["until"], str(eos)), count
 
 
 def stopped(stops: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Callable[[list[list[int]]], list[bool]]:

@@ -62,7 +62,7 @@ class NamedRow:
 
 def task_index(names: Iterable[str], *, search: Sequence[str] = (), own: Sequence[Path] = ()) -> TaskManager:
     """An index that knows `names`: of the folders `own` and the folders `search` of lm_eval/tasks, or the whole."""
-    home = Path(lm_eval.tasks.__file__).parent
+    home = Path(lm_eval.tasks.__path__[0])
     few = TaskManager(include_defaults=False, include_path=[*(home / folder for folder in search), *own])
     # A tag may have tasks in other folders; a name that no file has in its text is a slip, for which no index is made.
     missing = set(names) - {*few.all_subtasks, *few.all_groups}
@@ -84,15 +84,15 @@ def with_shots(member: str | Settings, shots: int | Mapping[str, int] | None, in
     stated = {"task": member} if isinstance(member, str) else member
     name = str(stated.get("group") or stated["task"])
     entry, for_all = index.task_index.get(name), not isinstance(shots, Mapping)
-    wanted = shots if for_all else shots.get(name)
+    wanted = shots.get(name) if isinstance(shots, Mapping) else shots
     fixed = for_all and entry is not None and (entry.cfg or {}).get("num_fewshot") == 0
     return member if wanted is None or fixed or "num_fewshot" in stated else {**stated, "num_fewshot": wanted}
 
 
 def resolve(member: str | Settings, index: TaskManager, inherited: Settings | None = None) -> dict[str, NamedRow]:
     """The rows of the ledger that a name stands for, or a group's entry that changes settings of what it names; inner settings win."""
-    stated = {"task": member} if isinstance(member, str) else member
-    name, below = str(stated.get("group") or stated["task"]), stated.get("task")
+    stated: Settings = {"task": member} if isinstance(member, str) else member
+    name, below = str(stated.get("group") or stated["task"]), stated.get("task", ())
     changes = (inherited or {}) | _settings(stated)
     entry, means = index.task_index.get(name), stated.get("aggregate_metric_list")
     if entry is None and not isinstance(below, list):  # a list: a group that is defined where it is used

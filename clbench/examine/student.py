@@ -11,12 +11,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from clbench.data.encoder import Encoder, clip_left
 from clbench.examine.packing import Read, Row, groups, row_of
@@ -145,7 +146,7 @@ class Student:
         room = min(self.encoder.max_length, self.positions - max_new_tokens)
         assert room >= 1, (max_new_tokens, self.positions)
         written = self.write([self.encoder.clipped(prompt, room) for prompt in prompts], max_new_tokens=max_new_tokens)
-        return [self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
+        return [str(self.encoder.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in written]
 
     def write(
         self, prompts: Sequence[Ids], *, max_new_tokens: int, has_ended: HasEnded | None = None
@@ -156,8 +157,8 @@ class Student:
 
     def _write(self, prompts: Sequence[Ids], *, max_new_tokens: int, has_ended: HasEnded | None) -> list[list[int]]:
         """By the model's own `generate`, in batches of like lengths, padded on the left."""
-        model, pad = causal_lm(self.model), self.encoder.tokenizer.pad_token_id
-        ends = {self.encoder.tokenizer.eos_token_id, *eos_ids(model)}
+        model, pad = causal_lm(self.model), self.encoder.pad
+        ends = {self.encoder.eos, *eos_ids(model)}
         generation = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -173,7 +174,7 @@ class Student:
             count = max(1, WRITTEN * self.tokens // (width + max_new_tokens)) if self.encoder.together else 1
             batch, order = order[:count], order[count:]
             rows = [torch.tensor(prompts[number], device=model.device) for number in batch]
-            output_BT = model.generate(
+            output_BT = cast(Any, model).generate(  # which transformers declares beside its models
                 pad_sequence(rows, True, pad, "left"),
                 attention_mask=pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left"),
                 generation_config=generation,
@@ -245,7 +246,7 @@ class Student:
         return output.logits[0].float()
 
 
-def eos_ids(model: Module) -> list[int]:
+def eos_ids(model: PreTrainedModel) -> list[int]:
     """The tokens that end what the model writes, by its own settings."""
     stated = model.generation_config.eos_token_id
     return stated if isinstance(stated, list) else [] if stated is None else [stated]
@@ -256,7 +257,7 @@ def stopping(has_ended: HasEnded, width: int) -> Callable[..., Tensor]:
     return lambda ids_BT, _, **__: torch.tensor(has_ended(ids_BT[:, width:].tolist()), device=ids_BT.device)
 
 
-def mask_of(model: Module, sees_TS: Tensor, positions_T: Tensor) -> Tensor | dict[str, Tensor]:
+def mask_of(model: PreTrainedModel, sees_TS: Tensor, positions_T: Tensor) -> Tensor | dict[str, Tensor]:
     """What is added to attention's logits, [1, 1, T, S]: one for all layers, or one for each kind of layer that the model has.
 
     A sliding window counts positions in the sequence; what precedes the row's own tokens is the common beginning.

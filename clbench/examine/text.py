@@ -167,7 +167,7 @@ def read_windows(
     """
     owners, requests, first = [], [], 0
     for number, ids in enumerate(texts):
-        for context, continuation in windows(ids, bos=student.encoder.tokenizer.bos_token_id, length=window):
+        for context, continuation in windows(ids, bos=student.encoder.bos, length=window):
             last = first + len(continuation)
             requests.append((context, continuation, [token - first for token in chosen if first <= token < last]))
             owners.append(number)

@@ -143,7 +143,9 @@ def forecast(run: Run, untouched: Untouched) -> Forecast:
 
 def go_on(run: Run) -> tuple[dict[str, Tensor], Checkpoint | None]:
     """Takes back the last finished stage; gives the optimizer's state after it, and what was kept within the next one."""
-    finished, within = run.ranks.share((run.ledger.load(), run.ledger.load_within()) if run.ledger else None)
+    kept = run.ranks.share((run.ledger.load(), run.ledger.load_within()) if run.ledger else None)
+    assert kept is not None, "the first rank has the ledger"
+    finished, within = kept
     load_trainable_state(run.model, finished.weights)
     run.method.load_state_dict(finished.state)
     step = f", step {within.step} of the next" if within else ""

@@ -48,7 +48,8 @@ def trained(path: Path, *, stage: int | None = None, cache_dir: Path | None = No
     with views[view or next(iter(views))]:
         # Where a method writes into weights, its adapter alone would be another model.
         layers = {name: layer for name, layer in causal_lm(model).named_modules() if isinstance(layer, LoraLayer)}
-        own = {f"{name}.weight": of_tensor(layer.get_base_layer().weight.cpu()) for name, layer in layers.items()}
+        weights = {f"{name}.weight": layer.get_base_layer().get_parameter("weight") for name, layer in layers.items()}
+        own = {name: of_tensor(weight.cpu()) for name, weight in weights.items()}
         is_adapter = bool(own) and own.items() <= untouched.items()
         tokenizer = run.source.load_tokenizer(Path(run.config.cache_dir))
         yield Trained(model=model, tokenizer=tokenizer, is_adapter=is_adapter)

@@ -28,7 +28,7 @@ LEAST_SHARE = 1e-12
 
 def oriented(linear: Module) -> Tensor:
     """The layer's weight as [out, in]; a view, so that writing to it writes to the layer (Conv1D keeps [in, out])."""
-    return linear.weight.detach().t() if isinstance(linear, Conv1D) else linear.weight.detach()
+    return linear.weight.detach().t() if isinstance(linear, Conv1D) else linear.get_parameter("weight").detach()
 
 
 def column_norms(weight: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def upper_quantile(values: Tensor, quantile: float) -> Tensor:
     return torch.lerp(above[-1], above[-2:][0], place - int(place))
 
 
-def clamped(rank: int, inner: int, *, shape: tuple[int, int]) -> tuple[int, int]:
+def clamped(rank: int, inner: int, *, shape: Sequence[int]) -> tuple[int, int]:
     """(rank, inner) that fit a weight of `shape`: rank at most a quarter of its smaller side, their ratio kept."""
     fitting = max(1, min(rank, min(shape) // 4))
     return fitting, min(-(-fitting * inner // rank), shape[1])
@@ -125,6 +125,7 @@ class CurLinear(Module):
     rows: Tensor
     C: Tensor
     R: Tensor
+    beta: Parameter | None
 
     def __init__(
         self,
@@ -158,6 +159,11 @@ class CurLinear(Module):
         return oriented(self.base)
 
     @property
+    def history(self) -> Tensor:
+        """That of the core, where it has one."""
+        return self.core.get_buffer("history")
+
+    @property
     def foldable(self) -> bool:
         """Whether some weight gives the layer's outputs; none does when outputs are what is restrained."""
         return self.divisor is None or not self.on_output
@@ -189,14 +195,14 @@ class CurLinear(Module):
         The caller takes it out of what trains.
         """
         if into_history:
-            self.core.history += product
+            self.history.add_(product)
             return
         with whole(self.base, writing=True):
             self.weight.copy_(self.effective_weight(product))
 
     def saved_weight(self) -> Tensor:
         """A copy of the frozen weight, [out, in], for a checkpoint, as `sharding.copied` gives it."""
-        copy = copied(self.base.weight)
+        copy = copied(self.base.get_parameter("weight"))
         return copy.t() if isinstance(self.base, Conv1D) else copy
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from clbench.models.cur import CurLinear
 from clbench.models.limits import shared_weights
+from clbench.models.loss import causal_lm
 from clbench.models.sharding import copied, is_first, is_sharded, stored, whole
 from clbench.types import UserMistake
 
@@ -33,7 +34,7 @@ def folded(model: Module) -> Iterator[Module]:
         for layer in adapted
         if id(inner_layer(layer).weight) not in shared and (not isinstance(layer, CurLinear) or layer.foldable)
     ]
-    weights = [inner_layer(layer).weight for layer in layers]
+    weights = [inner_layer(layer).get_parameter("weight") for layer in layers]
     kept = [stored(weight).clone() for weight in weights]
     for layer in layers:
         with whole(inner_layer(layer), writing=True):
@@ -82,7 +83,7 @@ def export(model: Module, folder: Path) -> None:
     PEFT adapters go to `folder`/adapter as well; they are for the weights they adapt now, which merging methods change.
     """
     with folded(model):
-        plain = ordinary(model.get_base_model() if isinstance(model, PeftModel) else model)
+        plain = ordinary(causal_lm(model))
         if is_first():
             plain.save_pretrained(folder)
     if isinstance(model, PeftModel) and is_first():

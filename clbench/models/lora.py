@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from clbench.data.sampling import seeded
 from clbench.models.limits import settings
+from clbench.models.loss import causal_lm
 from clbench.models.sharding import gathering, shape
 from clbench.types import UserMistake
 
@@ -37,14 +38,14 @@ class Lora:
         """`model` with its weights frozen and fresh adapters on every layer whose name ends in one of `targets`, of which each must name one."""
         layers = targeted(model, self.targets, kinds=(nn.Linear, nn.Embedding, Conv1D))
         # A gate of one output has no rank to speak of and is adapted beside others.
-        most = max(min(shape(layer.weight)) for layer in layers.values())
+        most = max(min(shape(layer.get_parameter("weight"))) for layer in layers.values())
         if self.rank > most:
             raise UserMistake(
                 f"method.lora.rank={self.rank} is more than the smaller side of every layer; set it to {most} at most (conf/method)"
             )
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,
+            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType] (PEFT declares int, and takes any number)
             target_modules=list(layers if isinstance(self.targets, str) else self.targets),
             lora_dropout=self.dropout,
             use_dora=self.dora,
@@ -62,8 +63,8 @@ class Lora:
         if added != layers.keys():
             unlike = min(added ^ layers.keys())
             raise UserMistake(
-                f"method.lora.targets={self.targets} of a {model.config.model_type}: PEFT turns {unlike!r} into adapters of fused experts, "
-                "which cannot be folded; name the layers of attention, e.g. [q_proj, k_proj, v_proj, o_proj] (conf/method)"
+                f"method.lora.targets={self.targets} of a {causal_lm(model).config.model_type}: PEFT turns {unlike!r} into adapters "
+                "of fused experts, which cannot be folded; name the layers of attention, e.g. [q_proj, k_proj, v_proj, o_proj] (conf/method)"
             )
         return adapted
 
@@ -78,7 +79,7 @@ def targeted(model: Module, targets: Sequence[str] | str, *, kinds: tuple[type[M
     if isinstance(targets, str):
         if targets != ALL_LINEAR:
             raise UserMistake(f"targets={targets!r} is unknown; give a list of layers' names, or {ALL_LINEAR}")
-        head = model.get_output_embeddings()
+        head = causal_lm(model).get_output_embeddings()
         chosen = {
             name: module
             for name, module in fitting.items()

@@ -7,19 +7,21 @@ Shape suffixes: B rows, T positions, N answer tokens, M attended tokens, H hidde
 """
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from clbench.types import IGNORED, Batch
 
 
-def causal_lm(model: Module) -> Module:
+def causal_lm(model: Module) -> PreTrainedModel:
     """The Hugging Face causal language model inside its adapters."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,8 +108,9 @@ def divergence(
 
 
 @contextmanager
-def untouched(model: PeftModel) -> Iterator[None]:
+def untouched(model: Module) -> Iterator[None]:
     """Forwards inside are those of the model without its adapters, without dropout or gradient."""
+    assert isinstance(model, PeftModel), type(model)
     was_training = model.training
     with torch.no_grad(), model.disable_adapter():
         model.eval()
@@ -135,7 +136,7 @@ def written(model: Module, *, rows: int, length: int, draws: torch.Generator) ->
         for first in range(0, rows, AT_ONCE):
             ids, cache = torch.full((min(AT_ONCE, rows - first), 1), begin), DynamicCache()
             for _ in range(length):
-                last = ids[:, -1:].to(model.device)
+                last = ids[:, -1:].to(causal_lm(model).device)
                 logits = model(input_ids=last, past_key_values=cache, use_cache=True).logits[:, -1]
                 ids = torch.cat([ids, torch.multinomial(logits.float().cpu().softmax(-1), 1, generator=draws)], 1)
             parts.append(ids)

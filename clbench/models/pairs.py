@@ -42,7 +42,7 @@ class Pair:
     @property
     def stored(self) -> Tensor:
         """What this process keeps of the weight: all of it or a flat slice; for keeping and putting back."""
-        return stored(self.layer.get_base_layer().weight)
+        return stored(self.layer.get_base_layer().get_parameter("weight"))
 
     def whole(self, *, writing: bool = False) -> AbstractContextManager[None]:
         """The weight is whole inside; with `writing` what is written stays, the same on every rank."""
@@ -50,7 +50,8 @@ class Pair:
 
     def live(self) -> dict[str, Tensor]:
         """Both factors as they are, detached, by parameter name; in-place edits reach the model."""
-        return {self.A: self.layer.lora_A[ADAPTER].weight.detach(), self.B: self.layer.lora_B[ADAPTER].weight.detach()}
+        factors = {self.A: self.layer.lora_A[ADAPTER], self.B: self.layer.lora_B[ADAPTER]}
+        return {name: factor.get_parameter("weight").detach() for name, factor in factors.items()}
 
     def update(self, factors: Mapping[str, Tensor]) -> Tensor:
         """scale * B A [out, in] of the `factors` under this pair's names, on the weight's device."""

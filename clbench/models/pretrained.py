@@ -27,13 +27,14 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from clbench.hashes import of_folder, of_json, weights_in
 from clbench.models.limits import check_objects, check_tokens, rope_settings, settings
+from clbench.models.loss import causal_lm
 from clbench.models.sharding import is_sharded, stored
 from clbench.types import UserMistake
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 UNLOADABLE = (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError)
 """What libraries raise for folders and files that they cannot read, kinds of model that they do not know, and packages that a tokenizer lacks."""
-WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja", "*.py")
+WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja", "*.py"]
 """What is downloaded of a model: no pickles."""
 log = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ class Pretrained:
         local = replace(self, name=str(folder), revision=None)
         config = without_dropout(local.configuration(cache_dir))
         with refusing(self.name):
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -174,6 +175,7 @@ class Pretrained:
                 output_loading_info=True,
                 trust_remote_code=self.trust_remote_code,
             )
+        model, found = loaded
         check_complete(
             self.name, lacks=found["missing_keys"], others=found["unexpected_keys"], misfits=found["mismatched_keys"]
         )
@@ -221,7 +223,7 @@ def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
             )
         found = model.load_adapter(str(folder), "default", use_safetensors=True)
         check_complete(str(folder), lacks=found.missing_keys, others=found.unexpected_keys, misfits=())
-        return model.merge_and_unload(safe_merge=True).requires_grad_(True)
+        return causal_lm(model.merge_and_unload(safe_merge=True).requires_grad_(True))
 
 
 def check_complete(

@@ -4,8 +4,9 @@ While an engine is open it gathers weights where they are used. Between stages, 
 written inside `whole`. Gathering takes all ranks, so all of them make the same forwards. Ordinary weights are left as they are.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, distributed
@@ -14,7 +15,17 @@ from torch.nn import Module, ModuleList, Parameter
 from clbench.models.loss import causal_lm
 
 
-def is_sharded(parameter: Tensor) -> bool:
+class Sliced(Parameter):
+    """A parameter as DeepSpeed makes it of one that it slices. Nothing here is of this class but for type checkers."""
+
+    ds_numel: int
+    ds_shape: torch.Size
+    ds_tensor: Tensor
+    all_gather: Callable[..., object]
+    partition: Callable[..., object]
+
+
+def is_sharded(parameter: Tensor) -> TypeGuard[Sliced]:
     """Whether this rank keeps a slice of it."""
     return hasattr(parameter, "ds_tensor")
 
@@ -84,7 +95,7 @@ def units(module: Module) -> Iterator[Module]:
 # Tensors made for inference could not be trained on later.
 @torch.inference_mode(False)
 @torch.no_grad()
-def gather(slices: Sequence[Parameter]) -> None:
+def gather(slices: Sequence[Sliced]) -> None:
     """Makes slices whole; the same ones on every rank."""
     if slices:
         slices[0].all_gather(slices)
@@ -92,7 +103,7 @@ def gather(slices: Sequence[Parameter]) -> None:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def release(slices: Sequence[Parameter], *, writing: bool = False) -> None:
+def release(slices: Sequence[Sliced], *, writing: bool = False) -> None:
     """Back to slices: as they were, or with `writing` of what is there now."""
     if slices:
         slices[0].partition(slices, has_been_updated=writing)

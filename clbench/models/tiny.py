@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -18,6 +18,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from clbench.config.checks import writing
 from clbench.data.sampling import generator
@@ -35,9 +36,11 @@ class Corpus(Protocol):
 
     def texts(self) -> Sequence[str]:
         """The texts, in the order they are read."""
+        ...
 
     def vocabulary(self) -> Sequence[str]:
         """All words of a word-level tokenizer; empty where the corpus has no such list."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +70,11 @@ class Recipe:
         for name in self.architecture.keys() - known:
             raise UserMistake(f"model.architecture.{name} is no field of transformers' LlamaConfig (conf/model)")
         try:
-            LlamaConfig(**self.architecture)
+            LlamaConfig(**cast(Mapping[str, Any], self.architecture))
         except StrictDataclassError as error:
             raise UserMistake(f"model.architecture is not that of a Llama: {' '.join(str(error).split())}") from error
 
-    def settings(self) -> dict[str, object]:
+    def settings(self) -> dict[str, Any]:
         """Everything that determines the weights, as JSON values; the corpus by the SHA-256 of its text and vocabulary."""
         corpus = of_json([*self.corpus.vocabulary(), "", *self.corpus.texts()])
         return {key: value for key, value in asdict(self).items() if key not in ("label", "note")} | {"corpus": corpus}
@@ -131,7 +134,7 @@ class Recipe:
             model,
             tokenizer(marked, add_special_tokens=False, return_attention_mask=False)["input_ids"],
             label=self.label,
-            pad=tokenizer.pad_token_id,
+            pad=tokenizer.get_vocab()[PAD],
             steps=self.steps,
             batch_size=self.batch_size,
             length=self.length,
@@ -209,15 +212,15 @@ def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return with_bos(fast)
 
 
-def fresh_llama(tokenizer: PreTrainedTokenizerFast, *, architecture: Mapping[str, Any], seed: int) -> LlamaForCausalLM:
+def fresh_llama(tokenizer: PreTrainedTokenizerBase, *, architecture: Mapping[str, Any], seed: int) -> LlamaForCausalLM:
     """An untrained Llama whose weights depend on `seed` alone."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **architecture,
-    )
+    ids: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = LlamaConfig(**ids, **architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "initial weights").initial_seed())
         return LlamaForCausalLM(config)

@@ -1,8 +1,10 @@
 """How long a run will take: from what the untouched model's examination took, and from a short trial of training, both on the machine at hand."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from heapq import nlargest
+from operator import itemgetter
 
 from clbench.config import is_due
 from clbench.progress import spoken
@@ -44,11 +46,11 @@ class Forecast:
         """One line: how long the stages after the `done` first take, and where the time goes."""
         stages = range(done + 1, len(self.training) + 1)
         training, examining = sum(self.training[done:]), sum(map(self.examination, stages))
-        spent: Counter[Asked] = Counter()
+        spent: dict[Asked, float] = defaultdict(float)
         for stage in stages:
             for asked, seconds in self.due(stage).items():
                 spent[asked] += self.views * seconds
-        most = spent.most_common(3) if examining else []
+        most = nlargest(3, spent.items(), key=itemgetter(1)) if examining else []
         named = ", ".join(f"{' '.join(asked)} {spoken(seconds)}" for asked, seconds in most)
         each = (
             f"{len(stages)} stages, {spoken(training / len(stages))} each on average" if stages else "no stage is left"
@@ -61,7 +63,7 @@ class Forecast:
 
 def seconds_of(scores: Iterable[Score]) -> Mapping[Asked, float]:
     """What each probe's tasks took together, by what their scores say."""
-    found: Counter[Asked] = Counter()
+    found: dict[Asked, float] = defaultdict(float)
     for score in scores:
         found[score.probe, score.task] += score.seconds
     return found

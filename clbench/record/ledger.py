@@ -89,7 +89,8 @@ class Ledger:
     def append(self, scores: Iterable[Score]) -> None:
         """Adds one stage's scores, their items beside them."""
         scores = list(scores)
-        items = {f"{s.probe}|{s.task}|{s.metric}": np.asarray(s.items, dtype=np.float32) for s in scores if s.items}
+        kept = [score for score in scores if score.items]
+        items: dict[str, Any] = {f"{s.probe}|{s.task}|{s.metric}": np.asarray(s.items, np.float32) for s in kept}
         if items:
             content = BytesIO()
             np.savez_compressed(content, **items)
@@ -209,8 +210,9 @@ def status_of(path: Path, manifest: Mapping[str, Any], *, resume: str) -> str:
     for key in ("data", "probe_data", "model_fingerprint"):
         then, now = before.get(key), json.loads(json.dumps(manifest[key]))
         if then != now:
-            inner = isinstance(then, dict) and isinstance(now, dict)
-            changed = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k)) if inner else [key]
+            changed = [key]
+            if isinstance(then, dict) and isinstance(now, dict):
+                changed = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
             raise UserMistake(
                 f"{path} was begun on other data or weights ({key} differs: {', '.join(changed)}); restore them, or remove the directory"
             )

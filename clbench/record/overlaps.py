@@ -46,7 +46,7 @@ class Overlap:
 class DataCheck:
     """What was found in the data: `record` is what the manifest says of it, `overlapping` the ids of training examples in a test or probe, too."""
 
-    record: Mapping[str, Any]
+    record: dict[str, Any]
     found: tuple[Overlap, ...]
     overlapping: frozenset[str]
     unusable: tuple[Unusable, ...]

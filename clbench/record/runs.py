@@ -34,7 +34,7 @@ CANARIES, FAILED = "canaries", "failed"
 """The probe that says how far a run's fast forwards are from plain ones, and its metric that is 1 where that is too far."""
 NEEDED = ("stream", "order", "model", "method", "seed", "variant", "config", "config_hash", "git", "tasks", "metrics")
 OPTIONAL = {"stream_hash": "", "command": "", "data": "", "model_fingerprint": "", "trained_probes": (), "unusable": ()}
-SCORE = {field.name: field.type for field in fields(Score) if field.name != "items"}
+SCORE = {field.name: str(field.type) for field in fields(Score) if field.name != "items"}
 COST = {field.name: "float" for field in fields(Cost)}
 """The fields of a line of scores.jsonl and of cost.jsonl, and the type that each is read as."""
 
@@ -205,7 +205,9 @@ def _files(results_dir: Path) -> dict[str, dict[str, bytes]]:
         with tarfile.open(results_dir / ARCHIVE, "r:xz") as archive:
             for member in archive:
                 _, run, name = member.name.split("/", 2)
-                found.setdefault(run, {})[name] = archive.extractfile(member).read()
+                if (file := archive.extractfile(member)) is None:
+                    raise ValueError(f"{member.name} is no file")
+                found.setdefault(run, {})[name] = file.read()
     except FileNotFoundError:
         pass  # all runs are directories
     except (tarfile.TarError, LZMAError, EOFError, ValueError) as error:

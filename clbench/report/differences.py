@@ -132,9 +132,9 @@ def _alike(
         each = np.round(values[first] - values[second], 12)
         mean, error = float(each.mean()), spread(each, items[first] - items[second], starts)
         low, high = interval(mean, drawn[:, first] - drawn[:, second], error)
-        found = {"first": first, "second": second, "n_blocks": n_blocks, "n_items": n_items}
+        one = Difference(first=first, second=second, n_blocks=n_blocks, n_items=n_items, difference=mean)
         tests = {"p": t_test(mean, error), "p_permutation": sign_flip_test(each)} if n_blocks >= FEWEST_BLOCKS else {}
-        yield Difference(difference=mean, low=low, high=high, **found, **tests), error
+        yield replace(one, low=low, high=high, **tests), error
 
 
 def spread(differences: ArrayLike, items: ArrayLike, starts: Ints) -> Spread:

@@ -149,7 +149,7 @@ def _items(
 def _answers(run: Run, stages: Sequence[int]) -> Items:
     """The outcome of every test question of each task after its one of `stages`; empty unless all were kept."""
     keys = [f"{MATRIX_PROBE}|{task}|{run.primary[task]}" for task in run.tasks]
-    found = {key: run.outcomes(stage=stage, of=key).get(key, ()) for key, stage in zip(keys, stages, strict=True)}
+    found = {key: run.outcomes(stage=at, of=key).get(key, np.empty(0)) for key, at in zip(keys, stages, strict=True)}
     return found if all(map(len, found.values())) else {}
 
 

@@ -120,7 +120,7 @@ def retention(
     answers).
     """
     pairs = {task: np.array([before[task], after[task]], dtype=np.float64) for task in before}
-    probes = tuple(_probe_retention(task, *pair, floor[task], chance[task]) for task, pair in pairs.items())
+    probes = tuple(_probe_retention(task, pair[0], pair[1], floor[task], chance[task]) for task, pair in pairs.items())
     above_before = sum(probe.before - probe.floor for probe in probes)
     above_after = sum(probe.after - probe.floor for probe in probes)
     stderr = sqrt(sum(items.var() / len(items) for items, _ in pairs.values()))

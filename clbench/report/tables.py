@@ -134,7 +134,7 @@ def readable(rows: pd.DataFrame, *, spread: bool) -> pd.DataFrame:
             text = "-" if isnan(mean) else f"{mean:{form}}"
             if high > mean and (spread or measure in RANKED):
                 text += f" ± {high - mean:{form.lstrip('+')}}"
-            cells.append({"best": f"**{text}**", "tied": f"{text} ≈"}.get(mark.get(label), text))
+            cells.append({"best": f"**{text}**", "tied": f"{text} ≈"}.get(mark.get(label, ""), text))
         shown[heading] = cells
     return shown.assign(notes=rows["notes"])
 

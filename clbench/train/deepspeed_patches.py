@@ -14,7 +14,7 @@ from clbench.train.optimizer import AVERAGES
 
 def skip_shared_memory_op() -> None:
     """On a CPU the first engine compiles, for 20 to 90 seconds, an operation that only DeepSpeed's inference uses."""
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
 
 
 def multiply(*, keep_weights: bool) -> None:
@@ -22,7 +22,8 @@ def multiply(*, keep_weights: bool) -> None:
 
     Its own function keeps no gathered weight for the backward pass (`keep_weights` false); torch's does.
     """
-    torch.nn.functional.linear = torch._C._nn.linear if keep_weights else zero3_linear_wrap
+    own = torch._C._nn.linear  # pyright: ignore[reportAttributeAccessIssue] (torch's stubs leave it out)
+    torch.nn.functional.linear = own if keep_weights else zero3_linear_wrap
 
 
 def attributes(model: Module) -> dict[Module | Parameter, set[str]]:
@@ -46,7 +47,7 @@ def forget_offloaded(optimizer: Any) -> None:
     optimizer.micro_step_id = -1
 
 
-def renew_norms(optimizer: Any, parameters: Iterable[Parameter]) -> None:
+def renew_norms(optimizer: Any, parameters: Iterable[Any]) -> None:
     """With offloading, clipping at stages 1 and 2 goes by norms taken when the gradients came, before they were edited."""
     for parameter in parameters:
         if parameter._hp_mapping is not None:

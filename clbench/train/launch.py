@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import distributed
 from torch.distributed.elastic.utils.distributed import get_free_port
@@ -94,7 +95,7 @@ def launch(work: Callable[..., Path | None], config: Config, *, command: str) ->
             "MASTER_PORT": get_free_port(),
         }
         given = (partial(work, config, command=command), common, os.getpid())
-        ranks = spawn(be_rank, given, nprocs=size, join=False)
+        ranks: Any = spawn(be_rank, given, nprocs=size, join=False)  # declared as None, too, which joined ones are
         while not ranks.join(grace_period=GRACE):
             pass
     except KeyboardInterrupt:

@@ -81,7 +81,7 @@ class LocalEngine(Engine):
     def tensors(self, names: Iterable[str] | None = None) -> Iterator[Trainable]:
         return (Local(name, self._parameters[name]) for name in (self._parameters if names is None else names))
 
-    def total(self, value: Tensor | float) -> Tensor | float:
+    def total(self, value: Tensor) -> Tensor:
         return value
 
     def moments(self) -> dict[str, Tensor]:

@@ -51,11 +51,10 @@ def plan_stage(sources: Sequence[Source], config: TrainConfig) -> Plan:
     after = tuple(example for source in sources if source.after for example in source.examples)
     if not mixed:
         return Plan()
-    steps = (
-        config.steps
-        if config.steps is not None
-        else math.ceil(len(mixed[0].examples) * config.epochs / config.batch_size)
-    )
+    steps = config.steps
+    if steps is None:
+        assert config.epochs is not None, config
+        steps = math.ceil(len(mixed[0].examples) * config.epochs / config.batch_size)
     after_steps = math.ceil(len(after) / config.batch_size) if steps else 0
     return Plan(mixed=mixed, after=after, steps=steps, total=steps + after_steps)
 

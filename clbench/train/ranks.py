@@ -3,7 +3,7 @@
 One process is a rank of its own and talks to nobody. Not here: gradients and weights (the engine's), starting and ending processes (`launch`).
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -54,7 +54,7 @@ class Ranks:
             distributed.barrier()
 
     def shared(
-        self, work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T], *, by: Sequence[Hashable]
+        self, work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T], *, by: Sequence[tuple[object, ...]]
     ) -> list[R]:
         """The results of `work` for all items, in their order, on every rank; each works on a part, and items of equal keys `by` stay together."""
         if self.size == 1:
@@ -70,13 +70,13 @@ class Ranks:
         return [together[index] for index in range(len(items))]
 
 
-def dealt(keys: Sequence[Hashable], *, size: int) -> list[list[int]]:
+def dealt(keys: Sequence[tuple[object, ...]], *, size: int) -> list[list[int]]:
     """The indices of `keys` in `size` parts: equal keys in one part, long and short ones evenly, each part in ascending order.
 
     >>> dealt([(1, 2), (3,), (1, 2), (4,)], size=2)
     [[0, 2, 3], [1]]
     """
-    members: dict[Hashable, list[int]] = {}
+    members: dict[tuple[object, ...], list[int]] = {}
     for index, key in enumerate(keys):
         members.setdefault(key, []).append(index)
     longest_first = sorted(members, key=len, reverse=True)

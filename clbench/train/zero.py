@@ -88,7 +88,7 @@ class Whole(Trainable):
             full(self.parameter, whole, *key)
             return whole
         # Equal parts, the last one filled up; where one has to be, the function for whole tensors fails.
-        length = self.parameter.ds_tensor.numel()
+        length = stored(self.parameter).numel()
         filled = torch.nn.functional.pad(whole.flatten(), (0, length * distributed.get_world_size() - whole.numel()))
         part = filled[length * distributed.get_rank() :][:length]
         local(self.parameter, part, *key)
@@ -138,8 +138,9 @@ class DeepSpeedEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         """Adds this rank's gradient of `loss`; ranks are added when the gradients are asked for, or in `step`."""
         if self._micro_batches is None:
-            self._micro_batches = self._engine.coalesce_grad_reduction() if self._stage else self._engine.no_sync()
-            self._micro_batches.__enter__()
+            micro_batches = self._engine.coalesce_grad_reduction() if self._stage else self._engine.no_sync()
+            micro_batches.__enter__()
+            self._micro_batches = micro_batches
         self._engine.backward(loss * self.world_size)
 
     def _reduce(self) -> None:
@@ -176,7 +177,7 @@ class DeepSpeedEngine(Engine):
             self._engine.optimizer.empty_partition_cache()
         return (Whole(name, self._parameters[name]) for name in (self._parameters if names is None else names))
 
-    def total(self, value: Tensor | float) -> Tensor:
+    def total(self, value: Tensor) -> Tensor:
         total = torch.as_tensor(value, dtype=torch.float32, device=self._engine.device).clone()
         distributed.all_reduce(total)
         return total

@@ -11,6 +11,7 @@ Not here: duplicates and overlaps between texts (`record.overlaps`), and what be
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn import Module
@@ -69,7 +70,7 @@ def check_stream(stream: Stream, encoder: Encoder, *, seed: int = 0, rows: int =
 
 def check_task(stage: Stage, *, model: Module, encoder: Encoder, unusable: Sequence[Unusable]) -> dict[str, Verdict]:
     """The verdict of every canary on `stage`'s test examples; without `swap` where the task has no rows, without `template` unless in a chat."""
-    student = Watched(Student(model, encoder))
+    student = Watched(model, encoder)
     closed = bool(stage.test[0].choices)
     wrong = wrong_scores(stage)
     pairs = stage.task.answer_swaps("test", len(stage.test))
@@ -86,21 +87,20 @@ def check_task(stage: Stage, *, model: Module, encoder: Encoder, unusable: Seque
     }
 
 
-class Watched:
+class Watched(Student):
     """A student that keeps the (context, continuation) ids it is given and writes at most NEW_TOKENS tokens."""
 
-    def __init__(self, student: Student) -> None:
-        self.student = student
-        self.encoder = student.encoder
+    def __init__(self, model: Module, encoder: Encoder) -> None:
+        super().__init__(model, encoder)
         self.asked: set[tuple[Ids, Ids]] = set()
 
-    def log_likelihoods(self, requests: Sequence[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
+    def log_likelihoods(self, requests: Sequence[tuple[Ids, Ids]], **settings: Any) -> list[tuple[float, bool]]:
         self.asked.update(requests)
-        return self.student.log_likelihoods(requests)
+        return super().log_likelihoods(requests, **settings)
 
     def generate(self, prompts: Sequence[Ids], *, max_new_tokens: int) -> list[str]:
         self.asked.update((prompt, ()) for prompt in prompts)
-        return self.student.generate(prompts, max_new_tokens=min(max_new_tokens, NEW_TOKENS))
+        return super().generate(prompts, max_new_tokens=min(max_new_tokens, NEW_TOKENS))
 
 
 def encodable(stage: Stage, encoder: Encoder) -> list[Example]:
@@ -113,7 +113,7 @@ def one_bos(stage: Stage, encoder: Encoder) -> Verdict:
 
     The final EOS is not looked at, so the count is right where BOS and EOS are one token; PAD is never part of an encoded example.
     """
-    bos, eos = encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id
+    bos, eos = encoder.bos, encoder.eos
     examples = [example for example in encodable(stage, encoder) if example.prompt]
     encoded, first = [encoder.example(example).ids for example in examples], encoder.begin[:1] == (bos,)
     count = (*encoder.begin, *encoder.end).count(bos)
@@ -134,7 +134,7 @@ def same_prompt(stage: Stage, encoder: Encoder, *, asked: set[tuple[Ids, Ids]]) 
         encoded = encoder.example(example)
         context, answer = encoder.prompt(example.prompt), encoder.answer(example.answer)
         kept = encoder.clipped(context, encoder.max_length - len(answer) - 1)
-        same += encoded.ids == (*kept, *answer, encoder.tokenizer.eos_token_id) and encoded.answer_start == len(kept)
+        same += encoded.ids == (*kept, *answer, encoder.eos) and encoded.answer_start == len(kept)
         cut += kept != context
         lost += len(context) > len(kept) == len(encoder.begin) + len(encoder.end)
     asked = asked | {(context, ()) for context, _ in asked}
@@ -160,7 +160,8 @@ def in_template(stage: Stage, encoder: Encoder, *, asked: set[tuple[Ids, Ids]]) 
     def by_itself(example: Example) -> Ids:
         messages = [{"role": "user", "content": example.prompt}]
         settings = {"chat_template": own_template(encoder.tokenizer), "add_generation_prompt": True}
-        return tuple(encoder.tokenizer.apply_chat_template(messages, return_dict=False, **settings))
+        ids: Any = encoder.tokenizer.apply_chat_template(messages, return_dict=False, **settings)
+        return tuple(ids)
 
     examples = encodable(stage, encoder)
     trained = [encoder.example(example) for example in examples]

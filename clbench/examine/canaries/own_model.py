@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,8 +103,8 @@ def plain_request(encoder: Encoder, example: Example) -> tuple[Ids, Ids]:
 
     The encoder's own prompt where training cuts it, its own answer where one token spans both.
     """
-    one, eos = encoder.example(example), encoder.tokenizer.eos_token_id
-    settings = {"add_special_tokens": False} if encoder.chat else {"split_special_tokens": True}
+    one, eos = encoder.example(example), encoder.eos
+    settings: dict[str, Any] = {"add_special_tokens": False} if encoder.chat else {"split_special_tokens": True}
     prompt, whole = (
         tuple(encoder.tokenizer(encoder.spelled(example.prompt, answer), **settings)["input_ids"])
         for answer in (None, example.answer)
@@ -169,7 +170,7 @@ def off_the_likeliest(model: Module, encoder: Encoder, prompt: Ids, written: Seq
     if is_stretched(model):  # what is said after a token depends on what follows
         steps = [log_probs(model, (*prompt, *written[:count]))[-1] for count in range(len(written) + 1)]
         log_probs_TV = torch.stack(steps)
-    ends = [encoder.tokenizer.eos_token_id, *eos_ids(causal_lm(model))]
+    ends = [encoder.eos, *eos_ids(causal_lm(model))]
     if not set(ends).isdisjoint(written):
         return math.inf
     chosen = [[token] for token in written] + [ends] * (len(written) < WRITTEN)
