@@ -747,6 +747,14 @@ def test_a_damaged_archive_is_one_line_and_exit_code_2(results, kept):
     assert "runs.tar.xz is damaged" in done.stderr
 
 
+def test_a_folder_in_place_of_a_record_makes_an_archive_damaged(tmp_path):
+    (tmp_path / "scores.jsonl").mkdir()
+    with tarfile.open(tmp_path / "runs.tar.xz", "w:xz") as archive:
+        archive.add(tmp_path / "scores.jsonl", "runs/demo/scores.jsonl")
+    with pytest.raises(UserMistake, match="runs.tar.xz is damaged .*demo/scores.jsonl is no file"):
+        read_runs(tmp_path)
+
+
 def test_a_directory_that_cannot_be_read_is_not_packed_over_what_the_archive_holds(results):
     pack(results)
     content, run = (results / "runs.tar.xz").read_bytes(), next((results / "runs").iterdir())
