@@ -35,6 +35,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 
 run: setup ## a first leaderboard: every core method over four tasks of the embedded stream in six orders
 	$(PY) -m clbench -m method=$(METHODS) order=$(ORDERS) seed=$(SEEDS) $(SHORT) results_dir=$(RESULTS) $(LAUNCH)
+	$(PY) -m clbench.report $(RESULTS)
 
 tune: setup ## the search that chose learning rates and strengths, on another world, order and seeds
 	for search in $(basename $(notdir $(wildcard conf/experiment/tune/*.yaml))); do \

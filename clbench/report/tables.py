@@ -33,7 +33,8 @@ KEY_COLUMNS = (
     ("parameters", "trainable_parameters", ",.0f"),
 )
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")
-ON_TERMINAL = ["method", "blocks", "accuracy", "BWT", "retention", "perplexity", "train s"]
+ON_TERMINAL = ["method", "blocks", "accuracy", "BWT", "retention", "perplexity"]
+"""They fit 80 characters with their intervals."""
 SAID = {
     "average_accuracy": "average accuracy",
     "retention_probability": "the probability kept of base knowledge",
