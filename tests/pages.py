@@ -45,7 +45,7 @@ def table(rows: list[tuple[str, ...]] | list[list[str]]) -> str:
 
 BLOCKS: Mapping[Path, Mapping[str, Callable[[], str]]] = {
     ROOT / "README.md": {"reference": partial(leaderboard, "reference", most=5)},
-    RESULTS / "README.md": {"validation": validation, "real": partial(leaderboard, "real", most=10)},
+    RESULTS / "README.md": {"validation": validation},
 }
 """By page, what each of its blocks holds."""
 
