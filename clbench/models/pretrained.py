@@ -107,7 +107,7 @@ class Pretrained:
         base = self.base()
         if base is not None and not any(self.folder().glob("tokenizer*")):
             return base.load_tokenizer(cache_dir)
-        with refusing(self.name), naming_the_tokenizer():
+        with refusing(self.name), reading("its tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(
                 self.name, revision=self.revision, padding_side="right", trust_remote_code=self.trust_remote_code
             )
@@ -165,7 +165,7 @@ class Pretrained:
             return merged(base.weights(cache_dir, dtype=dtype), folder)
         local = replace(self, name=str(folder), revision=None)
         config = without_dropout(local.configuration(cache_dir))
-        with refusing(self.name):
+        with refusing(self.name), reading("its configuration"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -197,15 +197,15 @@ def refusing(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def naming_the_tokenizer() -> Iterator[None]:
-    """Raises ValueError where a tokenizer's files hold a value of the wrong kind."""
+def reading(what: str) -> Iterator[None]:
+    """Raises ValueError where `what`, files that a library reads inside, holds a value of the wrong kind."""
     try:
         yield
     except Exception as error:
-        # tokenizers has no narrower kind than Exception itself; in transformers such a value is run into.
+        # tokenizers has no narrower kind than Exception itself; transformers runs into such a value.
         if type(error) not in (Exception, TypeError, AttributeError):
             raise
-        raise ValueError(f"its tokenizer: {error}") from error
+        raise ValueError(f"{what}: {error}") from error
 
 
 def merged(base: PreTrainedModel, folder: Path) -> PreTrainedModel:

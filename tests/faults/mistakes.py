@@ -371,6 +371,7 @@ MODELS = [
     model("model", content("config.json", None)),
     model("model", content("config.json", "{}")),
     model("tokenizer", content("tokenizer.json", None)),
+    model("its configuration: ", config("generation_config.json", pad_token_id="x")),
     model("its tokenizer: ", config("tokenizer.json", version=1)),
     model("its tokenizer: ", config("tokenizer.json", added_tokens=None)),
     model("its tokenizer: ", config("tokenizer.json", model={"type": "WordLevel"})),
