@@ -77,9 +77,19 @@ def replay_scores(run: Run, stage: Stage, memory: Sequence[Source]) -> list[Scor
     replayed = {example.id for source in memory for example in source.examples}
     if not replayed:
         return []
-    named: dict[str, Any] = {"probe": "data", "task": "replay", "metric": "test_or_probe_overlap"}
-    counted: dict[str, Any] = {"value": float(len(replayed & run.overlapping)), "n": len(replayed)}
-    return [Score(stage=stage.index, stage_name=stage.name, stderr=float("nan"), seconds=0.0, **named, **counted)]
+    return [
+        Score(
+            stage=stage.index,
+            stage_name=stage.name,
+            probe="data",
+            task="replay",
+            metric="test_or_probe_overlap",
+            value=float(len(replayed & run.overlapping)),
+            stderr=float("nan"),
+            n=len(replayed),
+            seconds=0.0,
+        )
+    ]
 
 
 def student_of(config: Config, model: Module, encoder: Encoder, ranks: Ranks, *, report: Report) -> Student:
