@@ -10,6 +10,7 @@ import importlib
 import logging
 import re
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,10 +43,7 @@ Terms are those that the dataset's card states; ask your own counsel. A revision
 "refs/convert/parquet", its own form of a repository that has a loading script, only for as long as it likes. Where `python -m clbench.doctor hub`
 finds a repository wanting, put rows with the columns that the yaml names into train.jsonl and test.jsonl in data_dir/NAME (its dataset.name).\n
 | task | hub dataset @ revision | hub splits train / test | licence | metric | rows at most |\n| --- | --- | --- | --- | --- | --- |\n"""
-USAGE = (
-    "usage: python -m clbench.doctor methods | datasets | hub | [+experiment=NAME] [key=value ...] [gpu=h100] [utilisation=0.4] "
-    "[engine.processes=8]"
-)
+WORDS = "methods | datasets | hub | [+experiment=NAME] [key=value ...] [gpu=h100] [utilisation=0.4] [engine.processes=8]"
 ON_HUB = ("asked for by", "dataset : configuration @ revision [splits]", "")
 CARD = ("paper", "trainable", "memory", "compute", "deviations")
 GPUS = {"a100": (312, 80), "h100": (989, 80), "h200": (989, 141), "l40s": (362, 48), "rtx4090": (165, 24)}
@@ -189,10 +187,10 @@ def assumed(formula: Callable[..., object]) -> str:
     return " ".join(f"{formula.__doc__}".partition("\n")[2].split())
 
 
-def asked(arguments: Sequence[str]) -> tuple[Config, str, float, int]:
+def asked(arguments: Sequence[str], *, config_dir: Path | None = None) -> tuple[Config, str, float, int]:
     """The configuration, the GPU, the share of its peak that it reaches, the number of processes."""
     own = {"gpu": "h100", "utilisation": "0.4"} | dict(part.split("=", 1) for part in arguments if part.startswith(OWN))
-    config = compose([part for part in arguments if not part.startswith(OWN)])
+    config = compose([part for part in arguments if not part.startswith(OWN)], config_dir=config_dir)
     processes, share = own.get("engine.processes", str(config.engine.processes)), own["utilisation"]
     one_of("gpu", own["gpu"], GPUS)
     if not re.fullmatch(r"0?\.\d*[1-9]\d*|1(\.0*)?", share) or not re.fullmatch(r"[1-9]\d*", processes):
@@ -200,9 +198,9 @@ def asked(arguments: Sequence[str]) -> tuple[Config, str, float, int]:
     return config, own["gpu"], float(share), int(processes)
 
 
-def forecast(arguments: Sequence[str]) -> Iterator[Table | str]:
+def forecast(arguments: Sequence[str], *, config_dir: Path | None = None) -> Iterator[Table | str]:
     """All that is printed of an experiment, each part as soon as it is known."""
-    config, gpu, share, ranks = asked(arguments)
+    config, gpu, share, ranks = asked(arguments, config_dir=config_dir)
     check_classes(config)
     set_up_torch(config)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -237,13 +235,16 @@ def main(arguments: Sequence[str]) -> None:
         "methods": methods_table,
         "datasets": datasets_page,
         "hub": lambda: table("Datasets on the hub", ON_HUB, checked()),
-        "--help": lambda: USAGE,
-        "-h": lambda: USAGE,
     }
-    if not arguments:
-        refuse(UserMistake(USAGE))
+    parser = ArgumentParser("python -m clbench.doctor", description="What there is, and what an experiment will cost.")
+    parser.add_argument("words", nargs="*", metavar="what", help=WORDS)
+    parser.add_argument("--config-dir", "-cd", type=Path, help="a folder with yamls of your own")
+    options = parser.parse_intermixed_args(arguments)
+    words = options.words
     try:
-        for part in [pages[arguments[0]]()] if arguments[0] in pages else forecast(arguments):
+        if not words:
+            raise UserMistake(f"say what to look at: {WORDS}")
+        for part in [pages[words[0]]()] if words[0] in pages else forecast(words, config_dir=options.config_dir):
             Console(highlight=False, markup=False, emoji=False, soft_wrap=True).print(part)
     except USERS_MISTAKES as error:
         refuse(error)

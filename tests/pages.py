@@ -12,6 +12,11 @@ import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
+COMPARED = {
+    "average_accuracy": "average accuracy",
+    "retention_probability": "probability kept of base knowledge",
+    "log_perplexity_ratio": "log perplexity ratio",
+}
 SHOWN = ("method", "blocks", "accuracy", "learned", "BWT", "retention", "perplexity")
 
 
@@ -36,6 +41,39 @@ def leaderboard(folder: str, *, most: int) -> str:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     places = [rows[0].index(name) for name in SHOWN]
     return table([[row[place] for place in places] for row in rows[: 2 + most]])
+
+
+def findings(folder: str) -> str:
+    """What a folder's leaderboard.md says of differences."""
+    lines = (RESULTS / folder / "leaderboard.md").read_text(encoding="utf-8").splitlines()
+    return "\n".join(line for line in lines if line.startswith("- In "))
+
+
+def against(other: str, pairs: pd.DataFrame) -> str:
+    """Each method less `other` in the measures COMPARED, with the 95 % interval and the verdict; the highest average accuracy first.
+
+    `pairs`: rows of differences.csv, in which `other` stands on either side.
+    """
+    left = pairs[pairs["method"] == other]
+    turned = left.assign(
+        method=left["other"],
+        difference=-left["difference"],
+        low=-left["high"],
+        high=-left["low"],
+        verdict=left["verdict"].replace({"better": "worse", "worse": "better"}),
+    )
+    own = pd.concat([pairs[pairs["other"] == other], turned])
+    by = own.set_index(["measure", "method"]).sort_values("difference", ascending=False, kind="stable")
+    rows = [("method", *COMPARED.values()), ("---",) * (1 + len(COMPARED))]
+    for method in by.loc["average_accuracy"].index:
+        cells = [by.loc[measure, method] if (measure, method) in by.index else None for measure in COMPARED]
+        rows.append((method, *("-" if one is None else _told(one) for one in cells)))
+    return table(rows)
+
+
+def _told(pair: pd.Series) -> str:
+    said = f"{pair['difference']:+.3f} [{pair['low']:+.3f}, {pair['high']:+.3f}]"
+    return said if pair["verdict"] == "not separated" else f"{said} {pair['verdict']}"
 
 
 def table(rows: list[tuple[str, ...]] | list[list[str]]) -> str:

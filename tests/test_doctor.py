@@ -204,6 +204,18 @@ def test_what_cannot_be_counted_without_the_model_or_rows_is_said(overrides, cap
     assert "Memory of one GPU" in printed and "ZeRO 3" in printed
 
 
+def test_the_doctor_reads_yamls_of_ones_own(overrides, tmp_path, capsys):
+    rows = "".join(f'{{"text": "match {number}", "label": {number % 2}}}\n' for number in range(60))
+    (tmp_path / "mine.jsonl").write_text(rows)
+    (tmp_path / "conf" / "task").mkdir(parents=True)
+    (tmp_path / "conf" / "task" / "mine.yaml").write_text(
+        f'_target_: tasks.rows.Rows\nrows: {tmp_path}/mine.jsonl\nprompt: "{{text}}"\nanswer: label\nchoices: ["no", "yes"]\n'
+    )
+    doctor.main(["--config-dir", str(tmp_path / "conf"), *overrides, "stream.tasks=[mine]", "stream.name=mine"])
+    printed = capsys.readouterr().out
+    assert "ZeRO 3" in printed and "Tokens are exact" in printed, printed
+
+
 def test_a_run_still_refuses_processes_without_an_engine_for_them(overrides):
     with pytest.raises(UserMistake, match="it is one process"):
         compose([*overrides, "engine.processes=8"])
@@ -218,7 +230,7 @@ def test_a_run_still_refuses_processes_without_an_engine_for_them(overrides):
         ("method=nope", "secura"),
         ("+experiment=nope", "seq16_llama3"),
         ("train.rl=1", "train.rl"),
-        ("", "usage"),
+        ("", "say what to look at"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(argument, named, capsys, tmp_path):

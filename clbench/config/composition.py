@@ -218,12 +218,14 @@ def _put_in(composed: DictConfig, settings: DictConfig, *, name: str) -> None:
 def _tasks(names: Sequence[str]) -> DictConfig:
     """`conf/task/<name>.yaml` of every name, wherever Hydra's search path finds it."""
     loader = GlobalHydra.instance().config_loader()
-    known = loader.get_group_options("task")
+    # A searchpath that an override gave, as `_composed` does, holds for what is composed with it alone.
+    searched = [f"hydra.searchpath={[*HydraConfig.get().searchpath]}"]
+    known = loader.get_group_options("task", overrides=searched)
     for number, name in enumerate(names):
         if name not in known or name in names[:number]:
             wrong = "which has no yaml in conf/task" if name not in known else "more than once"
             raise UserMistake(f"stream.tasks names {name!r}, {wrong}; {suggestion(name, sorted(known))}")
-    together = [f"+task@{name}={name}" for name in dict.fromkeys(names)]
+    together = [*searched, *(f"+task@{name}={name}" for name in names)]
     loaded = loader.load_configuration(None, overrides=together, run_mode=RunMode.RUN)
     return OmegaConf.create({name: OmegaConf.to_container(loaded[name], resolve=False) for name in names})
 
