@@ -43,7 +43,9 @@ Terms are those that the dataset's card states; ask your own counsel. A revision
 "refs/convert/parquet", its own form of a repository that has a loading script, only for as long as it likes. Where `python -m clbench.doctor hub`
 finds a repository wanting, put rows with the columns that the yaml names into train.jsonl and test.jsonl in data_dir/NAME (its dataset.name).\n
 | task | hub dataset @ revision | hub splits train / test | licence | metric | rows at most |\n| --- | --- | --- | --- | --- | --- |\n"""
-WORDS = "methods | datasets | hub | [+experiment=NAME] [key=value ...] [gpu=h100] [utilisation=0.4] [engine.processes=8]"
+WORDS = (
+    "methods | datasets | hub | [+experiment=NAME] [key=value ...] [gpu=h100] [utilisation=0.4] [engine.processes=8]"
+)
 ON_HUB = ("asked for by", "dataset : configuration @ revision [splits]", "")
 CARD = ("paper", "trainable", "memory", "compute", "deviations")
 GPUS = {"a100": (312, 80), "h100": (989, 80), "h200": (989, 141), "l40s": (362, 48), "rtx4090": (165, 24)}

@@ -64,13 +64,26 @@ def test_gemmas_rates_are_those_that_the_recorded_search_chose():
     assert chosen.to_dict() == {name: f"train.lr={one['train']['lr']}" for name, one in settings.items() if one}
 
 
-@pytest.mark.parametrize("experiment", ["seq16_local", "real8_gemma3_270m", "seq16_llama3"])
-@pytest.mark.parametrize("search", ["tune/rates", "tune/ewc"])
+SEARCHES = [option for option in options("experiment") if option.startswith("tune/") and option != "tune/common"]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "search"),
+    [
+        *(("real8_gemma3_270m", search) for search in SEARCHES),
+        *((experiment, "tune/rates") for experiment in ("seq16_local", "seq16_llama3")),
+    ],
+)
 def test_a_search_takes_any_model_and_stream(experiment, search, tmp_path):
     one = compose([f"+experiment={experiment}", f"results_dir={tmp_path}"])
     both = compose([f"+experiment=[{experiment},{search}]", f"results_dir={tmp_path}"])
     assert both.experiment == "tune" and both.stream.last in (2, 6) and both.seed != one.seed
     assert (both.model, both.stream.tasks) == (one.model, one.stream.tasks)
+
+
+def test_a_search_takes_a_model_by_its_name_alone(tmp_path):
+    config = compose(["+experiment=tune/kl_base", "model.name=a/b", *OWN, f"results_dir={tmp_path}"])
+    assert (config.model["name"], config.method["name"], config.seed) == ("a/b", "kl_base", 100)
 
 
 OWN = ("stream=seq16_local", "probe=local")

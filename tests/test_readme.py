@@ -22,9 +22,16 @@ def test_the_commands_run_one_after_another_in_one_folder(command, tiny, tmp_pat
     assert len(small) == 11 and small[0] == ["clbench"]
     for words in small:
         runs = sorted(Path("results/runs").glob("*-seq-*")) + [Path("none")] * 2
-        names = {"probe=mini": "probe=world", "results/runs/A": runs[0], "results/runs/B": runs[1], "results/runs/NAME": runs[0]}
+        names = {
+            "probe=mini": "probe=world",
+            "results/runs/A": runs[0],
+            "results/runs/B": runs[1],
+            "results/runs/NAME": runs[0],
+        }
         flags = [word for word in words[1:] if word == "-m"]
-        own = [str(names.get(word, word)).replace("out=DIR", f"out={tmp_path / 'out'}") for word in words[1 + len(flags) :]]
+        own = [
+            str(names.get(word, word)).replace("out=DIR", f"out={tmp_path / 'out'}") for word in words[1 + len(flags) :]
+        ]
         # Whichever is run, an examination may then read what each stage left.
         added = [*tiny, "train.checkpoint=all"] if words[0] == "clbench" else []
         code, out, errors = command(words[0], *flags, *added, *own)

@@ -114,8 +114,11 @@ def mask_typed(folder: Path) -> None:
 def with_own_model(arguments: Sequence[str]) -> list[str]:
     """The command line, with model=own where it names a model (model.name=...) and no yaml that describes one; see `check_groups`."""
     check_groups(arguments)
-    keys = [argument.lstrip("+").partition("=")[0] for argument in arguments]
-    if "model.name" not in keys or {"model", "experiment"} & {*keys}:
+    given = [argument.lstrip("+").partition("=") for argument in arguments]
+    keys = [key for key, _, _ in given]
+    # A search takes any model; other experiments name theirs.
+    experiments = [name for key, _, names in given if key == "experiment" for name in names.strip("[]").split(",")]
+    if "model.name" not in keys or "model" in keys or any(not name.startswith("tune/") for name in experiments):
         return list(arguments)
     place = keys.index("model.name")
     return [*arguments[:place], "model=own", *arguments[place:]]
