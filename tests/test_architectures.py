@@ -13,19 +13,23 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
 
 from clbench.build import build
 from clbench.config import composition
 from clbench.data.encoder import Encoder
 from clbench.examine.student import Student
 from clbench.examine.together import reads_together
+from clbench.examine.update import Update
 from clbench.models.folding import export, folded
 from clbench.models.limits import NO_LIMIT, check_length, positions
 from clbench.models.loss import answer_loss, causal_lm
 from clbench.models.pretrained import Pretrained, prepared
 from clbench.models.tiny import word_tokenizer
 from clbench.models.weights import trainable
+from clbench.protocols import Stream
 from clbench.types import Example, UserMistake
 from tasks import world, world_words
 from tests.test_data import Words
@@ -251,6 +255,20 @@ def test_scores_answers_and_losses_are_those_of_plain_forwards(name):
     check_scores(model, encoder)
     check_writing(model, encoder)
     assert run_loss(model, encoder) == pytest.approx(plain_loss(model, encoder), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_that_all_grow_by_a_quarter_have_moved_by_a_quarter(name):
+    model, probe = tiny(name), Update(name="update")
+    student, stream = Student(model, Encoder(Words(), max_length=64)), Stream(name="", order="", stages=())
+    probe.begin(student)
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | Conv1D)]
+    with torch.no_grad():
+        for weight in {layer.weight for layer in layers}:  # a tied one once
+            weight.mul_(1.25)
+    (score,) = probe.measure(student, stream, 0)
+    assert score.value == pytest.approx(0.25, rel=1e-4)
+    assert score.n == len(layers) - sum(type(layer).__name__ == "Llama4Router" for layer in layers)
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
