@@ -185,11 +185,13 @@ class Method(ABC):
     """A continual-learning method. Its keyword-only dataclass fields are its configuration; every default does nothing.
 
     `merges` declares that it writes into weights that do not train, `keeps` that the first view after stage 1 gives what was trained, as it does
-    unless it averages along the way, or merges another function than the one that was trained.
+    unless it averages along the way, or merges another function than the one that was trained, `decomposes` that it makes its layers of whole
+    weights, which no rank has with engine.shard_base.
     """
 
     merges: bool = False
     keeps: bool = True
+    decomposes: bool = False
 
     @abstractmethod
     def wrap(self, model: Module) -> Module:

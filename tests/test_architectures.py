@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
+from clbench import experiment
 from clbench.build import build
 from clbench.config import composition
 from clbench.data.encoder import Encoder
@@ -104,6 +105,16 @@ UNLIKE = {
     "deepseek_v3": ("fused experts", ["q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"]),
     "qwen3_next": ("fused experts", [*ATTENTION, "in_proj_qkvz", "out_proj"]),
 }
+
+
+SHORT = (
+    "stream.limit=1",
+    "stream.train_rows=8",
+    "stream.test_rows=4",
+    "stream.too_long=drop",
+    "train.max_length=64",
+    "tracking.progress=false",
+)
 
 
 def tiny(name: str, **changed):
@@ -469,6 +480,18 @@ def test_what_does_not_suit_the_model_is_refused_before_its_weights_are_read(ove
     config = composition.compose([f"model.name={name}", "+model.world_seed=0", *paths, *overrides])
     with pytest.raises(UserMistake, match=said):
         build(config)
+
+
+@pytest.mark.parametrize(("name", "method"), [("mamba", "curlora"), ("llama4_text", "seq")])
+def test_layers_that_are_computed_past_are_refused_before_the_model_is_examined(name, method, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "measure_untouched", lambda *_, **__: pytest.fail("the model was examined"))
+    tokenizer = word_tokenizer(world_words.VOCABULARY)
+    model = folder(tmp_path / "model", tiny(name, vocab_size=len(tokenizer)), tokenizer)
+    targets = {"seq": "method.lora.targets", "curlora": "method.targets"}[method]
+    asked = [f"model.name={model}", "+model.world_seed=0", f"method={method}", f"{targets}=all-linear"]
+    config = composition.compose([*asked, f"results_dir={tmp_path}", f"cache_dir={tmp_path}", *SHORT])
+    with pytest.raises(UserMistake, match=UNLIKE[name][0]):
+        experiment.run(config)
 
 
 def test_the_longest_input_is_found_under_any_name_and_in_nested_configurations():
