@@ -416,10 +416,34 @@ def own(encoder):
 
 
 def test_a_sound_model_passes_at_every_bound(own, encoder):
-    assert bounds(own, encoder) == sorted({encoder.max_length, 300})
+    assert bounds(own, encoder) == ([encoder.max_length, 300], [])
     found = check_model(Student(own, encoder), stream_of(numbers(), encoder=encoder), folded=nullcontext())
     assert [gap.name for gap in found] == ["scoring", "writing", "training"]
     assert not any(gap.failed for gap in found) and all(gap.n for gap in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "stated"),
+    [
+        ("gpt2", {"n_positions": 200}),
+        ("rwkv", {"context_length": 200}),
+        ("mpt", {"max_seq_len": 200}),
+        ("mistral", {"sliding_window": 12, "max_position_embeddings": 200}),
+        ("gpt_neo", {"window_size": 12, "max_position_embeddings": 200}),
+        ("llama4_text", {"attention_chunk_size": 16, "max_position_embeddings": 200}),
+        ("mamba2", {"chunk_size": 8, "max_position_embeddings": None}),
+        ("falcon_h1", {"mamba_chunk_size": 8, "max_position_embeddings": 200}),
+        ("phi3-longrope", {"original_max_position_embeddings": 16, "max_position_embeddings": 200}),
+    ],
+)
+def test_every_bound_that_a_configuration_states_is_tried(name, stated, encoder):
+    model = kind(name, encoder, **{"max_position_embeddings": None} | stated)
+    assert bounds(model, encoder) == (sorted({*stated.values(), 128} - {None}), [])
+
+
+def test_bounds_too_long_to_be_tried_are_named(encoder):
+    model = kind("mistral", encoder, sliding_window=1024, max_position_embeddings=1025)
+    assert bounds(model, encoder) == ([128, 1024], [1025])
 
 
 @pytest.mark.parametrize("fault", [attend_everywhere, pad_on_the_right])

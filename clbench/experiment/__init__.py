@@ -91,7 +91,7 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
             for name, cut in cuts.items():
                 log.warning("%s", said_of(cut, name, parts.encoder))
             tracker.doing("canaries")
-            evaluation = check_evaluation(parts)
+            evaluation = check_evaluation(parts, model)
             begun = manifest | {"canaries": evaluation, "untouched_measured_by": untouched.run}
             ledger = Ledger(path, manifest=begun, keep_all=config.train.checkpoint == "all")
         started = Run(

@@ -24,7 +24,7 @@ from clbench.data.encoder import Encoder
 from clbench.data.sampling import seeded
 from clbench.examine.student import Student, eos_ids
 from clbench.examine.together import TOLERANCES
-from clbench.models.limits import is_stretched, rope_settings, settings
+from clbench.models.limits import LENGTHS, is_stretched, rope_settings, settings
 from clbench.models.loss import answer_loss, causal_lm
 from clbench.protocols import Stream
 from clbench.types import Example, Ids
@@ -33,7 +33,19 @@ EXAMPLES = 6
 WRITTEN = 4
 LONGEST = 1024
 """How many examples are compared, the tokens that are written after each, and the longest sequence, in tokens."""
-BOUNDS = ("sliding_window", "original_max_position_embeddings", "max_position_embeddings")
+BOUNDS = (
+    *LENGTHS,
+    "original_max_position_embeddings",
+    "sliding_window",
+    "sliding_window_size",
+    "attention_window_size",
+    "attention_chunk_size",
+    "window_size",
+    "block_size",
+    "chunk_size",
+    "mamba_chunk_size",
+)
+"""What configurations call a length at which positions, attention or a scan begin to be other ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +76,8 @@ def check_model(
     requests = [(one.ids[: one.answer_start], one.ids[one.answer_start :]) for one in map(encoder.example, examples)]
     several = [part for prompt, _ in requests for part in (prompt, prompt[: 1 + len(prompt) // 2])]  # of unlike lengths
     prompts = [prompt for prompt in several if len(prompt) + WRITTEN <= student.positions]
-    longer = list(crossing(requests, bounds(model, encoder), most=student.positions))
+    tried, _ = bounds(model, encoder)
+    longer = list(crossing(requests, tried, most=student.positions))
     with folded:
         asked = requests + longer
         scored = student.log_likelihoods(asked, max_length=max(len(a) + len(b) for a, b in asked))
@@ -134,11 +147,12 @@ def said(model: Module, encoder: Encoder, stream: Stream) -> list[float]:
     return [sum(each) / len(each) for each in found]
 
 
-def bounds(model: Module, encoder: Encoder) -> list[int]:
-    """The lengths at which a model or the run begins to do something else, in tokens; none beyond LONGEST."""
+def bounds(model: Module, encoder: Encoder) -> tuple[list[int], list[int]]:
+    """The lengths at which a model or the run begins to do something else, in tokens: up to LONGEST, which are tried, and beyond."""
     config = settings(model)
     stated = [place.get(name) for place in (config, *rope_settings(config)) for name in BOUNDS]
-    return sorted({bound for bound in (*stated, encoder.max_length) if isinstance(bound, int) and bound <= LONGEST})
+    found = sorted({bound for bound in (*stated, encoder.max_length) if isinstance(bound, int)})
+    return [bound for bound in found if bound <= LONGEST], [bound for bound in found if bound > LONGEST]
 
 
 def crossing(requests: Sequence[tuple[Ids, Ids]], bounds: Sequence[int], *, most: int) -> Iterator[tuple[Ids, Ids]]:
