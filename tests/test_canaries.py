@@ -12,6 +12,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from tokenizers import processors
 from torch.nn.utils.rnn import pad_sequence
 
 import baselines.secura
@@ -588,6 +589,38 @@ def test_a_space_of_the_tokenizers_own_before_an_answer_is_noticed(monkeypatch):
     assert gaps(model, encoder) == set()
     monkeypatch.setattr(Encoder, "answer", lambda self, answer: tuple(self.text(f" {answer}")))
     assert {"scoring", "training"} <= gaps(model, Encoder(encoder.tokenizer, max_length=128))
+
+
+def ending(tokenizer):
+    """The tokenizer, now with EOS behind every text, as `add_eos_token` has it."""
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=special)
+    return tokenizer
+
+
+class Ended(Encoder):
+    """Leaves the EOS that the tokenizer puts behind every text in the prompt, too."""
+
+    def prompt(self, prompt):
+        return self.own(prompt, special=True)
+
+
+def test_an_eos_that_the_tokenizer_puts_behind_a_text_stands_behind_the_answer_alone():
+    tokenizer = tokenizer_like("llama")
+    bos, *words, eos = ending(tokenizer)("Does the dog bark? yes")["input_ids"]
+    assert (bos, eos) == (1, 2)
+    encoder, example = Encoder(tokenizer, max_length=128), Example(id="0", prompt="Does the dog bark?", answer="yes")
+    prompt, answer = own_model.plain_request(encoder, example)
+    assert (*prompt, *answer) == (bos, *words, eos) and answer == (*encoder.answer("yes"), eos)
+    assert encoder.example(example).ids == (*prompt, *answer)
+
+
+def test_an_eos_within_what_is_read_is_noticed():
+    model, encoder = own_tokens("llama")
+    ending(encoder.tokenizer)
+    assert gaps(model, Encoder(encoder.tokenizer, max_length=128)) == set()
+    assert failures(numbers(), Encoder(encoder.tokenizer, max_length=128)) == set()
+    assert {"scoring", "training"} <= gaps(model, Ended(encoder.tokenizer, max_length=128))
 
 
 class Begun(Encoder):

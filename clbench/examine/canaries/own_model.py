@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.nn import Module
 
-from clbench.data.encoder import Encoder
+from clbench.data.encoder import SIGN, Encoder
 from clbench.data.sampling import seeded
 from clbench.examine.student import Student, eos_ids
 from clbench.examine.together import TOLERANCES
@@ -114,14 +114,15 @@ def chosen(stream: Stream) -> list[Example]:
 def plain_request(encoder: Encoder, example: Example) -> tuple[Ids, Ids]:
     """The prompt and the answer with EOS as the tokenizer itself gives them of the whole text.
 
-    The encoder's own prompt where training cuts it, its own answer where one token spans both.
+    The encoder's own prompt where training cuts it, its own answer where one token spans both. An EOS that the tokenizer puts behind a text stands
+    behind the answer alone: the model is to go on after a prompt.
     """
     one, eos = encoder.example(example), encoder.eos
     settings: dict[str, Any] = {"add_special_tokens": False} if encoder.chat else {"split_special_tokens": True}
-    prompt, whole = (
-        tuple(encoder.tokenizer(encoder.spelled(example.prompt, answer), **settings)["input_ids"])
-        for answer in (None, example.answer)
-    )
+    texts = [SIGN, encoder.spelled(example.prompt), encoder.spelled(example.prompt, example.answer)]
+    sign, prompt, whole = (tuple(encoder.tokenizer(text, **settings)["input_ids"]) for text in texts)
+    if sign[-1] == eos:
+        prompt, whole = prompt[:-1], whole[:-1]
     follows = prompt and whole[: len(prompt)] == prompt
     answer = (*whole[len(prompt) :], eos) if follows else one.ids[one.answer_start :]
     fits = prompt and len(prompt) + len(answer) <= encoder.max_length
