@@ -101,6 +101,8 @@ def test_a_line_separator_inside_a_text_ends_no_line(tmp_path):
         (b'{"label": "yes", "text": NaN}\n', r"line 4: column 'text' holds NaN"),
         (b'{"answer": -Infinity}\n', r"line 4: column 'answer' holds NaN, Infinity"),
         (b'{"answer": 1e999}\n', r"line 4: column 'answer' holds NaN, Infinity"),
+        (b'{"text": %s}\n' % (b"[" * 900 + b"]" * 900), r"line 4: lists or objects lie too deep"),
+        (b'{"text": %s}\n' % (b"[" * 100_000 + b"]" * 100_000), r"line 4: lists or objects lie too deep"),
         (b'{"text": 3}\n', r"line 4: column 'text' has the type number, in line 1 it is text; one type"),
         (
             b'{"choices": [1, 2]}\n',
