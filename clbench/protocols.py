@@ -76,6 +76,10 @@ class Task(ABC):
     def examples(self, split: str) -> Sequence[Example]:
         """The examples of `split` ("train" or "test"), in a fixed order."""
 
+    def origin(self, example: Example) -> str:
+        """Where an example stands, for messages: the file and line of its row, the first of several, if it has one."""
+        return example.id
+
     @abstractmethod
     def score(self, example: Example, answer: str) -> float:
         """How right `answer` is, in [0, 1]."""
