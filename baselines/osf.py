@@ -38,6 +38,7 @@ class Osf(Method):
     """Fine-tuning of the singular triples beyond the first `preserved` of min(in, out) of the layers named by `targets`."""
 
     merges = True
+    decomposes = True
 
     preserved: Annotated[float, Field(gt=0, lt=1)]
     targets: list[str] | str
@@ -52,10 +53,6 @@ class Osf(Method):
                 f"method.targets={self.targets}: none is a torch.nn.Linear, which PEFT's OSF needs; choose another method"
             )
         check_unshared(model, list(found))
-        if any(not layer.get_parameter("weight").numel() for layer in found.values()):
-            raise UserMistake(
-                "method=osf decomposes whole weights, which engine.shard_base=true keeps in slices; set it to false"
-            )
         wrapped = get_peft_model(model, OSFConfig(target_modules=list(found), effective_rank=self.preserved))
         self.layers = {name: layer for name, layer in wrapped.named_modules() if isinstance(layer, OSFLayer)}
         for layer in self.layers.values():

@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from clbench.config import Config, target_names
 from clbench.config.names import suggestion
 from clbench.data.encoder import Encoder
+from clbench.models.folding import adapted
 from clbench.models.limits import check_length, check_read, positions
-from clbench.models.sharding import is_sharded
+from clbench.models.loss import causal_lm
 from clbench.protocols import Method, ModelSource, Probe, Stream, Task
 from clbench.stream import build_stream, chosen
 from clbench.types import UserMistake
@@ -39,10 +40,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a run is made of besides its model: `source` makes that (`load_model`)."""
+    """What a run is made of besides its model: `source` makes that (`load_model`). `adapted` names the layers on which `method` puts adapters."""
 
     source: Any
     method: Method
+    adapted: tuple[str, ...]
     encoder: Encoder
     stream: Stream
     probes: tuple[Probe, ...]
@@ -75,7 +77,7 @@ def build(config: Config, *, working: Callable[[str], AbstractContextManager[obj
     source = instantiate(config.model, _convert_="all")
     tokenizer = source.load_tokenizer(Path(config.cache_dir))
     own = source.configuration(Path(config.cache_dir))
-    sketch(config, own)  # what the method cannot be put on is said before weights are read
+    _, sketched = sketch(config, own)  # what the method cannot be put on is said before weights are read
     train, longest = config.train, positions(own)
     check_length(train.max_length, positions=longest)
     chat = config.prompt == "chat"
@@ -88,7 +90,14 @@ def build(config: Config, *, working: Callable[[str], AbstractContextManager[obj
         stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
         for probe in probes:
             check_read(probe.longest(encoder), positions=longest)
-    return Parts(source=source, method=make_method(config), encoder=encoder, stream=stream, probes=probes)
+    return Parts(
+        source=source,
+        method=make_method(config),
+        adapted=tuple(adapted(causal_lm(sketched))),
+        encoder=encoder,
+        stream=stream,
+        probes=probes,
+    )
 
 
 def load_model(config: Config, source: Any) -> Module:
@@ -105,24 +114,30 @@ def load_model(config: Config, source: Any) -> Module:
 
 
 def sketch(config: Config, sizes: PretrainedConfig) -> tuple[Method, Module]:
-    """The method and the model that it has wrapped, in the run's precision, without storage; raises UserMistake where it finds no layers for it."""
+    """The method and the model that it has wrapped, in the run's precision, without storage.
+
+    Raises UserMistake where the method finds no layers for it, or needs whole what engine.shard_base keeps in slices.
+    """
     # Code that lies beside weights is asked for where there is no other; that it may run was said when the configuration was read.
     is_remote = type(sizes) not in AutoModelForCausalLM._model_mapping
     own, dtype = copy.deepcopy(sizes), DTYPES[config.engine.dtype]
     method = make_method(config)
     with torch.device("meta"):
-        return method, method.wrap(AutoModelForCausalLM.from_config(own, dtype=dtype, trust_remote_code=is_remote))
-
-
-def wrap(config: Config, method: Method, model: Module) -> Module:
-    """The method's model; raises UserMistake where a method trains what engine.shard_base keeps in slices."""
-    wrapped = method.wrap(model)
-    if any(is_sharded(parameter) and parameter.requires_grad for parameter in wrapped.parameters()):
+        model = AutoModelForCausalLM.from_config(own, dtype=dtype, trust_remote_code=is_remote)
+        base = [*model.parameters()]
+        wrapped = method.wrap(model)
+    if config.engine.shard_base and (method.decomposes or any(parameter.requires_grad for parameter in base)):
+        does = "decomposes" if method.decomposes else "trains"
         raise UserMistake(
-            f"method={config.method['name']} trains the base model, which engine.shard_base=true keeps frozen; "
+            f"method={config.method['name']} {does} the base model's weights, which engine.shard_base=true keeps frozen, in slices; "
             "choose a method with adapters, or engine.shard_base=false"
         )
-    return wrapped.eval()
+    return method, wrapped
+
+
+def wrap(method: Method, model: Module) -> Module:
+    """The method's model, not to be trained yet."""
+    return method.wrap(model).eval()
 
 
 def _device_of(config: Config) -> torch.device:

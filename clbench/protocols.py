@@ -76,6 +76,10 @@ class Task(ABC):
     def examples(self, split: str) -> Sequence[Example]:
         """The examples of `split` ("train" or "test"), in a fixed order."""
 
+    def origin(self, example: Example) -> str:
+        """Where an example stands, for messages: the file and line of its row, the first of several, if it has one."""
+        return example.id
+
     @abstractmethod
     def score(self, example: Example, answer: str) -> float:
         """How right `answer` is, in [0, 1]."""
@@ -185,11 +189,13 @@ class Method(ABC):
     """A continual-learning method. Its keyword-only dataclass fields are its configuration; every default does nothing.
 
     `merges` declares that it writes into weights that do not train, `keeps` that the first view after stage 1 gives what was trained, as it does
-    unless it averages along the way, or merges another function than the one that was trained.
+    unless it averages along the way, or merges another function than the one that was trained, `decomposes` that it makes its layers of whole
+    weights, which no rank has with engine.shard_base.
     """
 
     merges: bool = False
     keeps: bool = True
+    decomposes: bool = False
 
     @abstractmethod
     def wrap(self, model: Module) -> Module:

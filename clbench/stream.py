@@ -85,8 +85,8 @@ def usable(
         for example in [*found["train"][TOO_LONG], *found["test"][TOO_LONG]]:
             longest = max(len(encoder.answer(text)) for text in (example.answer, *example.choices))
             raise UserMistake(
-                f"an answer of {example.id} has {longest} tokens, which do not fit train.max_length={encoder.max_length} with BOS and EOS; "
-                "make that larger, or leave such rows out with stream.too_long=drop"
+                f"{task.origin(example)}: an answer has {longest} tokens, which do not fit train.max_length={encoder.max_length} with BOS and EOS; "
+                f"make that larger, or leave such rows out with stream.too_long=drop (task {name})"
             )
     looked = sum(len(examples) for faults in found.values() for examples in faults.values())
     few = sum(len(faults[NOT_RIGHT]) for faults in found.values()) <= NOT_RIGHT_AT_MOST * looked

@@ -73,6 +73,10 @@ class HubTask(Task):
             self._merged([(index, rows[index]) for index in members], split) for members in self._chosen(rows, split)
         )
 
+    def origin(self, example: Example) -> str:
+        *_, split, index = example.id.split("/")
+        return self._origin(int(index), split)
+
     def _chosen(self, rows: Mapping[int, Row], split: str) -> list[list[int]]:
         """The indices of the rows of each example."""
         groups: dict[Any, list[int]] = {}

@@ -27,7 +27,6 @@ from clbench.models import sharding  # noqa: E402
 from clbench.models.folding import export, folded  # noqa: E402
 from clbench.models.loss import causal_lm  # noqa: E402
 from clbench.models.weights import count_parameters, trainable  # noqa: E402
-from clbench.types import UserMistake  # noqa: E402
 from tests import ranks  # noqa: E402
 from tests.ranks import run  # noqa: E402
 
@@ -39,7 +38,7 @@ def wrapped(config: Config) -> tuple[Module, Encoder]:
     """The method's model, in slices where the configuration says so, and its encoder."""
     source, method = instantiate(config.model, _convert_="all"), make_method(config)
     encoder = Encoder(source.load_tokenizer(Path(config.cache_dir)), max_length=config.train.max_length)
-    return build.wrap(config, method, build.load_model(config, source)), encoder
+    return build.wrap(method, build.load_model(config, source)), encoder
 
 
 def stirred(model: Module) -> Module:
@@ -192,14 +191,5 @@ def exported(folder: str, *overrides: str) -> dict[str, object]:
     return {"ranks": ranks.from_all(True)}
 
 
-def refused(*overrides: str) -> dict[str, object]:
-    """The mistake that a run is told."""
-    try:
-        run(*overrides)
-    except UserMistake as mistake:
-        return {"mistake": str(mistake)}
-    return {}
-
-
 if __name__ == "__main__":
-    ranks.main(Path(sys.argv[1]), (held, answers, loaded, exported, refused, run))
+    ranks.main(Path(sys.argv[1]), (held, answers, loaded, exported, run))

@@ -13,19 +13,24 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
 
+from clbench import experiment
 from clbench.build import build
 from clbench.config import composition
 from clbench.data.encoder import Encoder
 from clbench.examine.student import Student
 from clbench.examine.together import reads_together
+from clbench.examine.update import Update
 from clbench.models.folding import export, folded
 from clbench.models.limits import NO_LIMIT, check_length, positions
 from clbench.models.loss import answer_loss, causal_lm
 from clbench.models.pretrained import Pretrained, prepared
 from clbench.models.tiny import word_tokenizer
 from clbench.models.weights import trainable
+from clbench.protocols import Stream
 from clbench.types import Example, UserMistake
 from tasks import world, world_words
 from tests.test_data import Words
@@ -100,6 +105,16 @@ UNLIKE = {
     "deepseek_v3": ("fused experts", ["q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"]),
     "qwen3_next": ("fused experts", [*ATTENTION, "in_proj_qkvz", "out_proj"]),
 }
+
+
+SHORT = (
+    "stream.limit=1",
+    "stream.train_rows=8",
+    "stream.test_rows=4",
+    "stream.too_long=drop",
+    "train.max_length=64",
+    "tracking.progress=false",
+)
 
 
 def tiny(name: str, **changed):
@@ -251,6 +266,20 @@ def test_scores_answers_and_losses_are_those_of_plain_forwards(name):
     check_scores(model, encoder)
     check_writing(model, encoder)
     assert run_loss(model, encoder) == pytest.approx(plain_loss(model, encoder), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_that_all_grow_by_a_quarter_have_moved_by_a_quarter(name):
+    model, probe = tiny(name), Update(name="update")
+    student, stream = Student(model, Encoder(Words(), max_length=64)), Stream(name="", order="", stages=())
+    probe.begin(student)
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | Conv1D)]
+    with torch.no_grad():
+        for weight in {layer.weight for layer in layers}:  # a tied one once
+            weight.mul_(1.25)
+    (score,) = probe.measure(student, stream, 0)
+    assert score.value == pytest.approx(0.25, rel=1e-4)
+    assert score.n == len(layers) - sum(type(layer).__name__ == "Llama4Router" for layer in layers)
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
@@ -451,6 +480,18 @@ def test_what_does_not_suit_the_model_is_refused_before_its_weights_are_read(ove
     config = composition.compose([f"model.name={name}", "+model.world_seed=0", *paths, *overrides])
     with pytest.raises(UserMistake, match=said):
         build(config)
+
+
+@pytest.mark.parametrize(("name", "method"), [("mamba", "curlora"), ("llama4_text", "seq")])
+def test_layers_that_are_computed_past_are_refused_before_the_model_is_examined(name, method, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "measure_untouched", lambda *_, **__: pytest.fail("the model was examined"))
+    tokenizer = word_tokenizer(world_words.VOCABULARY)
+    model = folder(tmp_path / "model", tiny(name, vocab_size=len(tokenizer)), tokenizer)
+    targets = {"seq": "method.lora.targets", "curlora": "method.targets"}[method]
+    asked = [f"model.name={model}", "+model.world_seed=0", f"method={method}", f"{targets}=all-linear"]
+    config = composition.compose([*asked, f"results_dir={tmp_path}", f"cache_dir={tmp_path}", *SHORT])
+    with pytest.raises(UserMistake, match=UNLIKE[name][0]):
+        experiment.run(config)
 
 
 def test_the_longest_input_is_found_under_any_name_and_in_nested_configurations():

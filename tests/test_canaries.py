@@ -12,18 +12,20 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from tokenizers import processors
 from torch.nn.utils.rnn import pad_sequence
 
 import baselines.secura
 import clbench
 import clbench.examine.canaries
 from clbench.config import StreamConfig
-from clbench.data.encoder import Encoded, Encoder
+from clbench.data.encoder import Encoded, Encoder, clip_left
 from clbench.data.rows import DatasetSpec
 from clbench.examine.canaries import ARCHITECTURE, check_stream, own_model
 from clbench.examine.canaries.answers import chance, near_zero
 from clbench.examine.canaries.own_model import bounds, check_model, said
 from clbench.examine.copying import copies, named_last
+from clbench.examine.lm import StudentLM
 from clbench.examine.student import Student
 from clbench.models import cur, folding, loss, pairs
 from clbench.models.loss import answer_loss
@@ -39,7 +41,7 @@ from tasks.world_task import WorldTask
 from tasks.world_words import VOCABULARY
 from tests import test_architectures
 from tests.test_architectures import adapted, method_settings, tiny
-from tests.test_tokens import tokenizer_like
+from tests.test_tokens import KINDS, tokenizer_like
 
 CONF = Path(__file__).parent.parent / "conf"
 LINES = ["question : how much are 3 and 4 ? answer : red green blue yes no 0 1 2 5 6 7 8 9 word thing of colour"] * 20
@@ -416,10 +418,34 @@ def own(encoder):
 
 
 def test_a_sound_model_passes_at_every_bound(own, encoder):
-    assert bounds(own, encoder) == sorted({encoder.max_length, 300})
+    assert bounds(own, encoder) == ([encoder.max_length, 300], [])
     found = check_model(Student(own, encoder), stream_of(numbers(), encoder=encoder), folded=nullcontext())
-    assert [gap.name for gap in found] == ["scoring", "writing", "training"]
+    assert [gap.name for gap in found] == ["scoring", "writing", "training", "lm_eval"]
     assert not any(gap.failed for gap in found) and all(gap.n for gap in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "stated"),
+    [
+        ("gpt2", {"n_positions": 200}),
+        ("rwkv", {"context_length": 200}),
+        ("mpt", {"max_seq_len": 200}),
+        ("mistral", {"sliding_window": 12, "max_position_embeddings": 200}),
+        ("gpt_neo", {"window_size": 12, "max_position_embeddings": 200}),
+        ("llama4_text", {"attention_chunk_size": 16, "max_position_embeddings": 200}),
+        ("mamba2", {"chunk_size": 8, "max_position_embeddings": None}),
+        ("falcon_h1", {"mamba_chunk_size": 8, "max_position_embeddings": 200}),
+        ("phi3-longrope", {"original_max_position_embeddings": 16, "max_position_embeddings": 200}),
+    ],
+)
+def test_every_bound_that_a_configuration_states_is_tried(name, stated, encoder):
+    model = kind(name, encoder, **{"max_position_embeddings": None} | stated)
+    assert bounds(model, encoder) == (sorted({*stated.values(), 128} - {None}), [])
+
+
+def test_bounds_too_long_to_be_tried_are_named(encoder):
+    model = kind("mistral", encoder, sliding_window=1024, max_position_embeddings=1025)
+    assert bounds(model, encoder) == ([128, 1024], [1025])
 
 
 @pytest.mark.parametrize("fault", [attend_everywhere, pad_on_the_right])
@@ -438,7 +464,7 @@ def test_a_score_that_depends_on_the_row_is_noticed(own, encoder, monkeypatch):
         return picked + 1e-3 * len(logits), best
 
     monkeypatch.setattr(clbench.examine.student, "scored", scored)
-    assert gaps(own, encoder) == {"scoring"}
+    assert gaps(own, encoder) == {"scoring", "lm_eval"}
 
 
 def test_a_single_score_that_is_no_number_is_noticed(own, encoder):
@@ -449,7 +475,7 @@ def test_a_single_score_that_is_no_number_is_noticed(own, encoder):
     class LastIsNan(Student):
         log_likelihoods = scores
 
-    assert gaps(own, encoder, student=LastIsNan) == {"scoring"}
+    assert gaps(own, encoder, student=LastIsNan) == {"scoring", "lm_eval"}
 
 
 def test_a_loss_that_drops_the_heads_last_step_is_noticed(own, encoder, monkeypatch):
@@ -566,6 +592,38 @@ def test_a_space_of_the_tokenizers_own_before_an_answer_is_noticed(monkeypatch):
     assert {"scoring", "training"} <= gaps(model, Encoder(encoder.tokenizer, max_length=128))
 
 
+def ending(tokenizer):
+    """The tokenizer, now with EOS behind every text, as `add_eos_token` has it."""
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=special)
+    return tokenizer
+
+
+class Ended(Encoder):
+    """Leaves the EOS that the tokenizer puts behind every text in the prompt, too."""
+
+    def prompt(self, prompt):
+        return self.own(prompt, special=True)
+
+
+def test_an_eos_that_the_tokenizer_puts_behind_a_text_stands_behind_the_answer_alone():
+    tokenizer = tokenizer_like("llama")
+    bos, *words, eos = ending(tokenizer)("Does the dog bark? yes")["input_ids"]
+    assert (bos, eos) == (1, 2)
+    encoder, example = Encoder(tokenizer, max_length=128), Example(id="0", prompt="Does the dog bark?", answer="yes")
+    prompt, answer = own_model.plain_request(encoder, example)
+    assert (*prompt, *answer) == (bos, *words, eos) and answer == (*encoder.answer("yes"), eos)
+    assert encoder.example(example).ids == (*prompt, *answer)
+
+
+def test_an_eos_within_what_is_read_is_noticed():
+    model, encoder = own_tokens("llama")
+    ending(encoder.tokenizer)
+    assert gaps(model, Encoder(encoder.tokenizer, max_length=128)) == set()
+    assert failures(numbers(), Encoder(encoder.tokenizer, max_length=128)) == set()
+    assert {"scoring", "training"} <= gaps(model, Ended(encoder.tokenizer, max_length=128))
+
+
 class Begun(Encoder):
     """Puts BOS before every prompt."""
 
@@ -578,6 +636,54 @@ def test_a_bos_that_the_tokenizer_does_not_add_is_noticed(name):
     model, encoder = own_tokens(name)
     assert gaps(model, encoder) == set()
     assert {"scoring", "training"} <= gaps(model, Begun(encoder.tokenizer, max_length=128))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_tokenizer_passes(name):
+    assert gaps(*own_tokens(name)) == set()
+
+
+def begun(lm, string, add_special_tokens=None):
+    """BOS before every text."""
+    return [lm.prefix_token_id, *lm.student.encoder.own(string, special=False)]
+
+
+def twice_begun(lm, string, add_special_tokens=None):
+    """What the tokenizer adds, also where the text begins with it."""
+    return list(lm.student.encoder.own(string, special=True))
+
+
+def plain_characters(lm, string, add_special_tokens=None):
+    """A special token that a text spells is none."""
+    return list(lm.student.encoder.prompt(string))
+
+
+def cut_behind_bos(lm, texts, context, continuation):
+    return clip_left(tuple(context), lm.max_length + 1 - len(continuation)), tuple(continuation)
+
+
+def cut_by_one_more(lm, texts, context, continuation):
+    return tuple(context[-(lm.max_length - len(continuation)) :]), tuple(continuation)
+
+
+def cut_at_the_end(lm, texts, context, continuation):
+    return tuple(context[: lm.max_length + 1 - len(continuation)]), tuple(continuation)
+
+
+@pytest.mark.parametrize(
+    ("verb", "fault", "names"),
+    [
+        ("tok_encode", begun, ("gpt2", "qwen", "bloom")),
+        ("tok_encode", twice_begun, ("llama", "metaspace", "gemma")),
+        ("tok_encode", plain_characters, KINDS),
+        ("_pair", cut_behind_bos, ("llama", "metaspace", "gemma")),
+        ("_pair", cut_by_one_more, KINDS),
+        ("_pair", cut_at_the_end, KINDS),
+    ],
+)
+def test_lm_evals_tasks_that_read_other_tokens_than_in_its_own_class_are_noticed(verb, fault, names, monkeypatch):
+    monkeypatch.setattr(StudentLM, verb, fault)
+    assert [gaps(*own_tokens(name)) for name in names] == [{"lm_eval"}] * len(names)
 
 
 def test_an_end_among_several_that_is_written_over_is_noticed(own, encoder, monkeypatch):

@@ -29,6 +29,7 @@ def test_one_file_is_cut_into_train_and_test_by_a_hash_of_the_row(labelled):
     assert 3 <= len(test) <= 20 and not {row.prompt for row in train} & {row.prompt for row in test}
     first = next(row for row in train if row.prompt == "match 1\nAbout sports?")
     assert (first.answer, first.choices) == ("yes", ("no", "yes"))
+    assert made.origin(first) == f"{labelled}, line 2"
     assert [row.id for row in task(labelled, choices=["no", "yes"]).examples("test")] == [row.id for row in test]
     assert made.score(first, " yes") == 1 and made.score(first, "no") == 0 and not made.is_valid(first, "maybe")
 

@@ -101,6 +101,8 @@ def test_a_line_separator_inside_a_text_ends_no_line(tmp_path):
         (b'{"label": "yes", "text": NaN}\n', r"line 4: column 'text' holds NaN"),
         (b'{"answer": -Infinity}\n', r"line 4: column 'answer' holds NaN, Infinity"),
         (b'{"answer": 1e999}\n', r"line 4: column 'answer' holds NaN, Infinity"),
+        (b'{"text": %s}\n' % (b"[" * 900 + b"]" * 900), r"line 4: lists or objects lie too deep"),
+        (b'{"text": %s}\n' % (b"[" * 100_000 + b"]" * 100_000), r"line 4: lists or objects lie too deep"),
         (b'{"text": 3}\n', r"line 4: column 'text' has the type number, in line 1 it is text; one type"),
         (
             b'{"choices": [1, 2]}\n',
@@ -257,7 +259,9 @@ def stream(folder, train, test, encoder, **config):
 
 def test_an_answer_that_does_not_fit_is_refused_before_a_model_is_loaded(tmp_path, encoder):
     # A space before the answer, BOS and EOS: 37 characters fit 40 tokens, 38 do not.
-    with pytest.raises(UserMistake, match=r"own/train/1 has 39 tokens.*train.max_length=40.*stream.too_long=drop"):
+    with pytest.raises(
+        UserMistake, match=r"own/train.jsonl, line 2: an answer has 39 tokens.*train.max_length=40.*too_long=drop"
+    ):
         stream(tmp_path, ["a" * 37, "a" * 38], ["a"], encoder)
 
 
@@ -276,9 +280,10 @@ def test_the_row_after_a_dropped_one_takes_its_place(tmp_path, encoder):
 
 
 def test_a_choice_that_does_not_fit_counts_as_one_that_cannot_be_scored(tmp_path, encoder):
-    write(tmp_path, lines(*GOOD))
+    write(tmp_path, b"\n" + lines(*GOOD))
     task_of = task(Classification, tmp_path, template="{text}", label="label", labels=["yes", "n" * 40])
-    with pytest.raises(UserMistake, match=r"own/test/\d has 41 tokens"):
+    first = 2 + int(task_of.examples("test")[0].id.rpartition("/")[2])
+    with pytest.raises(UserMistake, match=rf"own/test.jsonl, line {first}: an answer has 41 tokens.*\(task own\)"):
         build_stream(StreamConfig(name="s"), order="default", tasks={"own": task_of}, encoder=encoder)
 
 

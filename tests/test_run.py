@@ -49,6 +49,7 @@ def test_a_run_leaves_a_whole_ledger(overrides, method):
         and len(manifest["tasks"]) == 3
         and manifest["data"].keys() == set(manifest["tasks"])
     )
+    assert manifest["canaries"]["untried"] == []  # its model has fewer positions than the canaries read
 
 
 def test_the_manifest_and_the_leaderboard_name_one_variant(overrides):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from clbench.build import sketch
 from clbench.cli import take_part
 from clbench.config import run_directory
 from clbench.config.composition import compose
@@ -17,6 +18,7 @@ from clbench.types import UserMistake
 from tests import sharded_ranks
 from tests.conftest import QUIET, TINY_MODEL, TINY_STREAM
 from tests.test_deepspeed import Pair, check_equal_runs, checkpoint, distance, tiny
+from tests.test_doctor import LLAMA
 from tests.test_run import scores
 
 SHARDED = ("engine=deepspeed", "engine.processes=2", "engine.zero_stage=3", "engine.shard_base=true")
@@ -69,11 +71,11 @@ def test_slices_are_no_part_of_a_runs_name():
     assert run_directory(plain) == run_directory(sliced)
 
 
-@pytest.mark.slow
-def test_a_method_that_trains_the_base_is_refused(pair, cache_dir, tmp_path):
-    overrides = model_of(cache_dir, "seq_full", f"results_dir={tmp_path}")
-    mistake = pair.ask("refused", *overrides, *SHARDED)["mistake"]
-    assert mistake.startswith("method=seq_full trains the base model") and "engine.shard_base=false" in mistake
+@pytest.mark.parametrize(("method", "does"), [("seq_full", "trains"), ("osf", "decomposes")])
+def test_a_method_that_needs_the_bases_weights_whole_is_refused_before_they_are_read(method, does):
+    sketch(compose([f"method={method}"]), LLAMA)
+    with pytest.raises(UserMistake, match=f"method={method} {does} the base .* engine.shard_base=false"):
+        sketch(compose([f"method={method}", *SHARDED]), LLAMA)
 
 
 # --- what is held --------------------------------------------------------------------------------------------------------------

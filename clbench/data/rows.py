@@ -74,17 +74,26 @@ def numbered_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
             f"{path}, line {line}: byte {error.object[error.start]:#04x} is not UTF-8; save it so"
         ) from error
     # Not str.splitlines, which also ends a line at U+2028, as JSON does not.
-    lines = enumerate(StringIO(text, newline=None), start=1)
-    rows = [(number, _row(line, where=f"{path}, line {number}")) for number, line in lines if not line.isspace()]
+    rows: list[tuple[int, dict[str, Any]]] = []
     first: dict[str, tuple[str, int]] = {}
-    for number, row in rows:
-        for column, value in row.items():
-            kind = kind_of(value)
-            known, line = first.setdefault(column, (kind, number)) if kind else ("", 0)
+    for number, line in enumerate(StringIO(text, newline=None), start=1):
+        if line.isspace():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = _row(line, where=where)
+            kinds = {column: kind_of(value) for column, value in row.items()}
+        except RecursionError as error:
+            raise UserMistake(
+                f"{where}: lists or objects lie too deep within one another to be read; flatten them"
+            ) from error
+        for column, kind in kinds.items():
+            known, other = first.setdefault(column, (kind, number)) if kind else ("", 0)
             if kind != known:
                 raise UserMistake(
-                    f"{path}, line {number}: column {column!r} has the type {kind}, in line {line} it is {known}; one type in all rows is due"
+                    f"{where}: column {column!r} has the type {kind}, in line {other} it is {known}; one type in all rows is due"
                 )
+        rows.append((number, row))
     return rows
 
 

@@ -32,7 +32,8 @@ DIRECTIONS = 16
 class Update(Probe):
     """`relative_norm`: the Frobenius norm of the update of all linear layers, adapters included, over that of the untouched weights.
 
-    In bfloat16 what layers make is rounded, and below about 0.003 it says nothing.
+    Left out are layers that give more than a tensor (Llama-4's router). In bfloat16 what layers make is rounded, and below about 0.003 it says
+    nothing.
     """
 
     name: str
@@ -66,5 +67,7 @@ class Update(Probe):
                 for part in layer.modules():
                     held.enter_context(whole(part))
                 given = inputs.to(next(layer.parameters()))
-                found[name] = (layer(given) - layer(torch.zeros_like(given[:1]))).float().cpu()
+                made, at_zero = layer(given), layer(torch.zeros_like(given[:1]))
+                if isinstance(made, Tensor):
+                    found[name] = (made - at_zero).float().cpu()
         return found

@@ -27,6 +27,7 @@ from clbench.experiment.examination import (
     under_views,
 )
 from clbench.experiment.underway import Run, cost_of, train
+from clbench.models.lora import check_reached
 from clbench.models.sharding import gathering
 from clbench.models.weights import load_trainable_state, trainable, trainable_state
 from clbench.progress import Line
@@ -69,6 +70,8 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
         return path
     with working("loading the model"):
         model = load_model(config, parts.source)
+        # `wrap` says so, too, but the untouched model is examined before it, for minutes.
+        check_reached(model, {name: model.get_submodule(name) for name in parts.adapted})
     row = partial(standing, path, by_task=config.tracking.tasks)
     shown = Tracker(config, parts.stream.stages, silent=not ranks.is_first, row=row)
     with written_to(path if ranks.is_first else None), shown as tracker:
@@ -81,14 +84,14 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
                 raise UserMistake(
                     f"model={parts.source.label} untrained, engine.dtype={config.engine.dtype}: {error}; choose another"
                 ) from error
-        model = wrap(config, parts.method, model)
+        model = wrap(parts.method, model)
         ledger = None
         if ranks.is_first:
             data.warn()
             for name, cut in cuts.items():
                 log.warning("%s", said_of(cut, name, parts.encoder))
             tracker.doing("canaries")
-            evaluation = check_evaluation(parts)
+            evaluation = check_evaluation(parts, model)
             begun = manifest | {"canaries": evaluation, "untouched_measured_by": untouched.run}
             ledger = Ledger(path, manifest=begun, keep_all=config.train.checkpoint == "all")
         started = Run(

@@ -87,7 +87,7 @@ def recorded(path: Path, *, cache_dir: Path | None = None) -> Recorded:
 def restored(run: Recorded, stage: int, model: Module) -> tuple[Method, Module]:
     """The run's method and model as they were after a stage that is kept, of the untouched `model`."""
     kept, method = read_checkpoint(run.checkpoints[stage], run=run.manifest["run"]), make_method(run.config)
-    model = wrap(run.config, method, model)
+    model = wrap(method, model)
     load_trainable_state(model, kept.weights)
     method.load_state_dict(kept.state)
     return method, model
@@ -170,7 +170,7 @@ def examinations(
     parts.encoder.together = reads_together(model, parts.encoder)
     untouched = measure_untouched(config, parts, model, manifest=manifest, ranks=Ranks(), watch=partial(showing, 0))
     if 0 in stages:
-        yield 0, under_views(untouched.scores, parts.method.views(wrap(config, parts.method, model)))
+        yield 0, under_views(untouched.scores, parts.method.views(wrap(parts.method, model)))
     del model  # one at a time
     for stage in stages:
         if stage:

@@ -15,7 +15,7 @@ from clbench.build import Parts
 from clbench.config import Config, identity, is_due
 from clbench.data.encoder import Encoder
 from clbench.examine.canaries import check_stream
-from clbench.examine.canaries.own_model import check_model
+from clbench.examine.canaries.own_model import bounds, check_model
 from clbench.examine.student import Report, Student
 from clbench.experiment.underway import Run
 from clbench.models.folding import folded
@@ -33,13 +33,14 @@ Watch = Callable[[str, str, str, int, int], None]
 """Hears of a view, a probe and a task how many requests are answered, and of how many."""
 
 
-def check_evaluation(parts: Parts) -> dict[str, Any]:
-    """What the manifest says of the canaries; a run with a failed one is not ranked."""
+def check_evaluation(parts: Parts, model: Module) -> dict[str, Any]:
+    """What the manifest says of the canaries; a run with a failed one is not ranked. `untried`: the model's bounds beyond what they read."""
     found = [asdict(canary) for canary in check_stream(parts.stream, parts.encoder)]
     failed = failed_canaries(found)
     if failed:
         log.warning("the run will not be ranked, its evaluation failed its own tests: %s", "; ".join(failed))
-    return {"checked": len(found), "failed": failed, "results": found}
+    _, untried = bounds(model, parts.encoder)
+    return {"checked": len(found), "failed": failed, "results": found, "untried": untried}
 
 
 def measure_untouched(
