@@ -1,6 +1,7 @@
 """What there is and what an experiment will cost: `python -m clbench.doctor methods`, `python -m clbench.doctor +experiment=NAME`.
 
 `python -m clbench.doctor hub` looks whether the hub still has every dataset that conf/ names.
+With gpu=here the untouched model is examined and training is tried on this machine, and what a run says before its first stage is printed.
 
 Parameters are counted on torch's meta device, where tensors have a shape and no storage. Tokens are counted by drawing every batch as the run
 will. Operations, hours and memory are formulas; what they assume is printed below them. No weights are loaded. GB are 10^9 bytes.
@@ -29,6 +30,7 @@ from clbench.config import Config
 from clbench.config.checks import one_of
 from clbench.config.composition import CONF_DIR, compose
 from clbench.data.encoder import Encoder
+from clbench.experiment import outlook
 from clbench.hub import checked
 from clbench.models.weights import count_parameters
 from clbench.protocols import Method, Task
@@ -43,11 +45,10 @@ Terms are those that the dataset's card states; ask your own counsel. A revision
 "refs/convert/parquet", its own form of a repository that has a loading script, only for as long as it likes. Where `python -m clbench.doctor hub`
 finds a repository wanting, put rows with the columns that the yaml names into train.jsonl and test.jsonl in data_dir/NAME (its dataset.name).\n
 | task | hub dataset @ revision | hub splits train / test | licence | metric | rows at most |\n| --- | --- | --- | --- | --- | --- |\n"""
-WORDS = (
-    "methods | datasets | hub | [+experiment=NAME] [key=value ...] [gpu=h100] [utilisation=0.4] [engine.processes=8]"
-)
+WORDS = "methods | datasets | hub | [+experiment=NAME] [key=value ...] [gpu=h100 | gpu=here] [utilisation=0.4] [engine.processes=8]"
 ON_HUB = ("asked for by", "dataset : configuration @ revision [splits]", "")
 CARD = ("paper", "trainable", "memory", "compute", "deviations")
+HERE = "here"
 GPUS = {"a100": (312, 80), "h100": (989, 80), "h200": (989, 141), "l40s": (362, 48), "rtx4090": (165, 24)}
 """Dense bfloat16 peak in 10^12 operations a second, and memory in GB, from the makers' data sheets."""
 OWN = ("gpu=", "utilisation=", "engine.processes=")
@@ -194,7 +195,7 @@ def asked(arguments: Sequence[str], *, config_dir: Path | None = None) -> tuple[
     own = {"gpu": "h100", "utilisation": "0.4"} | dict(part.split("=", 1) for part in arguments if part.startswith(OWN))
     config = compose([part for part in arguments if not part.startswith(OWN)], config_dir=config_dir)
     processes, share = own.get("engine.processes", str(config.engine.processes)), own["utilisation"]
-    one_of("gpu", own["gpu"], GPUS)
+    one_of("gpu", own["gpu"], [HERE, *GPUS])
     if not re.fullmatch(r"0?\.\d*[1-9]\d*|1(\.0*)?", share) or not re.fullmatch(r"[1-9]\d*", processes):
         raise UserMistake(f"utilisation={share} engine.processes={processes}: give a share as 0.4, a whole number as 8")
     return config, own["gpu"], float(share), int(processes)
@@ -213,6 +214,9 @@ def forecast(arguments: Sequence[str], *, config_dir: Path | None = None) -> Ite
     yield table("Trainable parameters", ("method", ""), trainable_rows(config, sizes), box=None)
     model = sketch(config, sizes)[1]
     counts = count_parameters(model)
+    if gpu == HERE:
+        yield outlook(config).spoken(done=0)
+        return
     yield f"{source.label} with {config.method['name']}: {counts['parameters']:,} parameters, {counts['trainable']:,} of them trainable"
     try:
         tokenizer, chat = source.load_tokenizer(Path(config.cache_dir)), config.prompt == "chat"

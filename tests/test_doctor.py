@@ -1,6 +1,7 @@
 """The doctor against runs, real models and numbers worked out by hand."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,21 @@ def test_the_doctor_reads_yamls_of_ones_own(overrides, tmp_path, capsys):
     doctor.main(["--config-dir", str(tmp_path / "conf"), *overrides, "stream.tasks=[mine]", "stream.name=mine"])
     printed = capsys.readouterr().out
     assert "ZeRO 3" in printed and "Tokens are exact" in printed, printed
+
+
+def test_on_the_machine_at_hand_it_says_what_a_run_then_says_without_examining_again(
+    overrides, tmp_path, capsys, caplog
+):
+    doctor.main([*overrides, "gpu=here"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"about \S+ \S+ to go on this machine: training .* examining (\S+ \S+) \(most of it", said), said
+    path = run(compose(overrides))
+    live = " ".join(caplog.text.split())
+    # What the probes took is the very same measurement; the trial of training is another.
+    examining = re.search(r"examining (\S+ \S+) ", said)[1]
+    assert f"examining {examining} " in live, (examining, live)
+    (first, *_) = (json.loads(line) for line in (path / "cost.jsonl").open())
+    assert first["stage"] == 0 and first["seconds_probe"] > 0
 
 
 def test_a_run_still_refuses_processes_without_an_engine_for_them(overrides):

@@ -12,12 +12,13 @@ from dataclasses import asdict, replace
 from functools import partial
 from math import isnan
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
+from torch.nn import Module
 
-from clbench.build import build, load_model, set_up_torch, wrap
+from clbench.build import Parts, build, load_model, set_up_torch, wrap
 from clbench.config import Config, run_directory, run_name
-from clbench.examine.together import reads_together
 from clbench.experiment.examination import (
     check_evaluation,
     check_own_model,
@@ -35,7 +36,7 @@ from clbench.protocols import Stage
 from clbench.record.forecast import Forecast, seconds_of
 from clbench.record.ledger import COMPLETE, DIVERGED, Checkpoint, Ledger, status_of
 from clbench.record.manifest import describe
-from clbench.record.overlaps import check_data
+from clbench.record.overlaps import DataCheck, check_data
 from clbench.record.tracking import Tracker, written_to
 from clbench.record.untouched import Untouched
 from clbench.report.standing import standing
@@ -58,26 +59,20 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
     working = partial(Line, name=path.name, quiet=not (ranks.is_first and config.tracking.progress))
     parts = ranks.in_turn(lambda: build(config, working=working))  # the first rank fills the cache for the others
     with working("checking the data"):
-        data = check_data(parts.stream, parts.probes, allow_overlap=config.probe.allow_overlap)
-        label = f"{parts.source.label}{'+chat' if config.prompt == 'chat' else ''}"
-        manifest = describe(config, parts.stream, model_label=label, command=command)
+        data, manifest = described(config, parts, command=command, ranks=ranks)
         cuts = cut_prompts(parts.stream, parts.encoder)
-        manifest |= data.record | {"cut_prompts": {name: asdict(cut) for name, cut in cuts.items()}}
-        manifest |= ranks.share(parts.source.record(Path(config.cache_dir)) if ranks.is_first else {})
+        manifest |= {"cut_prompts": {name: asdict(cut) for name, cut in cuts.items()}}
         status = ranks.share(status_of(path, manifest, resume=config.resume) if ranks.is_first else "")
     if status in (COMPLETE, DIVERGED):
         log.info("%s has %s already", path, {COMPLETE: "been completed", DIVERGED: "diverged"}[status])
         return path
     with working("loading the model"):
-        model = load_model(config, parts.source)
-        # `wrap` says so, too, but the untouched model is examined before it, for minutes.
-        check_reached(model, {name: model.get_submodule(name) for name in parts.adapted})
+        model = loaded(config, parts)
     row = partial(standing, path, by_task=config.tracking.tasks)
     shown = Tracker(config, parts.stream.stages, silent=not ranks.is_first, row=row)
     with written_to(path if ranks.is_first else None), shown as tracker:
         with gathering(model):
             try:
-                parts.encoder.together = reads_together(model, parts.encoder)
                 watch = partial(tracker.examining, 0)
                 untouched = measure_untouched(config, parts, model, manifest=manifest, ranks=ranks, watch=watch)
             except FloatingPointError as error:
@@ -112,6 +107,40 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
             log.warning("%s diverged in %s; it keeps the stages before and is not ranked", path.name, result)
         send_outcome(path, tracker)
     return path
+
+
+def described(config: Config, parts: Parts, *, command: str = "", ranks: Ranks) -> tuple[DataCheck, dict[str, Any]]:
+    """What was found in the data, and the manifest of a run but for what it finds itself."""
+    data = check_data(parts.stream, parts.probes, allow_overlap=config.probe.allow_overlap)
+    label = f"{parts.source.label}{'+chat' if config.prompt == 'chat' else ''}"
+    manifest = describe(config, parts.stream, model_label=label, command=command) | data.record
+    return data, manifest | ranks.share(parts.source.record(Path(config.cache_dir)) if ranks.is_first else {})
+
+
+def loaded(config: Config, parts: Parts) -> Module:
+    """The untouched model; raises UserMistake where the method's layers are computed past."""
+    model = load_model(config, parts.source)
+    # `wrap` says so, too, but the untouched model is examined before it, for minutes.
+    check_reached(model, {name: model.get_submodule(name) for name in parts.adapted})
+    return model
+
+
+def outlook(config: Config) -> Forecast:
+    """How long the stages of a run take on this machine. The untouched model is examined for that, which the run then need not do again."""
+    set_up_torch(config)
+    parts, alone = build(config), Ranks()
+    _, manifest = described(config, parts, ranks=alone)
+    model = loaded(config, parts)
+    untouched = measure_untouched(config, parts, model, manifest=manifest, ranks=alone, watch=lambda *_: None)
+    begun = Run(
+        config=config,
+        method=parts.method,
+        model=wrap(parts.method, model),
+        stream=parts.stream,
+        probes=parts.probes,
+        encoder=parts.encoder,
+    )
+    return forecast(begun, untouched)
 
 
 def run_stages(run: Run, untouched: Untouched, tracker: Tracker) -> None:

@@ -15,7 +15,6 @@ from clbench.config import Config, EngineConfig, from_plain, probe_hash
 from clbench.config.checks import writing
 from clbench.config.composition import with_probes
 from clbench.config.secrets import masked
-from clbench.examine.together import reads_together
 from clbench.experiment.examination import examine, measure_untouched, under_views
 from clbench.experiment.underway import Run
 from clbench.models.weights import load_trainable_state
@@ -167,7 +166,6 @@ def examinations(
         return
     showing = Showing(line=shown)
     model = load_model(config, run.source)
-    parts.encoder.together = reads_together(model, parts.encoder)
     untouched = measure_untouched(config, parts, model, manifest=manifest, ranks=Ranks(), watch=partial(showing, 0))
     if 0 in stages:
         yield 0, under_views(untouched.scores, parts.method.views(wrap(parts.method, model)))

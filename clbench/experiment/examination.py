@@ -17,6 +17,7 @@ from clbench.data.encoder import Encoder
 from clbench.examine.canaries import check_stream
 from clbench.examine.canaries.own_model import bounds, check_model
 from clbench.examine.student import Report, Student
+from clbench.examine.together import reads_together
 from clbench.experiment.underway import Run
 from clbench.models.folding import folded
 from clbench.models.sharding import gathering
@@ -46,7 +47,11 @@ def check_evaluation(parts: Parts, model: Module) -> dict[str, Any]:
 def measure_untouched(
     config: Config, parts: Parts, model: Module, *, manifest: Mapping[str, Any], ranks: Ranks, watch: Watch
 ) -> Untouched:
-    """The untouched model's scores: those that another run has measured, or else measured now and kept for others."""
+    """The untouched model's scores: those that another run has measured, or else measured now and kept for others.
+
+    Before that it is tried out whether the model reads several rows as one, which the encoder is told.
+    """
+    parts.encoder.together = reads_together(model, parts.encoder)
     student = student_of(config, model, parts.encoder, ranks, report=partial(watch, "model"))
     for probe in parts.probes:
         probe.begin(student)
