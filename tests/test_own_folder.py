@@ -64,7 +64,7 @@ def words() -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder outside the checkout that holds what a user has, and a tasks.py that must hide nothing."""
+    """A folder outside the checkout that holds what a user has, and files that must hide no package of their name."""
     tokenizer = word_tokenizer(words())
     fresh_llama(tokenizer, architecture=TINY, seed=0).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -72,7 +72,8 @@ def folder(tmp_path: Path) -> Path:
         {"text": f"w{number % 40} w{number % 7}", "label": ("no", "yes")[number % 40 > 19]} for number in range(120)
     ]
     (tmp_path / "sport.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "tasks.py").write_text("raise RuntimeError('not this one')\n")
+    for name in ("tasks.py", "datasets.py"):
+        (tmp_path / name).write_text("raise RuntimeError('not this one')\n")
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -109,6 +110,11 @@ def test_a_model_rows_a_method_and_a_probe_of_ones_own_give_a_ranked_row(folder)
     (folder / "mine" / "shrink.py").write_text(FILES["mine/shrink.py"].replace("+=", "-="))
     assert shell(folder, *RUN).returncode == 0
     assert len([*(folder / "results" / "runs").iterdir()]) == 2
+
+
+def test_the_doctor_reads_no_file_named_as_a_package(folder):
+    answer = shell(folder, "python", "-m", "clbench.doctor", "methods")
+    assert answer.returncode == 0 and "Methods" in answer.stdout, answer.stderr
 
 
 @pytest.mark.slow
