@@ -239,11 +239,7 @@ def forecast(arguments: Sequence[str], *, config_dir: Path | None = None) -> Ite
 
 def main(arguments: Sequence[str]) -> None:
     """Prints what was asked for. A mistake of the user's ends the command with exit code 2."""
-    pages = {
-        "methods": methods_table,
-        "datasets": datasets_page,
-        "hub": hub_table,
-    }
+    pages = {"methods": methods_table, "datasets": datasets_page, "hub": hub_table}
     parser = ArgumentParser("python -m clbench.doctor", description="What there is, and what an experiment will cost.")
     parser.add_argument("words", nargs="*", metavar="what", help=WORDS)
     parser.add_argument("--config-dir", "-cd", type=Path, help="a folder with yamls of your own")

@@ -16,8 +16,10 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from clbench.config import Config, ProbeConfig, from_plain, target_names
 from clbench.config.checks import check, writing
@@ -32,6 +34,7 @@ OF_WORLD = "model.world_seed"
 """What stands in the yaml of whatever asks about the embedded world."""
 NO_NAME = r"(?i)\s*(null|true|false|[-+]?(inf|nan|(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[-+]?\d+)?))\s*"
 """What Hydra reads as a value that is no text."""
+ADVICE = ("object_type", "reference_type", "Config search path", "Set the env")
 CONF_DIR = next(path for path in (_HERE.parent / "conf", _HERE / "conf") if (path / "config.yaml").is_file())
 
 
@@ -235,3 +238,28 @@ def _tasks(names: Sequence[str]) -> DictConfig:
 
 def _overridden() -> set[str]:
     return {override.lstrip("+~").split("=", 1)[0] for override in HydraConfig.get().overrides.task}
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, in one line without secrets."""
+    return masked(" ".join(_message(error).split()))
+
+
+def _message(error: Exception) -> str:
+    """What went wrong, without Hydra's advice on debugging. A UserMistake inside a constructor speaks for itself."""
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    for inner in chain:
+        if isinstance(inner, UserMistake):
+            return str(inner)
+        if isinstance(inner, (ConfigKeyError, ConfigAttributeError)) and inner.parent_node is not None:
+            allowed = sorted(str(key) for key in inner.parent_node if key != "experiment")
+            return f"{inner.full_key} is no key of the configuration; {suggestion(str(inner.key), allowed)}"
+    if isinstance(error, MissingConfigException) and error.options:
+        name = f"{error.missing_cfg_file}".rpartition("/")[2]
+        return f"{error.missing_cfg_file!r} is unknown; {suggestion(name, error.options)} (conf/)"
+    cause = error.__cause__
+    text = str(error) if cause is None or str(error) in str(cause) else f"{error}: {cause}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(line for line in lines if not line.startswith(ADVICE))
