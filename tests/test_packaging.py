@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -93,3 +94,20 @@ def test_a_missing_extra_is_one_line_that_names_it(package, given, is_folder, mo
     assert stopped.value.code == 2
     said = f"clbench: {given} needs {package}, which is not installed; pip install 'clbench[{package}]'\n"
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("given", "plugin", "extra"),
+    [
+        ("hydra/launcher=joblib", "hydra/launcher/joblib", "sweep"),
+        ("+experiment=tune/optuna", "hydra/sweeper/optuna", "sweep"),
+        ("hydra/launcher=slurm", "hydra/launcher/submitit_slurm", "slurm"),
+        ("hydra/launcher=ray_cluster", "hydra/launcher/ray", "ray"),
+    ],
+)
+def test_a_missing_plugin_of_hydra_is_one_line_that_names_its_extra(given, plugin, extra, tmp_path):
+    without = "import sys; sys.modules['hydra_plugins'] = None; from clbench.cli import main; main()"
+    words = [sys.executable, "-c", without, "-m", given, f"results_dir={tmp_path}"]
+    answer = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    said = f"clbench: {plugin} comes with a plugin that is not installed; pip install 'clbench[{extra}]'\n"
+    assert (answer.returncode, answer.stderr) == (2, said)

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from clbench.config import Config, ProbeConfig, from_plain, target_names
-from clbench.config.checks import check, writing
+from clbench.config.checks import PLUGINS, check, writing
 from clbench.config.names import suggestion
 from clbench.config.secrets import masked
 from clbench.types import UserMistake
@@ -256,6 +256,8 @@ def _message(error: Exception) -> str:
         if isinstance(inner, (ConfigKeyError, ConfigAttributeError)) and inner.parent_node is not None:
             allowed = sorted(str(key) for key in inner.parent_node if key != "experiment")
             return f"{inner.full_key} is no key of the configuration; {suggestion(str(inner.key), allowed)}"
+    if isinstance(error, MissingConfigException) and (extra := PLUGINS.get(f"{error.missing_cfg_file}")):
+        return f"{error.missing_cfg_file} comes with a plugin that is not installed; pip install 'clbench[{extra}]'"
     if isinstance(error, MissingConfigException) and error.options:
         name = f"{error.missing_cfg_file}".rpartition("/")[2]
         return f"{error.missing_cfg_file!r} is unknown; {suggestion(name, error.options)} (conf/)"
