@@ -73,11 +73,11 @@ def build(config: Config, *, working: Callable[[str], AbstractContextManager[obj
             for split in ("train", "test"):
                 task.examples(split)
     source = instantiate(config.model, _convert_="all")
-    tokenizer = source.load_tokenizer(Path(config.cache_dir))
     own = source.configuration(Path(config.cache_dir))
-    sketch(config, own)  # what the method cannot be put on is said before weights are read
+    sketch(config, own)  # what the method cannot be put on is said before weights are read, or a model is pretrained
     train, longest = config.train, positions(own)
     check_length(train.max_length, positions=longest)
+    tokenizer = source.load_tokenizer(Path(config.cache_dir))
     chat = config.prompt == "chat"
     encoder = Encoder(tokenizer, max_length=train.max_length, cut=train.cut, device=device, chat=chat)
     if tokenizer.chat_template is not None and not chat:
