@@ -72,6 +72,8 @@ def folder(tmp_path: Path) -> Path:
         {"text": f"w{number % 40} w{number % 7}", "label": ("no", "yes")[number % 40 > 19]} for number in range(120)
     ]
     (tmp_path / "sport.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine-0.3.dist-info").mkdir()
+    (tmp_path / "mine-0.3.dist-info" / "METADATA").write_text("Name: mine\nVersion: 0.3\n")
     for name in ("tasks.py", "datasets.py"):
         (tmp_path / name).write_text("raise RuntimeError('not this one')\n")
     for name, text in FILES.items():
@@ -103,6 +105,7 @@ def test_a_model_rows_a_method_and_a_probe_of_ones_own_give_a_ranked_row(folder)
     (path,) = (folder / "results" / "runs").iterdir()
     manifest = json.loads((path / "manifest.json").read_text())
     assert {*manifest["config"]["sources"]} == {"mine.shrink", "mine.colours"}
+    assert manifest["versions"]["mine"] == "0.3" and "clbench" in manifest["versions"]
     assert '"probe": "colours"' in (path / "scores.jsonl").read_text()
     assert manifest["command"].startswith("python -m clbench --config-dir conf ")
     # The recorded command pastes back, and leaves it alone; other code is another run.

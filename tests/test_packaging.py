@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from clbench import cli
+from clbench.record.manifest import versions, versions_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -111,3 +112,20 @@ def test_a_missing_plugin_of_hydra_is_one_line_that_names_its_extra(given, plugi
     answer = subprocess.run(words, capture_output=True, text=True, timeout=120)
     said = f"clbench: {plugin} comes with a plugin that is not installed; pip install 'clbench[{extra}]'\n"
     assert (answer.returncode, answer.stderr) == (2, said)
+
+
+def test_a_manifest_has_the_versions_of_clbench_and_of_the_packages_that_the_users_classes_are_in(
+    tmp_path, monkeypatch
+):
+    for name, brings in (("my_methods-1.2", "mine\n"), ("edited-0.3", None)):
+        (tmp_path / f"{name}.dist-info").mkdir()
+        own, _, number = name.partition("-")
+        (tmp_path / f"{name}.dist-info" / "METADATA").write_text(f"Name: {own}\nVersion: {number}\n")
+        if brings:
+            (tmp_path / f"{name}.dist-info" / "top_level.txt").write_text(brings)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert versions_of(["mine.shrink", "mine.other", "edited", "nowhere.near"]) == {
+        "my_methods": "1.2",
+        "edited": "0.3",
+    }
+    assert versions()["clbench"] == PROJECT["version"]
