@@ -23,10 +23,13 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch.nn import Module
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from clbench.config import Config, target_names
+from clbench.config import Config, leaves, target_names
 from clbench.config.names import suggestion
 from clbench.data.encoder import Encoder
+from clbench.models.folding import adapted
 from clbench.models.limits import check_length, check_read, positions
+from clbench.models.lora import ALL_LINEAR, role
+from clbench.models.loss import causal_lm
 from clbench.models.sharding import is_sharded
 from clbench.protocols import Method, ModelSource, Probe, Stream, Task
 from clbench.stream import build_stream, chosen
@@ -39,13 +42,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a run is made of besides its model: `source` makes that (`load_model`)."""
+    """What a run is made of besides its model: `source` makes that (`load_model`). `adapted` names the layers on which `method` puts adapters."""
 
     source: Any
     method: Method
+    adapted: tuple[str, ...]
     encoder: Encoder
     stream: Stream
     probes: tuple[Probe, ...]
+
+    @property
+    def roles(self) -> list[str]:
+        """What those layers are called in every block."""
+        return sorted({role(name) for name in self.adapted})
 
 
 def set_up_torch(config: Config) -> None:
@@ -74,7 +83,8 @@ def build(config: Config, *, working: Callable[[str], AbstractContextManager[obj
                 task.examples(split)
     source = instantiate(config.model, _convert_="all")
     own = source.configuration(Path(config.cache_dir))
-    sketch(config, own)  # what the method cannot be put on is said before weights are read, or a model is pretrained
+    # What the method cannot be put on is said before weights are read, or a model is pretrained.
+    _, sketched = sketch(config, own)
     train, longest = config.train, positions(own)
     check_length(train.max_length, positions=longest)
     tokenizer = source.load_tokenizer(Path(config.cache_dir))
@@ -88,7 +98,17 @@ def build(config: Config, *, working: Callable[[str], AbstractContextManager[obj
         stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
         for probe in probes:
             check_read(probe.longest(encoder), positions=longest)
-    return Parts(source=source, method=make_method(config), encoder=encoder, stream=stream, probes=probes)
+    parts = Parts(
+        source=source,
+        method=make_method(config),
+        adapted=tuple(adapted(causal_lm(sketched))),
+        encoder=encoder,
+        stream=stream,
+        probes=probes,
+    )
+    if ALL_LINEAR in dict(leaves(config.method)).values():
+        log.info("%s: adapters are on %s", ALL_LINEAR, ", ".join(parts.roles))
+    return parts
 
 
 def load_model(config: Config, source: Any) -> Module:

@@ -12,6 +12,7 @@ import pytest
 
 from clbench.models.tiny import fresh_llama, word_tokenizer
 from tests.test_methods import TINY
+from tests.test_run import LINEAR
 
 FILES = {
     "mine/shrink.py": """\
@@ -99,6 +100,7 @@ def test_a_model_rows_a_method_and_a_probe_of_ones_own_give_a_ranked_row(folder)
     assert len(lines) <= 30
     answer = shell(folder, *RUN)
     assert answer.returncode == 0, answer.stderr
+    assert f"adapters are on {LINEAR}\n" in answer.stderr
     (row,) = csv.DictReader((folder / "results" / "leaderboard.csv").open())
     assert (row["stream"], row["model"], row["method"]) == ("sport", "model", "shrink")
     assert 0 <= float(row["average_accuracy"]) <= 1

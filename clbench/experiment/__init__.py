@@ -61,6 +61,7 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
         label = f"{parts.source.label}{'+chat' if config.prompt == 'chat' else ''}"
         manifest = describe(config, parts.stream, model_label=label, command=command)
         cuts = cut_prompts(parts.stream, parts.encoder)
+        manifest["adapted_layers"] = parts.roles
         manifest |= data.record | {"cut_prompts": {name: asdict(cut) for name, cut in cuts.items()}}
         manifest |= ranks.share(parts.source.record(Path(config.cache_dir)) if ranks.is_first else {})
         status = ranks.share(status_of(path, manifest, resume=config.resume) if ranks.is_first else "")

@@ -20,6 +20,12 @@ from clbench.models.sharding import copied, is_first, is_sharded, stored, whole
 from clbench.types import UserMistake
 
 
+def adapted(model: Module) -> dict[str, BaseTunerLayer | CurLinear]:
+    """The layers with adapters, by name."""
+    layers = model.named_modules()
+    return {name: layer for name, layer in layers if isinstance(layer, BaseTunerLayer | CurLinear)}
+
+
 @contextmanager
 def folded(model: Module) -> Iterator[Module]:
     """Adapters merged into the weights they adapt, for faster forwards; on exit every weight is bitwise what it was.
@@ -27,11 +33,10 @@ def folded(model: Module) -> Iterator[Module]:
     A model without adapters passes unchanged, and so does a layer that no weight is equal to (`CurLinear.foldable`) or whose weight another
     layer reads, too.
     """
-    adapted = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer | CurLinear)]
     shared = shared_weights(model)
     layers = [
         layer
-        for layer in adapted
+        for layer in adapted(model).values()
         if id(inner_layer(layer).weight) not in shared and (not isinstance(layer, CurLinear) or layer.foldable)
     ]
     weights = [inner_layer(layer).get_parameter("weight") for layer in layers]
@@ -121,9 +126,7 @@ def ordinary(model: PreTrainedModel) -> PreTrainedModel:
 def ordinary_state(model: Module) -> dict[str, Tensor]:
     """The tensors of a model whose adapters are folded, by the names they have in a model without adapters; of slices, copies of the whole."""
     state, shared = dict(model.state_dict(keep_vars=True)), shared_weights(model)
-    for name, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer | CurLinear):
-            continue
+    for name, layer in adapted(model).items():
         state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
         plain = dict(inner_layer(layer).state_dict(keep_vars=True))
         if id(inner_layer(layer).weight) in shared:
