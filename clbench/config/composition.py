@@ -158,17 +158,26 @@ def resolve(composed: DictConfig) -> Config:
 
 
 def _sources(plain: Any) -> dict[str, str]:
-    """By module, the SHA-256 of the file of every class that a `_target_` names and that is not our own; what is nowhere is refused later.
+    """By module, the SHA-256 of the code of every class that a `_target_` names and that is not our own; what is nowhere is refused later.
 
     Also, as "probe.tasks", that of the tasks in the folder `probe.include_path`.
     """
     modules = {target.rpartition(".")[0] for target in target_names(plain)}
     files = {module: file_of(module, sys.path) for module in sorted(modules) if module.partition(".")[0] not in OURS}
-    found = {module: hashlib.sha256(file.read_bytes()).hexdigest() for module, file in files.items() if file}
+    found = {module: _hash_of(_code(module, file)) for module, file in files.items() if file}
     if folder := plain["probe"]["include_path"]:
-        own = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".yaml", ".py"))
-        found["probe.tasks"] = hashlib.sha256(b"".join(path.read_bytes() for path in own)).hexdigest()
+        found["probe.tasks"] = _hash_of(path for path in Path(folder).rglob("*") if path.suffix in (".yaml", ".py"))
     return found
+
+
+def _code(module: str, file: Path) -> Iterable[Path]:
+    """All of the package that a module is in, as it may use any of it; of a module in none its own file."""
+    depth = module.count(".") - (file.name != "__init__.py")
+    return filter(Path.is_file, file.parents[depth].rglob("*.py")) if depth >= 0 else [file]
+
+
+def _hash_of(paths: Iterable[Path]) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()
 
 
 def file_of(module: str, folders: Iterable[str | Path]) -> Path | None:
