@@ -23,11 +23,12 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch.nn import Module
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from clbench.config import Config, target_names
+from clbench.config import Config, leaves, target_names
 from clbench.config.names import suggestion
 from clbench.data.encoder import Encoder
 from clbench.models.folding import adapted
 from clbench.models.limits import check_length, check_read, positions
+from clbench.models.lora import ALL_LINEAR, role
 from clbench.models.loss import causal_lm
 from clbench.protocols import Method, ModelSource, Probe, Stream, Task
 from clbench.stream import build_stream, chosen
@@ -48,6 +49,11 @@ class Parts:
     encoder: Encoder
     stream: Stream
     probes: tuple[Probe, ...]
+
+    @property
+    def roles(self) -> list[str]:
+        """What those layers are called in every block."""
+        return sorted({role(name) for name in self.adapted})
 
 
 def set_up_torch(config: Config) -> None:
@@ -75,11 +81,12 @@ def build(config: Config, *, working: Callable[[str], AbstractContextManager[obj
             for split in ("train", "test"):
                 task.examples(split)
     source = instantiate(config.model, _convert_="all")
-    tokenizer = source.load_tokenizer(Path(config.cache_dir))
     own = source.configuration(Path(config.cache_dir))
-    _, sketched = sketch(config, own)  # what the method cannot be put on is said before weights are read
+    # What the method cannot be put on is said before weights are read, or a model is pretrained.
+    _, sketched = sketch(config, own)
     train, longest = config.train, positions(own)
     check_length(train.max_length, positions=longest)
+    tokenizer = source.load_tokenizer(Path(config.cache_dir))
     chat = config.prompt == "chat"
     encoder = Encoder(tokenizer, max_length=train.max_length, cut=train.cut, device=device, chat=chat)
     if tokenizer.chat_template is not None and not chat:
@@ -90,7 +97,7 @@ def build(config: Config, *, working: Callable[[str], AbstractContextManager[obj
         stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
         for probe in probes:
             check_read(probe.longest(encoder), positions=longest)
-    return Parts(
+    parts = Parts(
         source=source,
         method=make_method(config),
         adapted=tuple(adapted(causal_lm(sketched))),
@@ -98,6 +105,9 @@ def build(config: Config, *, working: Callable[[str], AbstractContextManager[obj
         stream=stream,
         probes=probes,
     )
+    if ALL_LINEAR in dict(leaves(config.method)).values():
+        log.info("%s: adapters are on %s", ALL_LINEAR, ", ".join(parts.roles))
+    return parts
 
 
 def load_model(config: Config, source: Any) -> Module:

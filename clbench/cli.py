@@ -19,19 +19,18 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from yaml import YAMLError
 
 from clbench.config import Config, run_directory
 from clbench.config.checks import check, check_extras, one_of, writable
-from clbench.config.composition import CONF_DIR, mask_typed, register_schema, resolve, with_own_model
+from clbench.config.composition import CONF_DIR, mask_typed, one_line, register_schema, resolve, with_own_model
 from clbench.config.help import page
-from clbench.config.names import suggestion
 from clbench.config.secrets import masked
 from clbench.progress import Line, log, set_up_logging
 from clbench.types import NotWritten, RankFailed, UserMistake
@@ -40,7 +39,6 @@ USERS_MISTAKES = (UserMistake, HydraException, OmegaConfBaseException, YAMLError
 FAILED = (RankFailed, NotWritten)
 FAILURES = (*USERS_MISTAKES, *FAILED)
 """What ends one job of a sweep and leaves the others alone; exit code 2 for the user's mistakes, else 1."""
-ADVICE = ("object_type", "reference_type", "Config search path", "Set the env")
 SWEEP = "CLBENCH_SWEEP"
 """The variable that tells the jobs of a sweep, in whatever process, which file they say in how they ended."""
 
@@ -61,9 +59,10 @@ class Ended:
 
     @property
     def is_complete(self) -> bool:
-        """Also where another process completed it."""
+        """Also where another process completed it, or it has all but the measure that the sweeper looks for."""
         status = Path(self.path) / "status"
-        return not self.error or (self.path != "" and status.is_file() and status.read_bytes() == b"complete\n")
+        ends = (b"complete\n", b"diverged: ")
+        return not self.error or (self.path != "" and status.is_file() and status.read_bytes().startswith(ends))
 
 
 def main() -> None:
@@ -78,7 +77,13 @@ def main() -> None:
     try:
         sys.argv[1:] = with_own_model(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(_job)()
-    except FAILURES as error:
+    except (*FAILURES, ValueError) as error:
+        # A sweeper gave up; Optuna's says by a ValueError that no trial has a value.
+        if (jobs := ended()) and (isinstance(error, FAILURES) or not any(job.is_complete for job in jobs)):
+            with suppress(NotWritten):
+                end_sweep(Path(os.environ[SWEEP]).parent, quiet=True)
+        if not isinstance(error, FAILURES):
+            raise
         refuse(error)
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
@@ -97,12 +102,11 @@ def put_in_reach(folder: Path) -> None:
 
 
 def _job(composed: DictConfig) -> float | None:
-    """One Hydra job. In a sweep what ends it is kept for the end, unless the sweeper is to hear of it, which `optimize` says, or a launcher
-    did not pass the sweep's variable on; then Hydra tells it."""
+    """One Hydra job. In a sweep what ends it is kept for the end, unless a launcher did not pass the sweep's variable on; then Hydra tells it."""
     heed_signals()
     mask_typed(Path(HydraConfig.get().sweep.dir))
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return _run(resolve(composed)) if composed.optimize or SWEEP not in os.environ else _swept(composed)
+        return _swept(composed) if SWEEP in os.environ else _run(resolve(composed))
     try:
         return _run(resolve(composed))
     except FAILURES as error:
@@ -123,20 +127,23 @@ def heed_signals() -> None:
             signal.signal(number, stop)
 
 
-def _swept(composed: DictConfig) -> None:
-    """A job of a sweep: says how it ended, on the screen and in the sweep's file."""
-    path = ""
+def _swept(composed: DictConfig) -> float | None:
+    """A job of a sweep: says how it ended, on the screen, in the sweep's file, and to a sweeper that looks for the best; a grid goes on."""
+    path, value, failure = "", None, None
     try:
         config = resolve(composed)
         path = str(run_directory(config))
-        _run(config)
-        ended = Ended(path=path)
+        value = _run(config)
+        end = Ended(path=path)
     except FAILURES as error:
-        message = _one_line(error)
-        ended = Ended(path=path, error=message, code=2 if isinstance(error, USERS_MISTAKES) else 1)
-        print(f"clbench: {message}", file=sys.stderr)
+        failure = error
+        end = Ended(path=path, error=one_line(error), code=2 if isinstance(error, USERS_MISTAKES) else 1)
+        print(f"clbench: {end.error}", file=sys.stderr)
     with Path(os.environ[SWEEP]).open("a") as file:
-        file.write(json.dumps(asdict(ended)) + "\n")
+        file.write(json.dumps(asdict(end)) + "\n")
+    if failure is not None and not HydraConfig.get().sweeper._target_.endswith(".BasicSweeper"):
+        raise failure
+    return value
 
 
 def _run(config: Config) -> float | None:
@@ -237,16 +244,26 @@ class Hooks(Callback):
         os.environ[SWEEP] = str(file)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Writes the tables, and exits with the code of what failed: 2 for mistakes of the user's, else 1."""
-        lines = Path(os.environ[SWEEP]).read_text().splitlines()
-        jobs = [Ended(**json.loads(line)) for line in lines]
-        show_leaderboard(Path(config.results_dir), quiet=not config.tracking.progress)
-        failed = [job for job in jobs if not job.is_complete]
-        if failed:
-            print(f"{len(jobs) - len(failed)} of {len(jobs)} jobs are complete", file=sys.stderr)
-            for job in failed:
-                print(f"failed: {Path(job.path).name or 'a job'}: {job.error}", file=sys.stderr)
-            raise SystemExit(2 if all(job.code == 2 for job in failed) else 1)
+        """Says how the jobs ended."""
+        end_sweep(Path(config.results_dir), quiet=not config.tracking.progress)
+
+
+def ended() -> list[Ended]:
+    """How the jobs of the sweep that this process began have ended so far; none where it began none."""
+    file = Path(os.environ.get(SWEEP, ""))
+    return [Ended(**json.loads(line)) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def end_sweep(results_dir: Path, *, quiet: bool) -> None:
+    """Writes the tables, and exits with the code of what failed: 2 for mistakes of the user's, else 1."""
+    show_leaderboard(results_dir, quiet=quiet)
+    jobs = ended()
+    failed = [job for job in jobs if not job.is_complete]
+    if failed:
+        print(f"{len(jobs) - len(failed)} of {len(jobs)} jobs are complete", file=sys.stderr)
+        for job in failed:
+            print(f"failed: {Path(job.path).name or 'a job'}: {job.error}", file=sys.stderr)
+        raise SystemExit(2 if all(job.code == 2 for job in failed) else 1)
 
 
 def show_leaderboard(results_dir: Path, *, quiet: bool) -> None:
@@ -262,30 +279,6 @@ def show_leaderboard(results_dir: Path, *, quiet: bool) -> None:
 def refuse(error: Exception) -> NoReturn:
     """Ends the command with one line on standard error; exit code 2 for every mistake of the user's, 1 for a failure that is none."""
     # What a rank says may be our own mistake, of which every line helps.
-    text = masked(str(error)) if isinstance(error, RankFailed) else _one_line(error)
+    text = masked(str(error)) if isinstance(error, RankFailed) else one_line(error)
     print(f"clbench: {text}", file=sys.stderr)
     raise SystemExit(1 if isinstance(error, FAILED) else 2)
-
-
-def _one_line(error: Exception) -> str:
-    return masked(" ".join(_message(error).split()))
-
-
-def _message(error: Exception) -> str:
-    """What went wrong, without Hydra's advice on debugging. A UserMistake inside a constructor speaks for itself."""
-    chain: list[BaseException] = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    for inner in chain:
-        if isinstance(inner, UserMistake):
-            return str(inner)
-        if isinstance(inner, (ConfigKeyError, ConfigAttributeError)) and inner.parent_node is not None:
-            allowed = sorted(str(key) for key in inner.parent_node if key != "experiment")
-            return f"{inner.full_key} is no key of the configuration; {suggestion(str(inner.key), allowed)}"
-    if isinstance(error, MissingConfigException) and error.options:
-        name = f"{error.missing_cfg_file}".rpartition("/")[2]
-        return f"{error.missing_cfg_file!r} is unknown; {suggestion(name, error.options)} (conf/)"
-    cause = error.__cause__
-    text = str(error) if cause is None or str(error) in str(cause) else f"{error}: {cause}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(line for line in lines if not line.startswith(ADVICE))

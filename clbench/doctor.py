@@ -30,8 +30,6 @@ from clbench.config import Config
 from clbench.config.checks import one_of
 from clbench.config.composition import CONF_DIR, compose
 from clbench.data.encoder import Encoder
-from clbench.experiment import outlook
-from clbench.hub import checked
 from clbench.models.weights import count_parameters
 from clbench.protocols import Method, Task
 from clbench.stream import address, build_stream
@@ -108,6 +106,13 @@ def datasets_page() -> str:
             most = f"{task['max_train']} / {task['max_test']}"
             rows.append((path.stem, address(instantiate(task["dataset"])), splits, task["licence"], metric, most))
     return PAGE + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def hub_table() -> Table:
+    """Every dataset that conf/ names, with what is wrong with it on the hub."""
+    from clbench.hub import checked  # which imports datasets: a datasets.py of the user's is out of its way by now
+
+    return table("Datasets on the hub", ON_HUB, checked())
 
 
 def trainable_rows(config: Config, sizes: PretrainedConfig) -> Iterator[tuple[str, str]]:
@@ -215,6 +220,8 @@ def forecast(arguments: Sequence[str], *, config_dir: Path | None = None) -> Ite
     model = sketch(config, sizes)[1]
     counts = count_parameters(model)
     if gpu == HERE:
+        from clbench.experiment import outlook  # takes a while, and is wanted here alone
+
         yield outlook(config).spoken(done=0)
         return
     yield f"{source.label} with {config.method['name']}: {counts['parameters']:,} parameters, {counts['trainable']:,} of them trainable"
@@ -237,11 +244,7 @@ def forecast(arguments: Sequence[str], *, config_dir: Path | None = None) -> Ite
 
 def main(arguments: Sequence[str]) -> None:
     """Prints what was asked for. A mistake of the user's ends the command with exit code 2."""
-    pages = {
-        "methods": methods_table,
-        "datasets": datasets_page,
-        "hub": lambda: table("Datasets on the hub", ON_HUB, checked()),
-    }
+    pages = {"methods": methods_table, "datasets": datasets_page, "hub": hub_table}
     parser = ArgumentParser("python -m clbench.doctor", description="What there is, and what an experiment will cost.")
     parser.add_argument("words", nargs="*", metavar="what", help=WORDS)
     parser.add_argument("--config-dir", "-cd", type=Path, help="a folder with yamls of your own")

@@ -1,5 +1,6 @@
 """Every yaml of conf/ composes, because it exists."""
 
+import hashlib
 import re
 import tomllib
 from dataclasses import asdict
@@ -145,6 +146,30 @@ def test_tasks_of_ones_own_for_lm_eval_are_part_of_the_run_wherever_their_folder
     assert hashes[0] == hashes[1] != hashes[2]
     with pytest.raises(UserMistake, match="probe.include_path='/nonesuch' is not a directory"):
         compose(["probe.include_path=/nonesuch", f"results_dir={tmp_path}"])
+
+
+def test_other_code_anywhere_in_a_classs_package_is_another_run_and_beside_a_lone_module_it_is_not(
+    tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def made(module):
+        found = compose([f"method._target_={module}.Own", "method.name=own", f"results_dir={tmp_path}"])
+        return run_hash(asdict(found)), found.sources
+
+    (tmp_path / "mine" / "inner").mkdir(parents=True)
+    for name in ("mine/inner/own.py", "alone.py"):
+        (tmp_path / name).write_text("pass\n")
+    alone, first = made("alone"), made("mine.inner.own")
+    # With nothing beside it, it is the file's own.
+    assert first[1] == {"mine.inner.own": hashlib.sha256(b"pass\n").hexdigest()}
+    (tmp_path / "mine" / "helper.py").write_text("RATE = 1\n")
+    second = made("mine.inner.own")
+    (tmp_path / "mine" / "helper.py").write_text("RATE = 2\n")
+    third = made("mine.inner.own")
+    (tmp_path / "mine" / "inner" / "__init__.py").write_text("")
+    assert len({first[0], second[0], third[0]}) == 3 and made("mine.inner.own") == third and made("alone") == alone
+    assert made("mine.inner")[1]["mine.inner"] == third[1]["mine.inner.own"]
 
 
 def test_a_method_without_settings_for_the_model_is_refused(tmp_path):

@@ -111,6 +111,17 @@ def test_a_bpe_tokenizer_reads_and_writes_any_text(tmp_path):
     assert tokenizer.bos_token and tokenizer.eos_token and tokenizer.pad_token
 
 
+@pytest.mark.parametrize("kind", [{}, {"tokenizer": "bpe", "vocabulary_size": 300}])
+def test_the_configuration_is_known_before_the_model_is_made(kind, tmp_path):
+    stated = recipe(**kind).configuration(tmp_path).to_dict()
+    assert not [*tmp_path.iterdir()]
+    of_weights = {"architectures": ["LlamaForCausalLM"], "dtype": "float32", "_name_or_path": None}
+    kept = recipe(**kind).made(tmp_path).configuration(tmp_path).to_dict()
+    assert {key: value for key, value in kept.items() if key not in of_weights} == {
+        key: value for key, value in stated.items() if key not in of_weights
+    }
+
+
 def test_windows_hold_whole_texts_and_cut_only_longer_ones():
     assert packed([[1, 2, 3], [4, 5], [6, 7, 8, 9, 10], [11]], length=4, pad=0).tolist() == [
         [1, 2, 3, 0],

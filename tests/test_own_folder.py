@@ -12,6 +12,7 @@ import pytest
 
 from clbench.models.tiny import fresh_llama, word_tokenizer
 from tests.test_methods import TINY
+from tests.test_run import LINEAR
 
 FILES = {
     "mine/shrink.py": """\
@@ -64,7 +65,7 @@ def words() -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder outside the checkout that holds what a user has, and a tasks.py that must hide nothing."""
+    """A folder outside the checkout that holds what a user has, and files that must hide no package of their name."""
     tokenizer = word_tokenizer(words())
     fresh_llama(tokenizer, architecture=TINY, seed=0).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -72,7 +73,10 @@ def folder(tmp_path: Path) -> Path:
         {"text": f"w{number % 40} w{number % 7}", "label": ("no", "yes")[number % 40 > 19]} for number in range(120)
     ]
     (tmp_path / "sport.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "tasks.py").write_text("raise RuntimeError('not this one')\n")
+    (tmp_path / "mine-0.3.dist-info").mkdir()
+    (tmp_path / "mine-0.3.dist-info" / "METADATA").write_text("Name: mine\nVersion: 0.3\n")
+    for name in ("tasks.py", "datasets.py"):
+        (tmp_path / name).write_text("raise RuntimeError('not this one')\n")
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -96,12 +100,14 @@ def test_a_model_rows_a_method_and_a_probe_of_ones_own_give_a_ranked_row(folder)
     assert len(lines) <= 30
     answer = shell(folder, *RUN)
     assert answer.returncode == 0, answer.stderr
+    assert f"adapters are on {LINEAR}\n" in answer.stderr
     (row,) = csv.DictReader((folder / "results" / "leaderboard.csv").open())
     assert (row["stream"], row["model"], row["method"]) == ("sport", "model", "shrink")
     assert 0 <= float(row["average_accuracy"]) <= 1
     (path,) = (folder / "results" / "runs").iterdir()
     manifest = json.loads((path / "manifest.json").read_text())
     assert {*manifest["config"]["sources"]} == {"mine.shrink", "mine.colours"}
+    assert manifest["versions"]["mine"] == "0.3" and "clbench" in manifest["versions"]
     assert '"probe": "colours"' in (path / "scores.jsonl").read_text()
     assert manifest["command"].startswith("python -m clbench --config-dir conf ")
     # The recorded command pastes back, and leaves it alone; other code is another run.
@@ -109,6 +115,11 @@ def test_a_model_rows_a_method_and_a_probe_of_ones_own_give_a_ranked_row(folder)
     (folder / "mine" / "shrink.py").write_text(FILES["mine/shrink.py"].replace("+=", "-="))
     assert shell(folder, *RUN).returncode == 0
     assert len([*(folder / "results" / "runs").iterdir()]) == 2
+
+
+def test_the_doctor_reads_no_file_named_as_a_package(folder):
+    answer = shell(folder, "python", "-m", "clbench.doctor", "methods")
+    assert answer.returncode == 0 and "Methods" in answer.stdout, answer.stderr
 
 
 @pytest.mark.slow

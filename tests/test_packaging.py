@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from clbench import cli
+from clbench.record.manifest import versions, versions_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -93,3 +95,37 @@ def test_a_missing_extra_is_one_line_that_names_it(package, given, is_folder, mo
     assert stopped.value.code == 2
     said = f"clbench: {given} needs {package}, which is not installed; pip install 'clbench[{package}]'\n"
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("given", "plugin", "extra"),
+    [
+        ("hydra/launcher=joblib", "hydra/launcher/joblib", "sweep"),
+        ("+experiment=tune/optuna", "hydra/sweeper/optuna", "sweep"),
+        ("hydra/launcher=slurm", "hydra/launcher/submitit_slurm", "slurm"),
+        ("hydra/launcher=ray_cluster", "hydra/launcher/ray", "ray"),
+    ],
+)
+def test_a_missing_plugin_of_hydra_is_one_line_that_names_its_extra(given, plugin, extra, tmp_path):
+    without = "import sys; sys.modules['hydra_plugins'] = None; from clbench.cli import main; main()"
+    words = [sys.executable, "-c", without, "-m", given, f"results_dir={tmp_path}"]
+    answer = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    said = f"clbench: {plugin} comes with a plugin that is not installed; pip install 'clbench[{extra}]'\n"
+    assert (answer.returncode, answer.stderr) == (2, said)
+
+
+def test_a_manifest_has_the_versions_of_clbench_and_of_the_packages_that_the_users_classes_are_in(
+    tmp_path, monkeypatch
+):
+    for name, brings in (("my_methods-1.2", "mine\n"), ("edited-0.3", None)):
+        (tmp_path / f"{name}.dist-info").mkdir()
+        own, _, number = name.partition("-")
+        (tmp_path / f"{name}.dist-info" / "METADATA").write_text(f"Name: {own}\nVersion: {number}\n")
+        if brings:
+            (tmp_path / f"{name}.dist-info" / "top_level.txt").write_text(brings)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert versions_of(["mine.shrink", "mine.other", "edited", "nowhere.near"]) == {
+        "my_methods": "1.2",
+        "edited": "0.3",
+    }
+    assert versions()["clbench"] == PROJECT["version"]

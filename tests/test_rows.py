@@ -336,3 +336,17 @@ def test_a_damaged_row_is_said_before_a_model_is_pretrained(tmp_path, monkeypatc
     )
     with pytest.raises(UserMistake, match="boolq/train.jsonl, line 1: column"):
         build(config)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("train.max_length=100000", "the model has 256 positions"),
+        ("method.lora.rank=1000", "method.lora.rank=1000 is more than"),
+        ("method.lora.targets=[nonesuch]", "target 'nonesuch' is in no layer's name"),
+    ],
+)
+def test_what_a_model_does_not_allow_is_said_before_it_is_pretrained(given, said, overrides, tmp_path, monkeypatch):
+    monkeypatch.setattr(Recipe, "make", lambda *_: pytest.fail("the model is pretrained"))
+    with pytest.raises(UserMistake, match=said):
+        build(compose([*overrides, f"cache_dir={tmp_path}", given]))

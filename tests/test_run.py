@@ -17,6 +17,8 @@ from clbench.record.runs import read_runs
 from clbench.report import tables as leaderboard
 from clbench.types import UserMistake
 
+LINEAR = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+
 
 def run(overrides: list[str], *more: str) -> Path:
     config = compose([*overrides, *more])
@@ -50,6 +52,7 @@ def test_a_run_leaves_a_whole_ledger(overrides, method):
         and manifest["data"].keys() == set(manifest["tasks"])
     )
     assert manifest["canaries"]["untried"] == []  # its model has fewer positions than the canaries read
+    assert manifest["adapted_layers"] == ([] if method == "base" else LINEAR.split(", "))
 
 
 def test_the_manifest_and_the_leaderboard_name_one_variant(overrides):

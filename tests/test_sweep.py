@@ -147,9 +147,35 @@ def test_a_signal_ends_the_sweep_in_one_line(overrides, tmp_path, monkeypatch, c
     assert not list(results(tmp_path).glob(".sweep*"))
 
 
-@pytest.mark.skipif(
+def test_a_grid_that_optimizes_goes_on_and_counts_as_any_other(overrides, tmp_path, monkeypatch, capsys):
+    rates = ("optimize=average_accuracy", "train.lr=1e-3,-1,1e30", *DIVERGING[1:])
+    assert sweep(monkeypatch, overrides, *rates) == 2
+    said = capsys.readouterr().err
+    assert "2 of 3 jobs are complete" in said and "train.lr=-1" in said and "Traceback" not in said
+    assert "Error executing" not in said
+    assert len(pd.read_csv(results(tmp_path) / "leaderboard.csv")) == 2
+
+
+optuna = pytest.mark.skipif(
     not importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper"), reason="clbench[sweep] is not installed"
 )
+SEARCH = ("+experiment=tune/optuna", "hydra.sweeper.n_trials=3")
+
+
+@optuna
+@pytest.mark.parametrize(
+    ("rates", "allowed", "tried", "complete"), [("1e-3,-1", 1, 3, 1), ("1e-3,-1", 0.5, 1, 0), ("-1,-2", 1, 3, 0)]
+)
+def test_optuna_hears_of_a_failed_trial_and_the_others_are_in_the_tables(
+    overrides, tmp_path, monkeypatch, capsys, rates, allowed, tried, complete
+):
+    failing = (f"train.lr=choice({rates})", f"hydra.sweeper.max_failure_rate={allowed}")
+    assert sweep(monkeypatch, overrides, *SEARCH, *failing) == 2
+    assert f"{complete} of {tried} jobs are complete" in capsys.readouterr().err
+    assert len(pd.read_csv(results(tmp_path) / "leaderboard.csv")) == min(complete, 1)
+
+
+@optuna
 def test_optuna_maximises_the_named_measure(overrides, tmp_path, monkeypatch):
     search = ("+experiment=tune/optuna", "hydra.sweeper.n_trials=2")
     assert sweep(monkeypatch, overrides, *search) == 0

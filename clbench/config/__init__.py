@@ -134,8 +134,8 @@ class Config:
     """One run, whole. `tasks` holds each stream task's own configuration; the command line fills it from `conf/task/`.
 
     `prompt`: how a question is put to the model, as it stands or in the tokenizer's own chat template (`data.chat`). `optimize`: the column of
-    leaderboard.csv that a job returns to Hydra's sweeper, which looks for the best. `sources`: the SHA-256 of the file of every class that the
-    configuration names and that is not clbench's own, by its module, and of the tasks in probe.include_path; the command line fills it, too.
+    leaderboard.csv that a job returns to Hydra's sweeper, which looks for the best. `sources`: by module, the SHA-256 of the package of
+    every class that the configuration names and that is not clbench's own, and that of the tasks in probe.include_path; the command line fills it.
     """
 
     method: Any = None

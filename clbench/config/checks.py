@@ -23,6 +23,12 @@ CADENCE = r"all|quarters|ends|every:[1-9]\d*"
 PLAIN_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}"
 """What becomes a part of a path, a cell of a table or a column."""
 
+PLUGINS = {
+    **{"hydra/launcher/joblib": "sweep", "hydra/sweeper/optuna": "sweep", "hydra/launcher/ray": "ray"},
+    **{"hydra/launcher/submitit_local": "slurm", "hydra/launcher/submitit_slurm": "slurm"},
+}
+"""What plugins of Hydra bring, with the extra of clbench that installs each."""
+
 
 def check(config: Config) -> None:
     """Raises UserMistake, in one line, for the first value that cannot be meant."""

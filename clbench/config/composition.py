@@ -16,11 +16,13 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from clbench.config import Config, ProbeConfig, from_plain, target_names
-from clbench.config.checks import check, writing
+from clbench.config.checks import PLUGINS, check, writing
 from clbench.config.names import suggestion
 from clbench.config.secrets import masked
 from clbench.types import UserMistake
@@ -32,6 +34,7 @@ OF_WORLD = "model.world_seed"
 """What stands in the yaml of whatever asks about the embedded world."""
 NO_NAME = r"(?i)\s*(null|true|false|[-+]?(inf|nan|(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[-+]?\d+)?))\s*"
 """What Hydra reads as a value that is no text."""
+ADVICE = ("object_type", "reference_type", "Config search path", "Set the env")
 CONF_DIR = next(path for path in (_HERE.parent / "conf", _HERE / "conf") if (path / "config.yaml").is_file())
 
 
@@ -155,17 +158,26 @@ def resolve(composed: DictConfig) -> Config:
 
 
 def _sources(plain: Any) -> dict[str, str]:
-    """By module, the SHA-256 of the file of every class that a `_target_` names and that is not our own; what is nowhere is refused later.
+    """By module, the SHA-256 of the code of every class that a `_target_` names and that is not our own; what is nowhere is refused later.
 
     Also, as "probe.tasks", that of the tasks in the folder `probe.include_path`.
     """
     modules = {target.rpartition(".")[0] for target in target_names(plain)}
     files = {module: file_of(module, sys.path) for module in sorted(modules) if module.partition(".")[0] not in OURS}
-    found = {module: hashlib.sha256(file.read_bytes()).hexdigest() for module, file in files.items() if file}
+    found = {module: _hash_of(_code(module, file)) for module, file in files.items() if file}
     if folder := plain["probe"]["include_path"]:
-        own = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".yaml", ".py"))
-        found["probe.tasks"] = hashlib.sha256(b"".join(path.read_bytes() for path in own)).hexdigest()
+        found["probe.tasks"] = _hash_of(path for path in Path(folder).rglob("*") if path.suffix in (".yaml", ".py"))
     return found
+
+
+def _code(module: str, file: Path) -> Iterable[Path]:
+    """All of the package that a module is in, as it may use any of it; of a module in none its own file."""
+    depth = module.count(".") - (file.name != "__init__.py")
+    return filter(Path.is_file, file.parents[depth].rglob("*.py")) if depth >= 0 else [file]
+
+
+def _hash_of(paths: Iterable[Path]) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()
 
 
 def file_of(module: str, folders: Iterable[str | Path]) -> Path | None:
@@ -235,3 +247,30 @@ def _tasks(names: Sequence[str]) -> DictConfig:
 
 def _overridden() -> set[str]:
     return {override.lstrip("+~").split("=", 1)[0] for override in HydraConfig.get().overrides.task}
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, in one line without secrets."""
+    return masked(" ".join(_message(error).split()))
+
+
+def _message(error: Exception) -> str:
+    """What went wrong, without Hydra's advice on debugging. A UserMistake inside a constructor speaks for itself."""
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    for inner in chain:
+        if isinstance(inner, UserMistake):
+            return str(inner)
+        if isinstance(inner, (ConfigKeyError, ConfigAttributeError)) and inner.parent_node is not None:
+            allowed = sorted(str(key) for key in inner.parent_node if key != "experiment")
+            return f"{inner.full_key} is no key of the configuration; {suggestion(str(inner.key), allowed)}"
+    if isinstance(error, MissingConfigException) and (extra := PLUGINS.get(f"{error.missing_cfg_file}")):
+        return f"{error.missing_cfg_file} comes with a plugin that is not installed; pip install 'clbench[{extra}]'"
+    if isinstance(error, MissingConfigException) and error.options:
+        name = f"{error.missing_cfg_file}".rpartition("/")[2]
+        return f"{error.missing_cfg_file!r} is unknown; {suggestion(name, error.options)} (conf/)"
+    cause = error.__cause__
+    text = str(error) if cause is None or str(error) in str(cause) else f"{error}: {cause}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(line for line in lines if not line.startswith(ADVICE))

@@ -61,7 +61,7 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
     with working("checking the data"):
         data, manifest = described(config, parts, command=command, ranks=ranks)
         cuts = cut_prompts(parts.stream, parts.encoder)
-        manifest |= {"cut_prompts": {name: asdict(cut) for name, cut in cuts.items()}}
+        manifest |= {"adapted_layers": parts.roles, "cut_prompts": {name: asdict(cut) for name, cut in cuts.items()}}
         status = ranks.share(status_of(path, manifest, resume=config.resume) if ranks.is_first else "")
     if status in (COMPLETE, DIVERGED):
         log.info("%s has %s already", path, {COMPLETE: "been completed", DIVERGED: "diverged"}[status])

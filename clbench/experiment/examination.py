@@ -23,7 +23,7 @@ from clbench.models.folding import folded
 from clbench.models.sharding import gathering
 from clbench.models.weights import trainable
 from clbench.protocols import Probe, Stage
-from clbench.record.manifest import failed_canaries
+from clbench.record.manifest import failed_canaries, versions
 from clbench.record.runs import CANARIES, FAILED
 from clbench.record.untouched import Untouched, find, keep, kept_at, source_hash
 from clbench.train.ranks import Ranks
@@ -58,7 +58,8 @@ def measure_untouched(
     settings = identity(manifest["config"])
     shared = ("engine.", "order", "prompt", "stream", "tasks", "probe", "train.max_length", "train.cut")
     depends_on = {key: value for key, value in settings.items() if key.startswith(shared)}
-    depends_on |= {key: manifest[key] for key in ("model_fingerprint", "data", "probe_data", "versions", "hardware")}
+    depends_on |= {key: manifest[key] for key in ("model_fingerprint", "data", "probe_data", "hardware")}
+    depends_on["versions"] = versions()  # without that of the method's package
     depends_on["source"] = source_hash([*(stage.task for stage in parts.stream.stages), *parts.probes])
     path = kept_at(Path(config.cache_dir), depends_on)
     kept = ranks.share(find(path) if ranks.is_first else None)

@@ -24,11 +24,11 @@ from clbench.types import UserMistake
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A run's model and its tokenizer; `is_adapter`: whether it is nothing but LoRA on the weights of the run's base model."""
+    """A run's model and its tokenizer; `no_adapter`: why it is not one LoRA on the weights of a model that has a name, "" where it is."""
 
     model: Module
     tokenizer: PreTrainedTokenizerFast
-    is_adapter: bool
+    no_adapter: str
 
 
 @contextmanager
@@ -46,22 +46,25 @@ def trained(path: Path, *, stage: int | None = None, cache_dir: Path | None = No
     if view and view not in views:
         raise UserMistake(f"{name} has no view {view!r}; it has {', '.join(views)}")
     with views[view or next(iter(views))]:
-        # Where a method writes into weights, its adapter alone would be another model.
         layers = {name: layer for name, layer in causal_lm(model).named_modules() if isinstance(layer, LoraLayer)}
         weights = {f"{name}.weight": layer.get_base_layer().get_parameter("weight") for name, layer in layers.items()}
         own = {name: of_tensor(weight.cpu()) for name, weight in weights.items()}
-        is_adapter = bool(own) and own.items() <= untouched.items()
+        # Where a method writes into weights, its adapter alone would be another model.
+        is_lora = bool(own) and own.items() <= untouched.items()
+        no_adapter = "" if is_lora else "what was trained is more, or other, than one LoRA"
+        if base := run.manifest.get("model_adapter_of"):
+            no_adapter = f"the run began from an adapter, so its own would not be for {base} alone"
         tokenizer = run.source.load_tokenizer(Path(run.config.cache_dir))
-        yield Trained(model=model, tokenizer=tokenizer, is_adapter=is_adapter)
+        yield Trained(model=model, tokenizer=tokenizer, no_adapter=no_adapter)
 
 
-def export_run(path: Path, out: Path, *, stage: int | None = None, cache_dir: Path | None = None) -> bool:
-    """Writes that model to the new folder `out`; gives whether `out`/adapter is a PEFT adapter of the run's base model."""
+def export_run(path: Path, out: Path, *, stage: int | None = None, cache_dir: Path | None = None) -> str:
+    """Writes that model to the new folder `out`, and to `out`/adapter as a PEFT adapter of the run's base model; gives why not that, else ""."""
     if out.exists() and any(out.iterdir()):
         raise UserMistake(f"{out} is not empty; name a new folder")
     with trained(path, stage=stage, cache_dir=cache_dir) as found:
         export(found.model, out)
         found.tokenizer.save_pretrained(out)
-        if not found.is_adapter:
+        if found.no_adapter:
             shutil.rmtree(out / "adapter", ignore_errors=True)
-        return found.is_adapter
+        return found.no_adapter

@@ -16,8 +16,10 @@ def _export(run: Path, words: list[str]) -> str:
     stage = whole_number("stage", found.get("stage"))
     from clbench.export import export_run  # which is heavy: the words are right
 
-    has_adapter = export_run(run, out, stage=stage, cache_dir=cache_dir)
-    return f"{out} for transformers" + (f", {out / 'adapter'} for PEFT" if has_adapter else "")
+    no_adapter = export_run(run, out, stage=stage, cache_dir=cache_dir)
+    return f"{out} for transformers, " + (
+        f"none for PEFT: {no_adapter}" if no_adapter else f"{out / 'adapter'} for PEFT"
+    )
 
 
 if __name__ == "__main__":

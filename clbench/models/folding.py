@@ -92,6 +92,10 @@ def export(model: Module, folder: Path) -> None:
         if is_first():
             plain.save_pretrained(folder)
     if isinstance(model, PeftModel) and is_first():
+        for adapter in model.peft_config.values():
+            base = Path(str(adapter.base_model_name_or_path))
+            if base.is_dir():  # which is to be found from wherever the adapter is opened
+                adapter.base_model_name_or_path = str(base.resolve())
         model.save_pretrained(str(folder / "adapter"))
 
 

@@ -116,7 +116,8 @@ class Recipe:
         return model, with_bos(tokenizer)
 
     def configuration(self, cache_dir: Path) -> PretrainedConfig:
-        return self.made(cache_dir).configuration(cache_dir)
+        """That of the model that is, or will be, in `cache_dir`: it is not made for it."""
+        return llama_config(self.fresh_tokenizer(), self.architecture)
 
     def sizes(self, cache_dir: Path) -> PretrainedConfig:
         return self.configuration(cache_dir)
@@ -124,10 +125,15 @@ class Recipe:
     def load_tokenizer(self, cache_dir: Path) -> PreTrainedTokenizerFast:
         return with_bos(self.made(cache_dir).load_tokenizer(cache_dir))
 
+    def fresh_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer as it is made."""
+        if self.tokenizer == "words":
+            return word_tokenizer(self.corpus.vocabulary())
+        return bpe_tokenizer(self.corpus.texts(), self.vocabulary_size)
+
     def make(self, folder: Path) -> None:
         """Pretrains the model and writes it, its tokenizer and recipe.json to `folder`."""
-        texts, words = self.corpus.texts(), self.tokenizer == "words"
-        tokenizer = word_tokenizer(self.corpus.vocabulary()) if words else bpe_tokenizer(texts, self.vocabulary_size)
+        texts, tokenizer = self.corpus.texts(), self.fresh_tokenizer()
         marked = [f"{BOS}{text}{EOS}" for text in texts]
         model = fresh_llama(tokenizer, architecture=self.architecture, seed=self.seed)
         loss = pretrain(
@@ -212,15 +218,20 @@ def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return with_bos(fast)
 
 
-def fresh_llama(tokenizer: PreTrainedTokenizerBase, *, architecture: Mapping[str, Any], seed: int) -> LlamaForCausalLM:
-    """An untrained Llama whose weights depend on `seed` alone."""
+def llama_config(tokenizer: PreTrainedTokenizerBase, architecture: Mapping[str, Any]) -> LlamaConfig:
+    """A Llama of that architecture for a tokenizer's ids."""
     ids: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    config = LlamaConfig(**ids, **architecture)
+    return LlamaConfig(**ids, **architecture)
+
+
+def fresh_llama(tokenizer: PreTrainedTokenizerBase, *, architecture: Mapping[str, Any], seed: int) -> LlamaForCausalLM:
+    """An untrained Llama whose weights depend on `seed` alone."""
+    config = llama_config(tokenizer, architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "initial weights").initial_seed())
         return LlamaForCausalLM(config)

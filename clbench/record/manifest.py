@@ -2,10 +2,10 @@
 
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,18 @@ from clbench.config.secrets import masked
 from clbench.protocols import Stream
 
 VERSIONED = (
-    *("torch", "transformers", "tokenizers", "peft", "datasets", "lm_eval", "deepspeed", "numpy", "scikit-learn"),
+    *(
+        "clbench",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "peft",
+        "datasets",
+        "lm_eval",
+        "deepspeed",
+        "numpy",
+        "scikit-learn",
+    ),
     *("sacrebleu", "rouge_score", "rapidfuzz"),
 )
 
@@ -43,7 +54,7 @@ def describe(config: Config, stream: Stream, *, model_label: str, command: str) 
         "config_hash": run_hash(plain),
         "variant": variant(plain),
         "git": git_state(),
-        "versions": versions(),
+        "versions": versions() | versions_of(config.sources),
         "hardware": hardware(),
         "command": masked(command),
     }
@@ -54,13 +65,23 @@ def failed_canaries(results: Iterable[Mapping[str, Any]]) -> list[str]:
     return [f"{one['name']} ({one['task']}: {one['detail']})" for one in results if not one["passed"]]
 
 
-def versions() -> Mapping[str, str]:
+def versions() -> dict[str, str]:
     """Installed versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in VERSIONED:
+    return {"python": platform.python_version()} | dict(installed(VERSIONED))
+
+
+def versions_of(modules: Iterable[str]) -> dict[str, str]:
+    """Installed versions of the packages that modules of the user's are in."""
+    tops, brought_by = {module.partition(".")[0] for module in modules}, packages_distributions()
+    # What is installed from its folder may say nothing of what it brings.
+    return dict(installed(name for top in tops for name in brought_by.get(top, [top])))
+
+
+def installed(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Name and version of those distributions that are installed."""
+    for name in names:
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            yield name, version(name)
 
 
 def hardware() -> dict[str, str | int]:
