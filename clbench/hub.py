@@ -31,7 +31,7 @@ def wanted() -> Iterator[tuple[str, DatasetSpec, set[str]]]:
                     split = task.config.get("test_split") or task.config.get("validation_split")
                     address = {"hub": task.config["dataset_path"], "config": task.config.get("dataset_name")}
                     yield f"probe {path.stem}: {task.name}", DatasetSpec(name=task.name, **address), {str(split)}
-    yield "probe: text", get_object("tasks.wikitext.DATASET"), {"test"}
+    yield "probe: text, texts=wikitext", get_object("tasks.wikitext.DATASET"), {"test", "train"}
 
 
 def wrong(spec: DatasetSpec, splits: set[str]) -> str:

@@ -23,7 +23,7 @@ def test_a_dataset_is_right_or_its_lack_is_one_line(tmp_path):
 
 def test_every_dataset_of_a_task_and_of_a_probe_is_looked_at():
     asked = {who: (spec.hub, spec.config, splits) for who, spec, splits in wanted()}
-    assert asked["boolq"][0] == "google/boolq" and asked["probe: text"][2] == {"test"}
+    assert asked["boolq"][0] == "google/boolq" and asked["probe: text, texts=wikitext"][2] == {"test", "train"}
     assert asked["probe mini: hellaswag"] == ("Rowan/hellaswag", None, {"validation"})
     assert asked["probe mini: mmlu_anatomy"] == ("cais/mmlu", "anatomy", {"test"})
     assert asked["probe full: gsm8k"][2] == {"test"} and "probe world: world_facts_x4" not in asked
