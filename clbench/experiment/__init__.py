@@ -57,7 +57,8 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
     working = partial(Line, name=path.name, quiet=not (ranks.is_first and config.tracking.progress))
     parts = ranks.in_turn(lambda: build(config, working=working))  # the first rank fills the cache for the others
     with working("checking the data"):
-        data = check_data(parts.stream, parts.probes, allow_overlap=config.probe.allow_overlap)
+        general, allowed = parts.method.documents(), config.probe.allow_overlap
+        data = check_data(parts.stream, parts.probes, allow_overlap=allowed, general=general)
         label = f"{parts.source.label}{'+chat' if config.prompt == 'chat' else ''}"
         manifest = describe(config, parts.stream, model_label=label, command=command)
         cuts = cut_prompts(parts.stream, parts.encoder)
