@@ -24,12 +24,14 @@ from baselines.er import Er
 from clbench.types import Example
 
 
-def general_rows(texts: Sequence[str], *, words: int) -> tuple[Example, ...]:
-    """The first `words` words of each text as an example that has no prompt, so that all of it is trained on."""
-    beginnings = (" ".join(text.split()[:words]) for text in texts)
-    return tuple(
-        Example(id=f"general/{number}", prompt="", answer=text) for number, text in enumerate(beginnings) if text
-    )
+def beginnings(texts: Sequence[str], *, words: int) -> list[str]:
+    """The first `words` words of each text."""
+    return [" ".join(text.split()[:words]) for text in texts]
+
+
+def as_rows(texts: Sequence[str]) -> tuple[Example, ...]:
+    """Each text that is not empty as an example that has no prompt, so that all of it is trained on."""
+    return tuple(Example(id=f"general/{number}", prompt="", answer=text) for number, text in enumerate(texts) if text)
 
 
 @dataclass(kw_only=True)
@@ -39,6 +41,9 @@ class ErGeneral(Er):
     texts: Sequence[str]
     words: PositiveInt
 
+    def documents(self) -> Sequence[str]:
+        return beginnings(self.texts, words=self.words)
+
     def wrap(self, model: Module) -> Module:
-        self.memory.examples += general_rows(self.texts, words=self.words)
+        self.memory.examples += as_rows(self.documents())
         return super().wrap(model)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from torch.nn import Module
 
-from baselines.er_general import general_rows
+from baselines.er_general import as_rows, beginnings
 from baselines.self_replay import SelfReplay
 
 
@@ -28,8 +28,11 @@ class SelfReplayText(SelfReplay):
 
     texts: Sequence[str]
 
+    def documents(self) -> Sequence[str]:
+        return beginnings(self.texts[: self.rows], words=self.length)
+
     def wrap(self, model: Module) -> Module:
-        self.replay = general_rows(self.texts[: self.rows], words=self.length)
+        self.replay = as_rows(self.documents())
         return super(SelfReplay, self).wrap(model)
 
     def state_dict(self) -> dict[str, object]:

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, is_dataclass
 from inspect import isfunction, signature
@@ -93,13 +93,15 @@ def build(config: Config, *, working: Callable[[str], AbstractContextManager[obj
         log.info("the model's tokenizer has a chat template, which prompt=plain leaves out; prompt=chat uses it")
     if (config.stream.limit or 0) > len(config.stream.tasks):
         log.warning("stream.limit=%d, but the stream has %d tasks: all are trained", config.stream.limit, len(tasks))
+    method = make_method(config)
     with working("encoding the rows"):
+        check_texts(method.documents(), encoder)
         stream = build_stream(config.stream, order=config.order, tasks=tasks, encoder=encoder)
         for probe in probes:
             check_read(probe.longest(encoder), positions=longest)
     parts = Parts(
         source=source,
-        method=make_method(config),
+        method=method,
         adapted=tuple(adapted(causal_lm(sketched))),
         encoder=encoder,
         stream=stream,
@@ -166,6 +168,16 @@ def make_tasks(config: Config) -> dict[str, Task]:
 def make_method(config: Config) -> Method:
     """The method; `name` is its label and no field of it."""
     return instantiate({key: value for key, value in config.method.items() if key != "name"}, _convert_="all")
+
+
+def check_texts(texts: Sequence[str], encoder: Encoder) -> None:
+    """Raises UserMistake where a text that the method trains on is too long for a row."""
+    for text in texts:
+        if not encoder.fits(text):
+            raise UserMistake(
+                f"the method's text {text[:40]!r}... has more tokens than train.max_length={encoder.max_length} holds; "
+                "let it take fewer words (conf/method), or set train.max_length higher"
+            )
 
 
 def check_classes(config: Config) -> None:

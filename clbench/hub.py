@@ -47,7 +47,7 @@ def wanted() -> Iterator[tuple[str, DatasetSpec, set[str], Reader | None]]:
                     spec = DatasetSpec(name=task.name, hub=told("dataset_path"), config=told("dataset_name"))
                     # What probe.shots puts before a question comes of the second.
                     yield f"probe {path.stem}: {task.name}", spec, {split for split in (asked, shown) if split}, None
-    yield "probe: text", get_object("tasks.wikitext.DATASET"), {"test"}, None
+    yield "probe: text, texts=wikitext", get_object("tasks.wikitext.DATASET"), {"test", "train"}, None
 
 
 def wrong(spec: DatasetSpec, splits: set[str], read: Reader | None = None) -> str:

@@ -201,6 +201,10 @@ class Method(ABC):
     def wrap(self, model: Module) -> Module:
         """Once, on the pretrained model: adds adapters, freezes the rest, returns the model to train."""
 
+    def documents(self) -> Sequence[str]:
+        """The texts that it trains on besides the stream's rows, for the search for overlaps with probes; known before `wrap`."""
+        return ()
+
     def begin_stage(self, stage: Stage, model: Module) -> None:
         """No engine is open: weights are whole and writable."""
 

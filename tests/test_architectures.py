@@ -27,6 +27,7 @@ from clbench.examine.update import Update
 from clbench.models.folding import export, folded
 from clbench.models.limits import NO_LIMIT, check_length, positions
 from clbench.models.loss import answer_loss, causal_lm
+from clbench.models.outputs import written
 from clbench.models.pretrained import Pretrained, prepared
 from clbench.models.tiny import word_tokenizer
 from clbench.models.weights import trainable
@@ -282,6 +283,20 @@ def test_weights_that_all_grow_by_a_quarter_have_moved_by_a_quarter(name):
     assert score.n == len(layers) - sum(type(layer).__name__ == "Llama4Router" for layer in layers)
 
 
+# Those that lost what came before, and one each of the others that keep it: all keys, a window of them, by distance.
+@pytest.mark.parametrize(
+    "name", named("llama-dynamic", "phi3-longrope", "lfm2", "mamba", "rwkv", "jamba", "gpt2", "mistral", "bloom")
+)
+def test_a_row_is_drawn_from_all_that_is_written_before(name):
+    model, length = tiny(name), 24  # windows are 12 and 16
+    rows = written(model, rows=3, length=length, draws=torch.Generator().manual_seed(5))
+    draws, plain = torch.Generator().manual_seed(5), torch.full((3, 1), 1)
+    for _ in range(length):
+        last = torch.stack([plain_log_probs(model, ids)[-1] for ids in plain.tolist()])
+        plain = torch.cat([plain, torch.multinomial(last.exp(), 1, generator=draws)], 1)
+    assert torch.equal(rows, plain)
+
+
 @pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
 def test_sequences_longer_than_an_attention_window_share_rows_and_beginnings(name):
     check_scores(tiny(name), Encoder(Words(), max_length=64, together=True))
@@ -463,10 +478,20 @@ def test_what_is_longer_than_the_models_positions_is_refused_in_one_line():
         (["train.max_length=129"], "train.max_length=129, but the model has 128 positions"),
         (["train.max_length=64", "probe.probes.perplexity.window=300"], r"a probe reads \d+ tokens at once"),
         (["train.max_length=64", "method.lora.targets=[q_proj]"], r"'q_proj' is in no layer's name; choose .*c_attn"),
+        (["train.max_length=64", "method=self_replay", "method.length=128"], "128 tokens and BOS .* has 128 positions"),
         (["train.max_length=64", "prompt=chat"], "prompt=chat, but the model's tokenizer has no chat template"),
     ],
 )
 def test_what_does_not_suit_the_model_is_refused_before_its_weights_are_read(overrides, said, tmp_path, monkeypatch):
+    check_refused(overrides, said, tmp_path, monkeypatch)
+
+
+def test_a_model_that_knows_no_beginning_of_a_text_is_to_write_none(tmp_path, monkeypatch):
+    given, said = ["method=self_replay", "train.max_length=64"], "names no bos_token_id to write from"
+    check_refused(given, said, tmp_path, monkeypatch, bos_token_id=None)
+
+
+def check_refused(overrides, said, tmp_path, monkeypatch, **stated):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
 
     def long_texts(**unused: object) -> list[str]:
@@ -476,6 +501,8 @@ def test_what_does_not_suit_the_model_is_refused_before_its_weights_are_read(ove
     tokenizer = word_tokenizer(world_words.VOCABULARY)
     model = tiny("gpt2", vocab_size=len(tokenizer))
     name = folder(tmp_path / "model", model, tokenizer)
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | stated))
     paths = [f"results_dir={tmp_path}", f"cache_dir={tmp_path}", "stream.too_long=drop"]
     config = composition.compose([f"model.name={name}", "+model.world_seed=0", *paths, *overrides])
     with pytest.raises(UserMistake, match=said):

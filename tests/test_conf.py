@@ -14,6 +14,7 @@ from hydra import initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from clbench.build import check_classes
 from clbench.config import run_hash
 from clbench.config.composition import CONF_DIR, compose, register_schema
 from clbench.types import UserMistake
@@ -27,12 +28,12 @@ def options(group: str) -> list[str]:
 
 
 def test_the_groups_are_the_documented_ones():
-    assert GROUPS == sorted("experiment method stream task model probe engine train tracking settings".split())
+    assert GROUPS == sorted("experiment method stream task model probe engine train tracking settings texts".split())
 
 
 @pytest.mark.parametrize(
     ("group", "option"),
-    [(group, option) for group in GROUPS for option in options(group) if group not in ("task", "experiment")],
+    [(group, option) for group in GROUPS for option in options(group) if group not in ("task", "experiment", "texts")],
 )
 def test_an_option_composes(group, option, tmp_path):
     # WikiText stands in for nothing here: only the configuration is made.
@@ -114,6 +115,20 @@ def test_a_model_is_not_asked_about_a_world_that_it_was_not_told_of_and_what_sui
         compose(["model.name=a/b", *given, f"results_dir={tmp_path}"])
     offered = re.findall(r"\w+", str(refused.value).partition("choose ")[2])
     assert not {"seq16", "world", "er_general", "self_replay_text"} & {*offered}
+
+
+@pytest.mark.parametrize(("method", "texts"), [("er_general", 64), ("self_replay_text", 512)])
+def test_the_general_text_of_a_model_that_knows_no_world_is_one_override(method, texts, tmp_path):
+    given = [f"method={method}", f"results_dir={tmp_path}"]
+    worlds = {"_target_": "tasks.world.general_texts", "texts": texts, "seed": 0}
+    assert compose(given).method["texts"] == worlds
+    own = ["model.name=a/b", *OWN, *given, f"data_dir={tmp_path}"]
+    with pytest.raises(UserMistake, match=rf"world behind method={method}; choose .*; \+texts=wikitext$"):
+        compose(own)
+    config = compose([*own, "settings=published", "+texts=wikitext"])
+    there = {"_target_": "tasks.wikitext.general_texts", "data_dir": str(tmp_path)}
+    assert config.method["texts"] == worlds | there
+    check_classes(config)
 
 
 def test_one_task_may_have_a_folder_of_its_own_and_the_run_keeps_its_hash(tmp_path):

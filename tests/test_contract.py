@@ -4,7 +4,15 @@ import pytest
 
 from clbench.data.rows import DatasetSpec
 from clbench.protocols import Stage, Task
-from clbench.record.overlaps import Overlap, dataset_name, normalised, overlaps, stream_hash, trained_probes
+from clbench.record.overlaps import (
+    Overlap,
+    dataset_name,
+    measured_texts,
+    normalised,
+    overlaps,
+    stream_hash,
+    trained_probes,
+)
 from clbench.types import Example, UserMistake
 
 LONG = "the quick brown fox jumps over the lazy dog while seven wizards quietly boil blue soup"
@@ -119,6 +127,27 @@ def test_a_probe_of_a_trained_dataset_is_refused_unless_forced():
     cb = DatasetSpec(name="c", hub="aps/super_glue", config="cb")  # of one repository, before and behind
     for specs in ([cb, *probes["knowledge"]], [*probes["knowledge"], cb]):
         assert trained_probes([trained], {"knowledge": specs}, allow=True) == ["knowledge aps/super_glue: reading"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (f"Ships sail. {LONG} indeed", True),  # thirteen words in a row, wherever they stand
+        (" ".join(LONG.split()[1:13]) + " zebra", False),
+        (" ".join(LONG.split()[:5]), True),  # fewer, with which a probe's text begins
+        (" ".join(LONG.split()[1:6]), False),
+        ("= The Quick = ", True),
+        ("the quickest", False),
+        ("", False),
+    ],
+)
+def test_text_that_a_method_trains_on_and_a_probe_measures_is_refused_unless_forced(text, found):
+    documents = {"perplexity pages": [OTHER, f"The quick, {LONG.partition('quick ')[2]}"], "knowledge facts": ["x"]}
+    texts = ["what no probe holds", text]
+    if found:
+        with pytest.raises(UserMistake, match=r"probe measures \(perplexity pages\); .*probe.allow_overlap=true"):
+            measured_texts(texts, documents, allow=False)
+    assert measured_texts(texts, documents, allow=True) == ["perplexity pages: the method's texts"] * found
 
 
 def test_normalised_text_keeps_letters_of_every_language():

@@ -12,6 +12,7 @@ from clbench.config.composition import CONF_DIR, compose
 from clbench.data.encoder import Encoder
 from clbench.experiment import run
 from clbench.stream import build_stream
+from clbench.types import UserMistake
 
 REAL = [
     "seq16_llama3",
@@ -90,6 +91,27 @@ def test_an_experiment_builds_its_whole_stream(experiment, offline, tmp_path):
     assert [stage.name for stage in stream.stages] == list(config.stream.tasks)
     for stage in stream.stages:
         assert len(stage.train) == 3 and all(encoder.example(example).ids for example in stage.train)
+
+
+@pytest.mark.parametrize("method", ["er_general", "self_replay_text"])
+def test_general_text_of_a_real_model_is_none_that_a_probe_measures(method, offline, tmp_path):
+    own = ["settings=none", f"method={method}", "+texts=wikitext", "stream.limit=2", "method.lora.targets=all-linear"]
+    given = [*arguments("real8_gemma3_270m", offline, tmp_path / "results"), *own, f"data_dir={tmp_path}"]
+    for folder in offline.iterdir():
+        (tmp_path / folder.name).symlink_to(folder)
+    pages = tmp_path / "wikitext2_raw_documents"
+    pages.unlink()
+    of_test = [json.loads(line) for line in (offline / pages.name / "test.jsonl").read_text().splitlines()]
+    trained = [{"page": f" = Train {i} = \n \n train {i} leaves from the old station"} for i in range(3)]
+    write(pages / "train.jsonl", trained)
+    write(pages / "test.jsonl", [*of_test, {"page": f"{trained[1]['page']} at noon , and comes back"}])
+    with pytest.raises(UserMistake, match=r"a probe measures \(perplexity wikitext2\)"):
+        run(compose(given))
+    write(pages / "test.jsonl", of_test)
+    path = run(compose(given))
+    assert (path / "status").read_text() == "complete\n"
+    costs = [json.loads(line) for line in (path / "cost.jsonl").read_text().splitlines()]
+    assert costs[1]["tokens_replayed"] > 0
 
 
 @pytest.mark.parametrize("experiment", ["seq16_llama3", "curlora3_mistral7b", "trace8_llama2"])

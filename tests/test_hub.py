@@ -43,7 +43,7 @@ def test_a_file_may_be_named_by_a_pattern(monkeypatch):
 
 def test_every_dataset_of_a_task_and_of_a_probe_is_looked_at():
     asked = {who: (spec.hub, spec.config, splits) for who, spec, splits, _ in wanted()}
-    assert asked["boolq"][0] == "google/boolq" and asked["probe: text"][2] == {"test"}
+    assert asked["boolq"][0] == "google/boolq" and asked["probe: text, texts=wikitext"][2] == {"test", "train"}
     assert asked["probe mini: hellaswag"] == ("Rowan/hellaswag", None, {"validation", "train"})
     assert asked["probe mini: mmlu_anatomy"] == ("cais/mmlu", "anatomy", {"test", "dev"})
     assert asked["probe full: gsm8k"][2] == {"test", "train"} and "probe world: world_facts_x4" not in asked

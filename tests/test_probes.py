@@ -1,5 +1,6 @@
 """The stream and text probes against hand-worked cases and plain forwards of the whole."""
 
+import json
 import math
 
 import pytest
@@ -21,7 +22,7 @@ from clbench.models.loss import causal_lm
 from clbench.models.pairs import lora_pairs
 from clbench.protocols import Stage, Stream, Task
 from clbench.types import Example, UserMistake
-from tasks.wikitext import DATASET, articles
+from tasks.wikitext import DATASET, articles, general_texts
 
 SENTENCES = [
     "A man carries a ladder to the wall and climbs up to clean the gutter.",
@@ -337,6 +338,18 @@ def test_an_article_without_text_is_named_with_its_line(row, tmp_path):
     with pytest.raises(UserMistake, match="test.jsonl, line 3: column 'page' is missing or empty") as mistake:
         articles(data_dir=str(tmp_path), split="all")
     assert "\n" not in str(mistake.value)
+
+
+def test_general_text_is_of_the_train_split_and_a_seed_decides_which(tmp_path):
+    (tmp_path / DATASET.name).mkdir()
+    for split in ("train", "test"):
+        lines = [json.dumps({"page": f"{split} {number}"}) + "\n" for number in range(40)]
+        (tmp_path / DATASET.name / f"{split}.jsonl").write_text("".join(lines))
+    first, again, other = (general_texts(seed, texts=8, data_dir=str(tmp_path)) for seed in (0, 0, 1))
+    assert first == again != other and len({*first}) == 8
+    assert {*first, *other} < {f"train {number}" for number in range(40)}
+    assert general_texts(0, texts=9, data_dir=str(tmp_path))[:8] == first
+    assert sorted(general_texts(0, texts=99, data_dir=str(tmp_path))) == sorted(f"train {n}" for n in range(40))
 
 
 def test_a_text_probe_names_its_dataset_and_its_texts():

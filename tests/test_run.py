@@ -108,6 +108,27 @@ def test_a_model_that_nothing_trains_is_read_once_and_stands_for_every_stage(ove
     assert first == second == [row for row in third if row["probe"] not in ("perplexity", "divergence")] != third
 
 
+@pytest.mark.parametrize("method", ["er_general", "self_replay_text"])
+def test_a_method_that_trains_on_what_a_probe_measures_is_refused_or_flagged(overrides, method, tmp_path):
+    few = [*overrides, f"method={method}", "stream.limit=1", "train.steps=1"]
+    manifest = json.loads((run(few) / "manifest.json").read_text())
+    assert manifest["trained_probes"] == []
+    measured = [*elsewhere(few, tmp_path, "measured"), "method.texts._target_=tasks.world.heldout_texts"]
+    with pytest.raises(UserMistake, match=r"a probe measures \(perplexity world_text\)"):
+        run(measured)
+    assert not (tmp_path / "measured" / "runs").exists()
+    path = run(measured, "probe.allow_overlap=true")
+    flagged = json.loads((path / "manifest.json").read_text())["trained_probes"]
+    assert flagged == ["perplexity world_text: the method's texts"]
+    assert "perplexity world_text: the method's texts" in (tmp_path / "measured" / "leaderboard.md").read_text()
+
+
+def test_a_text_of_a_method_that_fits_no_row_is_refused_before_anything_is_examined(overrides, tmp_path):
+    with pytest.raises(UserMistake, match=r"text '.*'\.\.\. has more tokens than train.max_length=8 holds"):
+        run(overrides, "method=er_general", "train.max_length=8", "stream.too_long=drop")
+    assert not (tmp_path / "results" / "runs").exists()
+
+
 def test_without_steps_every_stage_is_row_zero(overrides):
     rows = scores(run(overrides, "method=seq", "train.steps=0"))
     floors = ("chance", "majority")

@@ -196,6 +196,8 @@ def _check_world(composed: DictConfig) -> None:
     if wrong:
         options = GlobalHydra.instance().config_loader().get_group_options
         suited = {group: [name for name in options(group) if not _is_of_world(f"{group}/{name}")] for group in wrong}
+        if "method" in wrong and "texts" in composed.method:
+            suited["+texts"] = options("texts")  # merged into the method's own
         asked = " and ".join(f"{group}={HydraConfig.get().runtime.choices[group]}" for group in wrong)
         choose = "; ".join(f"{group}={', '.join(names)}" for group, names in suited.items())
         raise UserMistake(

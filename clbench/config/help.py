@@ -12,7 +12,7 @@ from textwrap import fill, shorten
 from clbench.config.composition import CONF_DIR, file_of
 
 DESCRIBED = ("method", "stream", "probe")
-NAMED = ("experiment", "model", "settings", "train", "engine", "tracking", "task")
+NAMED = ("experiment", "model", "settings", "texts", "train", "engine", "tracking", "task")
 WIDTH = 80
 TEXT = """\
 clbench takes a causal language model through a stream of fine-tuning tasks with

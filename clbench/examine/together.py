@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from clbench.data.encoder import Encoder
 from clbench.examine.student import Student
-from clbench.models.limits import ATTENTION, is_stretched, settings
+from clbench.models.limits import is_kept_as_keys, settings
 from clbench.models.loss import causal_lm, pack, read
 from clbench.types import Example, Ids
 
@@ -23,10 +23,7 @@ def reads_together(model: Module, encoder: Encoder) -> bool:
     config = settings(inner)
     if not inner._supports_attention_backend or inner.config._attn_implementation not in ("sdpa", "eager"):
         return False
-    # Convolutions and states run on from one sequence into the next.
-    if inner._is_stateful or not ATTENTION.issuperset(config.get("layer_types") or ()):
-        return False
-    if is_stretched(inner) or config.get("attention_chunk_size"):
+    if not is_kept_as_keys(inner) or config.get("attention_chunk_size"):
         return False
     one, many = copy.copy(encoder), copy.copy(encoder)
     one.together, many.together = False, True

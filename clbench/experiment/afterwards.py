@@ -125,7 +125,8 @@ def examine_again(
     choice, config = with_probes(run.config, overrides, config_dir=config_dir)
     working = partial(Line, name=path.name, quiet=not config.tracking.progress)
     parts = build(config, working=working)
-    data = check_data(parts.stream, parts.probes, allow_overlap=config.probe.allow_overlap).record
+    general, allowed = parts.method.documents(), config.probe.allow_overlap
+    data = check_data(parts.stream, parts.probes, allow_overlap=allowed, general=general).record
     if data["data"] != run.manifest["data"]:
         raise UserMistake(f"the stream's rows are not those that {path.name} was trained on; restore them")
     manifest = describe(config, parts.stream, model_label=parts.source.label, command=command) | data

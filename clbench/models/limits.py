@@ -57,6 +57,12 @@ def is_stretched(model: Module) -> bool:
     return any(rope.get("rope_type") in STRETCHED for rope in rope_settings(settings(model)))
 
 
+def is_kept_as_keys(model: Module) -> bool:
+    """Whether keys and values are all that the model keeps of earlier tokens, and later ones change none of them; convolutions and states run on."""
+    kinds = settings(model).get("layer_types") or ()
+    return not causal_lm(model)._is_stateful and not is_stretched(model) and ATTENTION.issuperset(kinds)
+
+
 def positions(config: PretrainedConfig) -> int:
     """The longest input in tokens, NO_LIMIT where the configuration states none; dynamic rotary embeddings reach `factor` times further."""
     found = config.get_text_config().to_dict()

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from clbench.models.limits import settings
+from clbench.models.limits import is_kept_as_keys, positions, settings
 from clbench.models.loss import Packed, causal_lm
 from clbench.models.sharding import gathering, is_sharded
 from clbench.types import UserMistake
@@ -124,20 +124,24 @@ def untouched(model: Module) -> Iterator[None]:
 def written(model: Module, *, rows: int, length: int, draws: torch.Generator) -> Tensor:
     """int64 [rows, 1 + length] on the CPU: BOS and what `model` draws after it, token by token, at temperature 1; it does not stop at EOS.
 
-    Raises UserMistake where the model's configuration names no BOS. A model without storage, of which only the layers are looked at, writes zeros.
+    Raises UserMistake where the model's configuration names no BOS, or it reads no rows of that length. A model without storage, of which only the
+    layers are looked at, writes zeros.
     """
-    if model.device.type == "meta":
-        return torch.zeros((rows, 1 + length), dtype=torch.int64, device="cpu")
-    begin = settings(model)["bos_token_id"]
+    begin, longest = settings(model).get("bos_token_id"), positions(causal_lm(model).config)
     if begin is None:
         raise UserMistake("the model's configuration names no bos_token_id to write from; use method=self_replay_text")
-    parts = []
+    if length >= longest:
+        raise UserMistake(f"a row of {length} tokens and BOS is to be written, but the model has {longest} positions")
+    if model.device.type == "meta":
+        return torch.zeros((rows, 1 + length), dtype=torch.int64, device="cpu")
+    parts, cached = [], is_kept_as_keys(model)
     with gathering(model.eval()):
         for first in range(0, rows, AT_ONCE):
-            ids, cache = torch.full((min(AT_ONCE, rows - first), 1), begin), DynamicCache()
+            ids, cache = torch.full((min(AT_ONCE, rows - first), 1), begin), DynamicCache() if cached else None
             for _ in range(length):
-                last = ids[:, -1:].to(causal_lm(model).device)
-                logits = model(input_ids=last, past_key_values=cache, use_cache=True).logits[:, -1]
+                read = (ids[:, -1:] if cached else ids).to(causal_lm(model).device)
+                output = model(input_ids=read, past_key_values=cache, use_cache=cached, logits_to_keep=1)
+                logits = output.logits[:, -1]
                 ids = torch.cat([ids, torch.multinomial(logits.float().cpu().softmax(-1), 1, generator=draws)], 1)
             parts.append(ids)
     return torch.cat(parts)

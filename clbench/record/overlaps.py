@@ -3,7 +3,8 @@
 Duplicates and prompts shared by train and test are exact, after lower-casing and dropping what is no letter or digit. Between tasks and
 probes, whose templates differ, a text overlaps when it shares 13 consecutive words with training text (the unit of arXiv 2005.14165,
 appendix C); texts of fewer words overlap when they are equal. Word sequences that recur in more than one per cent of the rows of a pool,
-and in at least three, are its template and do not count.
+and in at least three, are its template and do not count. What a method trains on besides, which may be beginnings, is compared in the same way,
+but that one of fewer words overlaps with any text that begins so.
 
 >>> normalised("What's  new, Ida?")
 'what s new ida'
@@ -59,11 +60,17 @@ class DataCheck:
             log.warning("%s: %d of %d of %s are also in %s", one.kind, one.count, one.of, one.where, one.also_in)
 
 
-def check_data(stream: Stream, probes: Sequence[Probe], *, allow_overlap: bool) -> DataCheck:
-    """Fingerprints and overlaps of the stream's and the probes' data; raises UserMistake where a probe measures what is trained on."""
+def check_data(
+    stream: Stream, probes: Sequence[Probe], *, allow_overlap: bool, general: Sequence[str] = ()
+) -> DataCheck:
+    """Fingerprints and overlaps of the stream's and the probes' data; raises UserMistake where a probe measures what is trained on.
+
+    `general`: what the method trains on besides the stream.
+    """
     trained = trained_probes(stream.stages, {probe.name: probe.datasets() for probe in probes}, allow=allow_overlap)
     documents = {f"{probe.name} {task}": texts for probe in probes for task, texts in probe.documents().items()}
     once = {tuple(texts): name for name, texts in reversed(documents.items())}  # several probes may read one text
+    trained += measured_texts(general, documents, allow=allow_overlap)
     found, overlapping = overlaps(stream.stages, {name: texts for texts, name in once.items()})
     data = fingerprints(stream)
     record = {
@@ -108,6 +115,26 @@ def trained_probes(stages: Sequence[Stage], probes: Mapping[str, Sequence[Datase
             "probe.allow_overlap=true, which flags the run on the leaderboard"
         )
     return found
+
+
+def measured_texts(texts: Sequence[str], documents: Mapping[str, Sequence[str]], *, allow: bool) -> list[str]:
+    """The probe tasks whose `documents` hold what a method trains on, as "probe task: the method's texts"; raises UserMistake unless `allow`."""
+    if not texts:
+        return []
+    asked = set().union(*_shingles(texts))
+    short = tuple(f"{text} " for text in map(normalised, texts) if text and len(text.split()) < SHINGLE_WORDS)
+    found = [
+        name
+        for name, pool in documents.items()
+        if any(not asked.isdisjoint(shingles) for shingles in _shingles(pool))
+        or any(f"{document} ".startswith(short) for document in map(normalised, pool))
+    ]
+    if found and not allow:
+        raise UserMistake(
+            f"the method trains on text that a probe measures ({', '.join(found)}); give it other texts (method.texts, conf/texts), take the "
+            "probe out, or set probe.allow_overlap=true, which flags the run on the leaderboard"
+        )
+    return [f"{name}: the method's texts" for name in found]
 
 
 def overlaps(
