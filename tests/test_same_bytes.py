@@ -1,4 +1,4 @@
-"""Tables are the same bytes on every processor: numpy has other code for each, which rounds otherwise."""
+"""Tables are the same bytes on every processor: numpy and BLAS have other code for each, which rounds otherwise."""
 
 import os
 import re
@@ -23,7 +23,11 @@ items = draw.random((4, 6, 504))
 pairs = compare(items.mean(axis=2), items=items, starts=[0], lower_is_better=False)
 print(ratios.tolist(), kept, metrics.paired_interval(first, last), pairs)
 """
-OTHERS = {"without AVX-512": {"NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SKX"}}
+OTHERS = {
+    "without AVX-512": {"NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SKX"},
+    "BLAS of another processor": {"OPENBLAS_CORETYPE": "Prescott"},
+    "two threads": {"OMP_NUM_THREADS": "2"},
+}
 """What stands in the environment to make this machine like another."""
 
 

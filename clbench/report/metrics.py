@@ -246,4 +246,6 @@ def _posterior(pair: Floats, generator: np.random.Generator) -> Floats:
     seen = np.concatenate([pair, CORNERS], axis=1)
     outcomes, place = np.unique(seen, axis=1, return_inverse=True)
     weights = np.bincount(place, weights=[1.0] * pair.shape[1] + [0.5] * 4)
-    return outcomes @ generator.dirichlet(weights, size=POSTERIOR_DRAWS).T
+    drawn = generator.dirichlet(weights, size=POSTERIOR_DRAWS)
+    # Not a product of matrices, in which BLAS adds in an order that depends on the processor and the number of threads.
+    return np.array([(drawn * row).sum(axis=1) for row in outcomes])
