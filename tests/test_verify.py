@@ -21,9 +21,9 @@ from clbench.verify import verify
 
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
-    """A results directory with one complete run and its tables."""
+    """A results directory with one complete run, which kept every checkpoint, and its tables."""
     results = tmp_path_factory.mktemp("finished")
-    config = compose([*tiny, f"results_dir={results}"])
+    config = compose([*tiny, f"results_dir={results}", "train.checkpoint=all"])
     experiment.run(config)
     tables.refresh(results)
     return results
@@ -179,13 +179,44 @@ def test_records_that_nobody_touched_are_verified(results):
     assert verify(results) == verify(results / "runs" / name) == ([], 1)
 
 
-def test_a_run_that_was_interrupted_is_verified_up_to_its_last_stage(results):
+@pytest.mark.parametrize("last", [1, 2])
+def test_a_run_that_was_interrupted_is_verified_up_to_its_last_stage(results, last):
+    """After stage 2 was finished, or when it was sealed and had no checkpoint yet."""
     run = run_of(results)
     (run / "status").write_text("interrupted\n")
+    shutil.copy(run / "checkpoint" / f"stage-0{last}.safetensors", run / "checkpoint" / "stage.safetensors")
+    seals = (run / SEALS).read_text().splitlines(keepends=True)
+    (run / SEALS).write_text("".join(seals[:-1]))
     with (run / "scores.jsonl").open("a") as record:
         record.write('{"stage": 4')
     tables.refresh(results)
     assert verify(results) == ([], 1)
+
+
+@pytest.mark.parametrize("status", ["running", "interrupted", "failed", "diverged: stage 3 of 3"])
+def test_a_run_that_was_taken_off_the_table_by_its_status_is_named(results, status):
+    (run_of(results) / "status").write_text(f"{status}\n")
+    state = status.partition(":")[0]
+    (found,) = verify(run_of(results))[0]
+    assert found.endswith(f"its records end with stage 3 of 3, yet its status is {state}")
+
+
+@pytest.mark.parametrize("name", ["stage", "stage-01", "stage-02", "within"])
+def test_a_checkpoint_that_was_written_over_is_named(results, name):
+    path = run_of(results) / "checkpoint" / f"{name}.safetensors"
+    content = bytearray((path.parent / "stage.safetensors").read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    (found,) = verify(run_of(results))[0]
+    assert f"{path} is damaged (it is not what was written)" in found
+
+
+@pytest.mark.parametrize("name", ["stage", "stage-02"])
+def test_a_checkpoint_of_another_stage_is_named(results, name):
+    folder = run_of(results) / "checkpoint"
+    shutil.copy(folder / "stage-01.safetensors", folder / f"{name}.safetensors")
+    (found,) = verify(run_of(results))[0]
+    assert found.endswith(f"{name}.safetensors is of stage 1")
 
 
 def test_tables_with_another_byte_are_named_with_their_line(results):

@@ -171,19 +171,31 @@ def bootstrap_means(values: Floats, items: Floats, starts: Ints) -> Floats:
     the same in all blocks, as the blocks ask the same items: Owen and Eckles 2012 (Annals of Applied Statistics 6, "Bootstrapping data arrays").
     """
     generator, n_blocks = np.random.default_rng(SEED), values.shape[1]
-    shares = _drawn_shares(generator, n_blocks)
-    means = shares @ values.T
+    shares, means = _drawn(generator, n_blocks) / n_blocks, np.zeros((DRAWS, len(values)))
+    for block in range(n_blocks):
+        means += shares[:, [block]] * values[:, block]
     for start, end in zip(starts, [*starts, items.shape[2]][1:], strict=True):
-        more = _drawn_shares(generator, end - start) - 1 / (end - start)
+        more, own = _drawn(generator, end - start) - 1, _on_grid(items[:, :, start:end])
         for block in range(n_blocks):
-            means += shares[:, [block]] * (more @ items[:, block, start:end].T)
+            means += shares[:, [block]] * (more @ own[:, block].T / (end - start))
     return means
 
 
-def _drawn_shares(generator: np.random.Generator, count: int) -> Floats:
-    """How often each of `count` is among as many that are drawn with replacement, as a share: (DRAWS, count)."""
+def _drawn(generator: np.random.Generator, count: int) -> Floats:
+    """How often each of `count` is among as many that are drawn with replacement: (DRAWS, count)."""
     drawn = generator.integers(count, size=(DRAWS, count)) + count * np.arange(DRAWS)[:, None]
-    return np.bincount(drawn.ravel(), minlength=DRAWS * count).reshape(DRAWS, count) / count
+    return np.bincount(drawn.ravel(), minlength=DRAWS * count).reshape(DRAWS, count).astype(np.float64)
+
+
+def _on_grid(items: Floats) -> Floats:
+    """`items` (rows, blocks, items) as multiples of a power of two so large that counts of `_drawn`, less 1, times items are added without rounding.
+
+    BLAS adds in an order that depends on the processor and the number of threads, which sums that are exact do not show. The counts less 1 of n
+    items are below 2n together, which is the room that a float's 53 bits must have: with 1000 items a multiple is 2^-42 of a row's largest.
+    """
+    _, highest = np.frexp(np.abs(items).max(axis=(1, 2), keepdims=True))
+    step = np.ldexp(1.0, highest + (2 * items.shape[2]).bit_length() - 53)
+    return np.round(items / step) * step
 
 
 def interval(mean: float, drawn: Floats, error: Spread) -> tuple[float, float]:

@@ -8,9 +8,10 @@ trains on column j. A quantity that does not exist (backward transfer of one tas
 -0.3
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import nan, sqrt
+from math import exp, inf, log, nan, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -156,8 +157,8 @@ def beyond_guessing(flipped: float, *, before: float, after: float, chance: floa
 
 def perplexity_ratio(nll_before: ArrayLike, nll_after: ArrayLike, *, count: float) -> Floats:
     """Perplexity after over perplexity before, from total negative log-likelihoods in nats over `count` units."""
-    with np.errstate(over="ignore"):
-        return np.exp((np.asarray(nll_after) - nll_before) / count)
+    nats = (np.asarray(nll_after) - np.asarray(nll_before)) / count
+    return np.vectorize(_exponential, otypes=[np.float64])(nats)
 
 
 def interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float, float]:
@@ -181,6 +182,11 @@ def paired_interval(first: ArrayLike, second: ArrayLike) -> tuple[float, float]:
     means = _posterior(np.array([first, second], dtype=np.float64), np.random.default_rng(POSTERIOR_SEED))
     low, high = np.quantile(means[0] - means[1], (0.025, 0.975))
     return float(low), float(high)
+
+
+def _exponential(nats: float) -> float:
+    """e to the power `nats`, infinite beyond what a float holds; not np.exp, whose last digit depends on the processor."""
+    return inf if nats > log(sys.float_info.max) else exp(nats)
 
 
 def _matrix(scores: ArrayLike) -> Floats:
@@ -240,4 +246,6 @@ def _posterior(pair: Floats, generator: np.random.Generator) -> Floats:
     seen = np.concatenate([pair, CORNERS], axis=1)
     outcomes, place = np.unique(seen, axis=1, return_inverse=True)
     weights = np.bincount(place, weights=[1.0] * pair.shape[1] + [0.5] * 4)
-    return outcomes @ generator.dirichlet(weights, size=POSTERIOR_DRAWS).T
+    drawn = generator.dirichlet(weights, size=POSTERIOR_DRAWS)
+    # Not a product of matrices, in which BLAS adds in an order that depends on the processor and the number of threads.
+    return np.array([(drawn * row).sum(axis=1) for row in outcomes])

@@ -1,7 +1,8 @@
 """`python -m clbench.verify RUN|results_dir`: is every number that follows from others in the records, and every table, what it must be?
 
 RUN is a run's directory, results_dir/runs/NAME. Exit code 1 where something differs, one line each. What is measured cannot be worked out again;
-that nobody touched it is what the seals say.
+that nobody touched it is what the seals say, and of a checkpoint its own hash. Not looked at: report.html, which is as old as the last
+`python -m clbench.report`.
 """
 
 import json
@@ -18,6 +19,7 @@ from clbench.config import name_of, run_hash, variant
 from clbench.examine.text import exponential
 from clbench.examine.together import TOLERANCES
 from clbench.record import examined
+from clbench.record.ledger import COMPLETE, KEPT, STAGE, WITHIN, read_checkpoint
 from clbench.record.manifest import failed_canaries
 from clbench.record.overlaps import stream_hash
 from clbench.record.runs import ARCHIVE, CANARIES, FAILED, Records, read_lines, read_runs
@@ -51,7 +53,7 @@ def verify(path: Path) -> tuple[list[str], int]:
         raise UserMistake(
             f"{path} holds no run; give a results_dir, which holds runs/, or one of the directories there"
         )
-    found = [f"{name}: {what}" for name in names for what in of_run(records, name)]
+    found = [f"{name}: {what}" for name in names for what in of_run(records, name, results_dir / "runs" / name)]
     if not is_run and found:
         found.append("the tables are not looked at until the records are whole")
     elif not is_run:
@@ -74,8 +76,8 @@ def of_tables(results_dir: Path, made: Mapping[str, bytes]) -> Iterator[str]:
             yield f"{name} is not what the records give, first in line {first}"
 
 
-def of_run(records: Records, run: str) -> Iterator[str]:
-    """What differs in the records of one run, up to its last finished stage."""
+def of_run(records: Records, run: str, directory: Path) -> Iterator[str]:
+    """What differs in the records of one run, up to its last finished stage, and in the checkpoints of its `directory`, if it has one."""
     (row,) = records.runs[records.runs["run"] == run].itertuples()
     if row.state == "unreadable":
         yield row.problem
@@ -83,8 +85,13 @@ def of_run(records: Records, run: str) -> Iterator[str]:
     files = records.files[run]
     try:
         manifest = json.loads(files["manifest.json"])
-        for one in read_lines(files.get(SEALS, b"")):
+        seals = read_lines(files.get(SEALS, b""))
+        for one in seals:
             sealed(files, one)
+        last, stages = seals[-1]["stage"] if seals else -1, len(manifest["tasks"])
+        if last == stages and row.state != COMPLETE:
+            yield f"its records end with stage {last} of {stages}, yet its status is {row.state}"
+        yield from of_checkpoints(directory, last=last, is_complete=row.state == COMPLETE)
         for name in sorted(name for name in files if name.startswith(examined.FOLDER)):
             examined.read(files, file=name, run=run)
         yield from of_manifest(manifest, name=run)
@@ -92,6 +99,20 @@ def of_run(records: Records, run: str) -> Iterator[str]:
         yield from of_scores(records, run, manifest)
     except (ValueError, LookupError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
         yield f"{type(error).__name__}: {error}"
+
+
+def of_checkpoints(directory: Path, *, last: int, is_complete: bool) -> Iterator[str]:
+    """Checkpoints that a run would not continue from, and those of another stage than they stand for; `last`: the last sealed stage."""
+    # A run that was killed between the two has sealed a stage of which it has no checkpoint.
+    of_stage = {last} if is_complete else {last, last - 1}
+    for file in sorted((directory / "checkpoint").glob("*.safetensors")):
+        try:
+            stage = read_checkpoint(file, run=directory.name).stage
+        except UserMistake as mistake:
+            yield str(mistake)
+            continue
+        if not (stage in of_stage if file.name == STAGE else file.name in (WITHIN, KEPT.format(stage))):
+            yield f"{file} is of stage {stage}"
 
 
 def of_manifest(manifest: Mapping[str, Any], *, name: str) -> Iterator[str]:
