@@ -12,6 +12,7 @@ from peft.tuners.osf import OSFLayer
 from torch import Tensor
 
 from baselines import agem, base_interpolation, lines, slao
+from clbench.contract import central_difference
 from clbench.data.sampling import generator
 from clbench.models import outputs
 from clbench.models.folding import folded
@@ -143,6 +144,37 @@ def test_at_the_first_step_there_is_no_divergence(name):
     found, expected = gradient(toy, loss), gradient(toy, plain)
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("kl_base", "method.tokens=answers"),
+        ("kl_base", "method.tokens=all"),
+        ("lwf", "method.temperature=2"),
+        ("self_replay", "method.form=kl"),
+        ("self_replay", "method.form=ce"),
+    ],
+)
+def test_the_gradient_is_that_of_the_loss_in_float64(name, key, monkeypatch):
+    toy = lab(name, key, "method.strength=3", "method.lora.targets=all-linear", SAME_RATE, made=gpt2)
+    toy.train(1)
+    batch, rng = batch_of(toy, 2), torch.Generator().manual_seed(0)
+    toy.model.double()
+    monkeypatch.setattr(Tensor, "float", Tensor.double)  # logits are float32 otherwise
+    with torch.no_grad():
+        for tensor in trainable(toy.model).values():  # away from where the stage began, from which lwf measures
+            tensor.add_(0.1 * torch.randn(tensor.shape, generator=rng, dtype=torch.float64))
+    loss = toy.method.loss(toy.model, batch)
+    found, plain = gradient(toy, loss), gradient(toy, answer_loss(toy.model, batch))
+    assert loss.dtype == torch.float64
+    for where, parameter in trainable(toy.model).items():
+        direction = torch.randn(parameter.shape, generator=rng, dtype=torch.float64)
+        slope = central_difference(
+            lambda: float(toy.method.loss(toy.model, batch).detach()), parameter, direction, width=1e-5
+        )
+        along, unheld = (float((slopes[where] * direction).sum()) for slopes in (found, plain))
+        assert along == pytest.approx(slope, rel=1e-6, abs=1e-8) and abs(along - unheld) > 1e-4, where
 
 
 def test_kl_base_adds_the_mean_divergence_of_answer_tokens_or_of_all():
