@@ -26,8 +26,8 @@ from clbench.examine.together import reads_together
 from clbench.examine.update import Update
 from clbench.models.folding import export, folded
 from clbench.models.limits import NO_LIMIT, check_length, positions
-from clbench.models.loss import answer_loss, causal_lm
-from clbench.models.outputs import written
+from clbench.models.loss import answer_loss, causal_lm, pack
+from clbench.models.outputs import project, states, written
 from clbench.models.pretrained import Pretrained, prepared
 from clbench.models.tiny import word_tokenizer
 from clbench.models.weights import trainable
@@ -283,6 +283,24 @@ def test_weights_that_all_grow_by_a_quarter_have_moved_by_a_quarter(name):
     assert score.n == len(layers) - sum(type(layer).__name__ == "Llama4Router" for layer in layers)
 
 
+# Those whose heads read more than hidden states, or divide, cap or scale logits.
+@pytest.mark.parametrize(
+    "name", named("rwkv", "falcon_h1", "llama4_text", "gemma2", "cohere2", "granite", "opt", "gpt2")
+)
+def test_hidden_states_become_the_logits_of_the_models_own_head(name):
+    model = tiny(name)
+    check_logits(model, run_encoder(model))
+
+
+def check_logits(model, encoder):
+    packed = pack(encoder.collate(examples()[:1]))
+    expected = plain_log_probs(model, packed.ids.tolist())[packed.places]
+    with torch.inference_mode():
+        found = project(model, states(model, packed)[packed.places]).log_softmax(-1)
+    assert len(found) > 2
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
 # Those that lost what came before, and one each of the others that keep it: all keys, a window of them, by distance.
 @pytest.mark.parametrize(
     "name", named("llama-dynamic", "phi3-longrope", "lfm2", "mamba", "rwkv", "jamba", "gpt2", "mistral", "bloom")
@@ -535,6 +553,7 @@ def test_the_longest_input_is_found_under_any_name_and_in_nested_configurations(
     nested = prepared(AutoModelForCausalLM.from_config(config).float())
     encoder = run_encoder(nested)
     assert positions(nested.config) == 128
+    check_logits(nested, encoder)
     check_scores(nested, encoder)
     check_writing(nested, encoder, tokens=2)
     assert run_loss(nested, encoder) == pytest.approx(plain_loss(nested, encoder), abs=1e-4)

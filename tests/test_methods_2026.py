@@ -10,39 +10,17 @@ import torch
 from hydra.errors import InstantiationException
 from peft.tuners.osf import OSFLayer
 from torch import Tensor
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-)
 
 from baselines import agem, base_interpolation, lines, slao
+from clbench.contract import central_difference
 from clbench.data.sampling import generator
 from clbench.models import outputs
 from clbench.models.folding import folded
-from clbench.models.loss import answer_loss, pack, rows_of
+from clbench.models.loss import answer_loss, rows_of
 from clbench.models.weights import trainable, trainable_state
 from clbench.train.loop import global_batch
 from clbench.types import Batch, Example, UserMistake
 from tests.test_methods import SAME_RATE, Lab, everything, gpt2, lab, llama, same, tokenizer
-
-SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-BLOCK = SMALL | {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 64}
-MODELS = {
-    "llama": lambda: llama(tokenizer()),
-    "gpt2": lambda: gpt2(tokenizer()),
-    "granite, logits divided": lambda: GraniteForCausalLM(GraniteConfig(**BLOCK, logits_scaling=8.0)),
-    "gemma2, logits capped": lambda: Gemma2ForCausalLM(Gemma2Config(**BLOCK, head_dim=8, final_logit_softcapping=3.0)),
-    "cohere, logits scaled": lambda: CohereForCausalLM(CohereConfig(**BLOCK, logit_scale=0.1, pad_token_id=0)),
-    "opt, layers in a decoder": lambda: OPTForCausalLM(
-        OPTConfig(**SMALL, ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=32)
-    ),
-}
 
 
 def batch_of(toy: Lab, number: int, step: int = 0) -> Batch:
@@ -61,29 +39,14 @@ def gradient(toy: Lab, loss: Tensor) -> dict[str, Tensor]:
 # --- the divergence -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_hidden_states_become_the_logits_of_the_models_own_head(name):
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    ids = torch.randint(3, 50, (1, 9))
-    batch = Batch(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        labels=torch.where(torch.arange(9) > 4, ids, -100),
-        weights=torch.ones(1),
-        sources=torch.zeros(1, dtype=torch.int64),
-        source_tokens=(9,),
-    )
-    packed = pack(batch)
-    expected = model(input_ids=ids).logits[0]
-    torch.testing.assert_close(outputs.project(model, outputs.states(model, packed)), expected, rtol=1e-5, atol=1e-5)
-    assert packed.places.tolist() == [4, 5, 6, 7] and packed.labels.tolist() == ids[0, 5:].tolist()
-
-
 class Table(torch.nn.Module):
     """A head alone: what it is given are logits."""
 
     base_model_prefix = "layers"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Identity()
 
     def forward(self, *, inputs_embeds: Tensor, **_: object) -> object:
         return type("Output", (), {"logits": inputs_embeds})
@@ -181,6 +144,37 @@ def test_at_the_first_step_there_is_no_divergence(name):
     found, expected = gradient(toy, loss), gradient(toy, plain)
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("kl_base", "method.tokens=answers"),
+        ("kl_base", "method.tokens=all"),
+        ("lwf", "method.temperature=2"),
+        ("self_replay", "method.form=kl"),
+        ("self_replay", "method.form=ce"),
+    ],
+)
+def test_the_gradient_is_that_of_the_loss_in_float64(name, key, monkeypatch):
+    toy = lab(name, key, "method.strength=3", "method.lora.targets=all-linear", SAME_RATE, made=gpt2)
+    toy.train(1)
+    batch, rng = batch_of(toy, 2), torch.Generator().manual_seed(0)
+    toy.model.double()
+    monkeypatch.setattr(Tensor, "float", Tensor.double)  # logits are float32 otherwise
+    with torch.no_grad():
+        for tensor in trainable(toy.model).values():  # away from where the stage began, from which lwf measures
+            tensor.add_(0.1 * torch.randn(tensor.shape, generator=rng, dtype=torch.float64))
+    loss = toy.method.loss(toy.model, batch)
+    found, plain = gradient(toy, loss), gradient(toy, answer_loss(toy.model, batch))
+    assert loss.dtype == torch.float64
+    for where, parameter in trainable(toy.model).items():
+        direction = torch.randn(parameter.shape, generator=rng, dtype=torch.float64)
+        slope = central_difference(
+            lambda: float(toy.method.loss(toy.model, batch).detach()), parameter, direction, width=1e-5
+        )
+        along, unheld = (float((slopes[where] * direction).sum()) for slopes in (found, plain))
+        assert along == pytest.approx(slope, rel=1e-6, abs=1e-8) and abs(along - unheld) > 1e-4, where
 
 
 def test_kl_base_adds_the_mean_divergence_of_answer_tokens_or_of_all():

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -17,8 +18,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from clbench.models.limits import is_kept_as_keys, positions, settings
 from clbench.models.loss import Packed, causal_lm
@@ -34,15 +35,22 @@ Reference = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass
-class _Output(BaseModelOutputWithPastAndCrossAttentions):
-    """What heads ask of the layers' output, whatever the architecture."""
+class _Output(BaseModelOutput):
+    """The layers' output. What else heads pass on of it has a name in each architecture, and is nothing."""
 
-    router_logits: object = None
-    cache_params: object = None
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 class _Hidden(Module):
-    """Stands where a model's layers stand, and gives the hidden states that it is given."""
+    """Stands where a model's `layers` stand, and gives the hidden states that it is given; what a head may read of the layers besides is theirs."""
+
+    def __init__(self, layers: Module) -> None:
+        super().__init__()
+        self._layers = (layers,)  # no part of it
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layers[0], name)
 
     def forward(self, *unused: object, inputs_embeds: Tensor, **others: object) -> _Output:
         return _Output(last_hidden_state=inputs_embeds)
@@ -53,17 +61,23 @@ class _Hidden(Module):
         return self
 
 
+def layers_of(model: PreTrainedModel) -> str:
+    """The name under which a model holds what its head reads the output of; transformers says another of Llama 4."""
+    return model.base_model_prefix if hasattr(model, model.base_model_prefix) else "model"
+
+
 def states(model: Module, packed: Packed) -> Tensor:
     """What the model's layers make of some rows, [M, H]: the input of its head."""
-    output = causal_lm(model).base_model(input_ids=packed.ids[None], use_cache=False, **packed.positions)
-    return output.last_hidden_state[0]
+    model = causal_lm(model)
+    layers = model.get_submodule(layers_of(model))
+    return layers(input_ids=packed.ids[None], use_cache=False, **packed.positions).last_hidden_state[0]
 
 
 def project(model: Module, hidden_PH: Tensor) -> Tensor:
     """Logits [P, V] in float32 of hidden states, as the model itself makes them."""
     model = causal_lm(model)
-    head = copy.copy(model)
-    head.__dict__["_modules"] = {**dict(model.named_children()), model.base_model_prefix: _Hidden()}
+    head, name = copy.copy(model), layers_of(model)
+    head.__dict__["_modules"] = {**dict(model.named_children()), name: _Hidden(model.get_submodule(name))}
     return head(inputs_embeds=hidden_PH[None], use_cache=False).logits[0].float()
 
 
