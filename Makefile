@@ -37,12 +37,13 @@ run: setup ## a first leaderboard: every core method over four tasks of the embe
 	$(PY) -m clbench -m method=$(METHODS) order=$(ORDERS) seed=$(SEEDS) $(SHORT) results_dir=$(RESULTS) $(LAUNCH)
 	$(PY) -m clbench.report $(RESULTS)
 
+# Beside the runs of `make reference`, whose report draws the search's learning-rate curves.
 tune: setup ## the search that chose learning rates and strengths, on another world, order and seeds
 	for search in $(basename $(notdir $(wildcard conf/experiment/tune/*.yaml))); do \
 	  case $$search in common|rates|optuna) continue;; esac; \
-	  $(PY) -m clbench +experiment=tune/$$search model.world_seed=100 results_dir=$(RESULTS)/tuning tracking.progress=false $(LAUNCH) || exit 1; \
+	  $(PY) -m clbench +experiment=tune/$$search model.world_seed=100 results_dir=$(RESULTS)/reference/tuning tracking.progress=false $(LAUNCH) || exit 1; \
 	done
-	$(PY) -m clbench.leaderboard $(RESULTS)/tuning
+	$(PY) -m clbench.leaderboard $(RESULTS)/reference/tuning --pack
 
 reference: setup ## the whole field, bounds and baselines included, six blocks
 	for block in $(BLOCKS); do \

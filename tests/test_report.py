@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from html import unescape
+from pathlib import Path
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
@@ -18,6 +19,7 @@ from clbench.report import figures
 from clbench.report import html as report
 from clbench.report import tables as leaderboard
 
+ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = shutil.which("chromium")
 HOSTILE = '</script><b onclick="x">&\'*'
 BANDS = {"facts": "facts_x4", "logic": "facts_x16"}
@@ -223,6 +225,15 @@ def test_a_learning_rate_curve_goes_through_the_searchs_points_in_the_order_of_t
     points = tuned.assign(rate=rates).sort_values("rate")[["rate", "learning_accuracy", "retention_probability"]]
     assert label == "alpha" and len(points) == 3
     assert [numbers(title) for title in titles] == [close(point) for point in points.to_numpy()]
+
+
+def test_make_tune_leaves_the_search_where_the_reports_of_make_reference_look_for_it():
+    def written(target):
+        said = subprocess.run(["make", "-n", target, "RESULTS=R"], cwd=ROOT, capture_output=True, text=True, check=True)
+        return {*re.findall(r"results_dir=(\S+)|clbench\.leaderboard (\S+ --pack)", said.stdout)}
+
+    assert written("reference") == {("R/reference", ""), ("", "R/reference --pack")}
+    assert written("tune") == {("R/reference/tuning", ""), ("", "R/reference/tuning --pack")}
 
 
 def test_a_curve_is_of_one_stream_model_and_setting_and_has_two_rates(tmp_path):
