@@ -8,6 +8,7 @@ os.environ.update(
 )
 
 import runpy  # noqa: E402
+import subprocess  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 
@@ -47,6 +48,18 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(cache_dir: Path) -> list[str]:
     """The command line of a run that takes about a second, but for its results_dir."""
     return [*TINY_MODEL, *TINY_STREAM, *QUIET, f"cache_dir={cache_dir}"]
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to import from in which the wheel of this checkout is installed."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    root = str(Path(__file__).resolve().parent.parent)
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", str(folder), root], check=True, timeout=300)
+    (wheel,) = folder.glob("clbench-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(folder / "site"), wheel], check=True, timeout=300)
+    return folder / "site"
 
 
 @pytest.fixture()

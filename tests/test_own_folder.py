@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,20 +60,26 @@ probes:
 }
 
 
-def words() -> list[str]:
-    return ["no", "yes", "sport", "?", *(f"w{number}" for number in range(40))]
+def write_model(folder: Path, *, asked: str) -> None:
+    """An untrained model of the words of `write_rows` and of the question that is asked of them."""
+    tokenizer = word_tokenizer(["no", "yes", *asked.split(), *(f"w{number}" for number in range(40))])
+    fresh_llama(tokenizer, architecture=TINY, seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_rows(path: Path) -> None:
+    """120 rows with a text and a label."""
+    rows = [
+        {"text": f"w{number % 40} w{number % 7}", "label": ("no", "yes")[number % 40 > 19]} for number in range(120)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder outside the checkout that holds what a user has, and files that must hide no package of their name."""
-    tokenizer = word_tokenizer(words())
-    fresh_llama(tokenizer, architecture=TINY, seed=0).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    rows = [
-        {"text": f"w{number % 40} w{number % 7}", "label": ("no", "yes")[number % 40 > 19]} for number in range(120)
-    ]
-    (tmp_path / "sport.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_model(tmp_path / "model", asked="sport ?")
+    write_rows(tmp_path / "sport.jsonl")
     (tmp_path / "mine-0.3.dist-info").mkdir()
     (tmp_path / "mine-0.3.dist-info" / "METADATA").write_text("Name: mine\nVersion: 0.3\n")
     for name in ("tasks.py", "datasets.py"):
@@ -88,17 +95,20 @@ QUICK = ("train.steps=2", "train.batch_size=4", "train.max_length=32", "engine.t
 RUN = ("python", "-m", "clbench", "--config-dir", "conf", *OWN, *QUICK)
 
 
-def shell(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    """What a line in the user's shell does, there."""
+def shell(folder: Path, *words: object, site: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """What a line in the user's shell does, there; with what is installed in `site`, if not with this checkout."""
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment |= {"PYTHONPATH": str(site)} if site else {}
     command = {"cwd": folder, "env": environment, "capture_output": True, "text": True, "timeout": 300}
     return subprocess.run(" ".join(f"'{word}'" for word in words), shell=True, **command)
 
 
-def test_a_model_rows_a_method_and_a_probe_of_ones_own_give_a_ranked_row(folder):
+@pytest.mark.parametrize("of", ["checkout", pytest.param("wheel", marks=pytest.mark.slow)])
+def test_a_model_rows_a_method_and_a_probe_of_ones_own_give_a_ranked_row(of, folder, request):
+    typed = partial(shell, folder, site=request.getfixturevalue("site") if of == "wheel" else None)
     lines = [line for text in FILES.values() for line in text.splitlines() if line]
     assert len(lines) <= 30
-    answer = shell(folder, *RUN)
+    answer = typed(*RUN)
     assert answer.returncode == 0, answer.stderr
     assert f"adapters are on {LINEAR}\n" in answer.stderr
     (row,) = csv.DictReader((folder / "results" / "leaderboard.csv").open())
@@ -106,14 +116,15 @@ def test_a_model_rows_a_method_and_a_probe_of_ones_own_give_a_ranked_row(folder)
     assert 0 <= float(row["average_accuracy"]) <= 1
     (path,) = (folder / "results" / "runs").iterdir()
     manifest = json.loads((path / "manifest.json").read_text())
+    assert of == "checkout" or manifest["git"]["commit"] == "unknown"
     assert {*manifest["config"]["sources"]} == {"mine.shrink", "mine.colours"}
     assert manifest["versions"]["mine"] == "0.3" and "clbench" in manifest["versions"]
     assert '"probe": "colours"' in (path / "scores.jsonl").read_text()
     assert manifest["command"].startswith("python -m clbench --config-dir conf ")
     # The recorded command pastes back, and leaves it alone; other code is another run.
-    assert "has been completed already" in shell(folder, *shlex.split(manifest["command"])).stderr
+    assert "has been completed already" in typed(*shlex.split(manifest["command"])).stderr
     (folder / "mine" / "shrink.py").write_text(FILES["mine/shrink.py"].replace("+=", "-="))
-    assert shell(folder, *RUN).returncode == 0
+    assert typed(*RUN).returncode == 0
     assert len([*(folder / "results" / "runs").iterdir()]) == 2
 
 

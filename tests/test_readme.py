@@ -1,5 +1,6 @@
 """Every command and example of README.md, as it is printed: run with the tiny model or, where it names a large one, composed and checked."""
 
+import csv
 import os
 import re
 import shlex
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from clbench.config.composition import compose
+from tests.test_contributing import FILES as CONTRIBUTED
+from tests.test_own_folder import QUICK, shell, write_model, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,6 +52,30 @@ def test_a_command_that_names_a_large_model_composes(words, tmp_path, monkeypatc
     own = words[words.index("my_conf") + 1 :] if "my_conf" in words else words[1:]
     config = compose(own, config_dir=folder if "my_conf" in words else None)
     assert config.stream.tasks and config.method["name"] == "seq"
+
+
+def test_rows_and_a_method_of_ones_own_are_ranked_as_they_are_printed(tmp_path):
+    (words,) = [words for words in COMMANDS if "my_conf" in words]
+    files = CONTRIBUTED | {
+        # The page leaves out what stands above the class in CONTRIBUTING.
+        "my_methods/shrink.py": CONTRIBUTED["my_methods/shrink.py"].partition("@dataclass")[0] + METHOD,
+        "my_conf/task/mine.yaml": YAML,
+        "my_conf/probe/own.yaml": "probes: {stream: {_target_: clbench.examine.matrix.Matrix}}\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    write_model(tmp_path / "model", asked="Is this about sports?")
+    write_rows(tmp_path / "mine.jsonl")
+    (tmp_path / "ROWS").mkdir()
+    tiny = {"model.name=/models/mine": "model.name=model", "probe=mini_local": "probe=own"}
+    assert {*tiny} < {*words}
+    own = (tiny.get(word, word) for word in words)
+    answer = shell(tmp_path, "python", "-m", *own, "method=shrink", *QUICK)
+    assert answer.returncode == 0, answer.stderr
+    (row,) = csv.DictReader((tmp_path / "results" / "leaderboard.csv").open())
+    assert (row["stream"], row["model"], row["method"]) == ("mine", "model", "shrink")
+    assert 0 <= float(row["average_accuracy"]) <= 1
 
 
 def test_the_tables_are_read_with_pandas_as_it_says(monkeypatch, capsys):

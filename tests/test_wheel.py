@@ -3,25 +3,16 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_an_installed_wheel_composes_and_refuses_like_a_checkout(tmp_path):
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    subprocess.run([*pip, "wheel", "--no-deps", "-w", str(tmp_path), str(ROOT)], check=True, timeout=300)
-    (wheel,) = tmp_path.glob("clbench-*.whl")
-    subprocess.run(
-        [*pip, "install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)], check=True, timeout=300
-    )
+def test_an_installed_wheel_composes_and_refuses_like_a_checkout(site, tmp_path):
     # -P and the wheel's folder first: neither the checkout nor its editable install may answer.
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PYTHONSAFEPATH": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
     where = "import clbench, baselines.seq, tasks.world; print(clbench.__file__, baselines.seq.__file__, tasks.world.__file__)"
     found = subprocess.run(
         [sys.executable, "-c", where], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert all(path.startswith(str(tmp_path)) for path in found.stdout.split()), found.stdout
+    assert all(path.startswith(str(site)) for path in found.stdout.split()), found.stdout
     composed = subprocess.run(
         [sys.executable, "-m", "clbench", "--cfg", "job"],
         env=environment,
@@ -44,7 +35,7 @@ def test_an_installed_wheel_composes_and_refuses_like_a_checkout(tmp_path):
     # A tasks.py of the user's hides none of the wheel's own: its tasks are found before the probe's field is refused.
     (tmp_path / "tasks.py").write_text("raise RuntimeError('not this one')\n")
     del environment["PYTHONSAFEPATH"]
-    for start in ([sys.executable, "-m", "clbench"], [str(tmp_path / "site" / "bin" / "clbench")]):
+    for start in ([sys.executable, "-m", "clbench"], [str(site / "bin" / "clbench")]):
         hidden = subprocess.run(
             [*start, "+probe.probes.stream.nonesuch=1", f"cache_dir={tmp_path}"],
             env=environment,
@@ -54,5 +45,5 @@ def test_an_installed_wheel_composes_and_refuses_like_a_checkout(tmp_path):
             timeout=120,
         )
         assert hidden.returncode == 2 and "probe.probes.stream.nonesuch" in hidden.stderr, hidden.stderr
-    assert (tmp_path / "site" / "tasks" / "lm_eval" / "world_facts_x4.yaml").is_file()
-    assert (tmp_path / "site" / "clbench" / "report" / "report.js").is_file()
+    assert (site / "tasks" / "lm_eval" / "world_facts_x4.yaml").is_file()
+    assert (site / "clbench" / "report" / "report.js").is_file()
