@@ -52,3 +52,7 @@ class BaseInterpolation(Shrunk):
 
     def views(self, model: Module) -> dict[str, AbstractContextManager]:
         return {f"{alpha:g}": self.view([alpha] * len(self.pairs)) for alpha in self.alphas}
+
+    def still(self) -> Sequence[str]:
+        """The untouched model."""
+        return [f"{alpha:g}" for alpha in self.alphas if alpha == 0]

@@ -233,6 +233,10 @@ class Method(ABC):
         """The sets of weights to examine, by name; the first is the primary one."""
         return {"model": nullcontext()}
 
+    def still(self) -> Sequence[str]:
+        """The views that are one model whatever was trained, as the untouched one is: a run reads them once and not after every stage."""
+        return ()
+
     def state_dict(self) -> dict[str, Any]:
         """Everything besides the trainable weights that resume needs: tensors and JSON values, flat."""
         return {}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from baselines.base_interpolation import BaseInterpolation
 from clbench import cli, experiment
 from clbench.config.composition import compose
 from clbench.record.ledger import Ledger
@@ -106,6 +107,21 @@ def test_a_model_that_nothing_trains_is_read_once_and_stands_for_every_stage(ove
         for stage in (1, 2, 3)
     )
     assert first == second == [row for row in third if row["probe"] not in ("perplexity", "divergence")] != third
+
+
+@pytest.mark.parametrize("alphas", ["[0.5,0]", "[0,0.5]"])
+def test_a_view_that_training_does_not_touch_is_read_once_and_recorded_as_if_it_were_read_again(
+    overrides, alphas, tmp_path, monkeypatch
+):
+    given = ["method=base_interpolation", f"method.alphas={alphas}"]
+    once = run(elsewhere(overrides, tmp_path, "once"), *given)
+    monkeypatch.setattr(BaseInterpolation, "still", lambda self: ())
+    again = run(elsewhere(overrides, tmp_path, "again"), *given)
+    read, twice = ([cost["tokens_scored"] for cost in costs(tmp_path / name)] for name in ("once", "again"))
+    assert read[:2] == twice[:2] and read[2] < 0.6 * twice[2] and read[3] < 0.6 * twice[3], (read, twice)
+    assert scores(once) == scores(again)
+    items = [sorted((path.name, path.read_bytes()) for path in (one / "items").iterdir()) for one in (once, again)]
+    assert items[0] == items[1]
 
 
 @pytest.mark.parametrize("method", ["er_general", "self_replay_text"])

@@ -121,12 +121,16 @@ def examine(run: Run, index: int, watch: Watch) -> tuple[list[Score], int]:
 
 
 def measure(run: Run, probe: Probe, view: str, student: Student, index: int) -> list[Score]:
-    """What `probe` finds after stage `index`. A model of which nothing trains is read once and not after every stage."""
+    """What `probe` finds after stage `index`.
+
+    A model of which nothing trains, and a view on which training has no effect (`Method.still`), is read once and not after every stage; what goes on
+    after a kill reads it once more. A view that is all of what was trained is nothing's copy in this run and is read like any other.
+    """
     if (view, probe.name) in run.found:
         where = {"stage": index, "stage_name": run.stream.stage_name(index), "seconds": 0.0}
         return [replace(score, **where) for score in run.found[view, probe.name]]
     found = list(probe.measure(student, run.stream, index))
-    if not trainable(run.model):
+    if not trainable(run.model) or view in run.method.still():
         run.found[view, probe.name] = found
     return found
 

@@ -29,7 +29,7 @@ from clbench.types import Cost, Score, Source
 class Run:
     """A run under way. Only the first rank has a ledger. `overlapping`: ids of training examples that a test or probe holds, too.
 
-    `found`: what each view's probes found, kept only where nothing trains and it therefore holds for every stage.
+    `found`: what each view's probes found, kept only where training has no effect on it and it therefore holds for every stage.
     """
 
     config: Config
