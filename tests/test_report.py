@@ -50,7 +50,11 @@ pick("plane", "forgetting");
 found.points = all(".plane [data-label]").map((point) => [point.dataset.label, ...["cx", "cy"].map((side) => point.querySelector("circle").getAttribute(side))]);
 found.bars = all(".ranks rect").map((bar) => ["x", "width"].map((side) => Number(bar.getAttribute(side))));
 for (const measure of ["retention", "retention_probability"]) { pick("plane", measure); collect("plane", measure); }
-found.curves = all(".plane [data-curve]").map((curve) => [curve.dataset.curve, ...all("title", curve).map((title) => title.textContent)]);
+found.curves = {};
+for (const across of ["average_accuracy", "learning_accuracy"]) {
+  pick("plane", across, "across");
+  found.curves[across] = all(".plane [data-curve]").map((curve) => [curve.dataset.curve, ...all("title", curve).map((title) => title.textContent)]);
+}
 found.front = document.querySelector(".cost [data-front]").dataset.front.split("|");
 for (const measure of ["retention", "before"]) { pick("bands", measure); collect("bands", `bands ${measure}`); }
 pick("verdicts", "kl_to_base"); collect("verdicts", "verdicts kl_to_base");
@@ -218,11 +222,12 @@ def test_points_and_bars_stand_where_their_numbers_say(found, results):
     assert lefts == approx(start + step * ranks[:, 0]) and widths == approx(step * (spans + 0.6), rel=1e-3)
 
 
-def test_a_learning_rate_curve_goes_through_the_searchs_points_in_the_order_of_the_rates(found, results):
+@pytest.mark.parametrize("across", ["learning_accuracy", "average_accuracy"])
+def test_a_learning_rate_curve_goes_through_the_searchs_points_in_the_order_of_the_rates(found, results, across):
     tuned = table(results / "tuning", "leaderboard.csv")
     rates = tuned["notes"].str.extract(r"train\.lr=([\d.e-]+)", expand=False).astype(float)
-    ((label, *titles),) = found["curves"]
-    points = tuned.assign(rate=rates).sort_values("rate")[["rate", "learning_accuracy", "retention_probability"]]
+    ((label, *titles),) = found["curves"][across]
+    points = tuned.assign(rate=rates).sort_values("rate")[["rate", across, "retention_probability"]]
     assert label == "alpha" and len(points) == 3
     assert [numbers(title) for title in titles] == [close(point) for point in points.to_numpy()]
 

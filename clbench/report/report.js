@@ -213,8 +213,9 @@ const FIGURES = {
     show(card, drawSpans(rows, `rank by ${page.axes[name].replace(/ \(.*/, "")} (1 is best)`, true), "ranks");
   },
   plane(card, page) {
+    const across = choose(card, "across", page.measured("learning_accuracy", "average_accuracy"), page.axes);
     const measure = choose(card, "measure", page.measured("retention_probability", "retention", "forgetting", "bwt"), page.axes);
-    show(card, measure && drawScatter(page, "learning_accuracy", measure, { curves: page.tuning }), "stability-plasticity");
+    show(card, across && measure && drawScatter(page, across, measure, { curves: page.tuning }), "stability-plasticity");
   },
   stages(card, page) {
     for (const [measure, lines] of Object.entries(page.stages).filter(([, lines]) => Object.keys(lines).length)) {
