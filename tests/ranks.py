@@ -70,6 +70,7 @@ CASES = {
     "er_general": ("method=er_general",),
     "agem": ("method=agem", "method.fraction=0.5"),
     "slao": ("method=slao",),
+    "base_interpolation": ("method=base_interpolation",),
     "lines": ("method=lines",),
     "osf": ("method=osf",),
 }
