@@ -24,6 +24,7 @@ from clbench.report.search import search
 from clbench.report.summary import summarise
 from clbench.types import Cost, Score, UserMistake
 
+RESULTS = Path(__file__).resolve().parent.parent / "results"
 TASKS = ("sums", "food", "rhyme")
 # Row 0 is the untouched model. Of ALPHA: average .667, learning .8, BWT -.2, forgetting .25, FWT .075 (see test_metrics).
 ALPHA = [[0.10, 0.20, 0.30], [0.80, 0.25, 0.30], [0.90, 0.70, 0.40], [0.50, 0.60, 0.90]]
@@ -245,8 +246,15 @@ def test_every_column_is_documented_and_no_other(blocks, name):
     assert all(one.unit and one.definition for one in FILES[name][1])
 
 
+@pytest.mark.parametrize("name", columns.BESIDE)
+def test_every_column_of_a_file_that_is_not_made_of_records_is_documented_and_no_other(name):
+    header = (RESULTS / name).read_text(encoding="utf-8").split("\n")[0].split(",")
+    assert header == [one.name for one in columns.BESIDE[name][1]]
+    assert all(one.unit and one.definition for one in columns.BESIDE[name][1])
+
+
 def test_the_page_of_columns_is_that_of_the_code():
-    page = Path(__file__).resolve().parent.parent / "results" / "COLUMNS.md"
+    page = RESULTS / "COLUMNS.md"
     assert page.read_text(encoding="utf-8") == columns.page()
 
 
@@ -768,7 +776,7 @@ def test_a_directory_that_cannot_be_read_is_not_packed_over_what_the_archive_hol
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["reference", "reference/tuning", "real/tuning"])
 def test_an_archive_gives_the_tables_beside_it(folder, tmp_path):
-    committed = Path(__file__).resolve().parent.parent / "results" / folder
+    committed = RESULTS / folder
     if not (committed / "runs.tar.xz").is_file():
         pytest.skip("this search is not recorded yet")
     shutil.copy(committed / "runs.tar.xz", tmp_path)

@@ -62,7 +62,10 @@ pick("verdicts", "average_accuracy"); collect("verdicts");
 document.addEventListener("click", (event) => { if (event.target.download) event.preventDefault(); }); // nothing is saved
 found.files = all("figcaption a").map((link) => { link.click(); return [link.download, link.href]; });
 found.svgs = all(".plot svg").length;
-found.units = all(".axis").map((axis) => axis.textContent);
+found.units = all(".plot svg").map((svg) => all(".axis", svg).map((axis) => axis.textContent));
+const beyond = (box, one) => one.left < box.left - 1 || one.right > box.right + 1 || one.top < box.top - 1 || one.bottom > box.bottom + 1;
+found.cut = all(".stages svg, .bands svg, .matrix svg, .verdicts svg").flatMap((svg) =>
+  all("text", svg).filter((words) => beyond(svg.getBoundingClientRect(), words.getBoundingClientRect())).map((words) => words.textContent));
 const lines = () => [...new Set(all(".stages [data-label], .bands [data-label]").map((line) => line.dataset.label))].sort();
 found.lines = [lines()];
 set(boxes.find((box) => box.value === "alpha"), false);
@@ -349,7 +352,18 @@ def test_every_figure_is_a_file_and_every_axis_has_a_unit(found):
         kind, content = link.split(",", 1)
         assert name.endswith(".svg") and kind == "data:image/svg+xml;charset=utf-8"
         assert ElementTree.fromstring(unquote(content)).tag == "{http://www.w3.org/2000/svg}svg"
-    assert found["units"] and all("(" in unit or unit == "" for unit in found["units"])
+    assert all(len(units) == 2 and all("(" in unit or unit == "" for unit in units) for units in found["units"])
+    assert found["cut"] == []
+
+
+def test_a_line_in_a_figures_file_is_named(found):
+    files = {name: ElementTree.fromstring(unquote(link.split(",", 1)[1])) for name, link in found["files"]}
+    texts = {
+        name: {node.text for node in file.iter("{http://www.w3.org/2000/svg}text")} for name, file in files.items()
+    }
+    for name in ("accuracy.svg", "retention.svg", "perplexity_ratio.svg", "bands.svg"):
+        assert {*found["ticked"]} <= texts[name], name
+    assert {"untouched model", "chance"} <= texts["accuracy.svg"]
 
 
 def test_the_report_is_one_self_contained_file(results):

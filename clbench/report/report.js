@@ -15,6 +15,7 @@ function node(tag, attributes, ...children) {
 
 const text = (words, x, y, more = {}) => node("text", { x, y, fill: "currentColor", ...more }, words);
 const line = (x1, y1, x2, y2, more = {}) => node("line", { x1, y1, x2, y2, stroke: "currentColor", ...more });
+const width = (names) => 6.4 * Math.max(0, ...names.map((name) => name.length)); // of the longest one, in the font of the figures
 const path = (points) => "M" + points.map((point) => point.map((value) => value.toFixed(1)).join(" ")).join("L");
 const known = (value) => value !== null && value !== undefined;
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 4 });
@@ -60,15 +61,15 @@ function canvas(width, height) {
 }
 
 // An svg with both axes, their ticks and units; null where an axis has no numbers.
-function frame(xAxis, yAxis, { height = HEIGHT, left = LEFT } = {}) {
+function frame(xAxis, yAxis, { height = HEIGHT, left = LEFT, right = RIGHT } = {}) {
   if (!xAxis.values.length || !yAxis.values.length) return null;
-  const svg = canvas(WIDTH, height), floor = height - BOTTOM;
-  const x = scale(xAxis, left, WIDTH - RIGHT), y = scale(yAxis, floor, TOP);
+  const svg = canvas(WIDTH, height), floor = height - BOTTOM, end = WIDTH - right;
+  const x = scale(xAxis, left, end), y = scale(yAxis, floor, TOP);
   for (const tick of x.ticks)
     svg.append(line(x.place(tick), TOP, x.place(tick), floor, { "stroke-opacity": 0.12 }), text(number(tick), x.place(tick), floor + 15, { "text-anchor": "middle" }));
   for (const tick of y.ticks)
-    svg.append(line(left, y.place(tick), WIDTH - RIGHT, y.place(tick), { "stroke-opacity": 0.12 }), text(yAxis.name?.(tick) ?? number(tick), left - 6, y.place(tick) + 4, { "text-anchor": "end" }));
-  svg.append(text(x.label, (left + WIDTH - RIGHT) / 2, height - 8, { "text-anchor": "middle", class: "axis" }));
+    svg.append(line(left, y.place(tick), end, y.place(tick), { "stroke-opacity": 0.12 }), text(yAxis.name?.(tick) ?? number(tick), left - 6, y.place(tick) + 4, { "text-anchor": "end" }));
+  svg.append(text(x.label, (left + end) / 2, height - 8, { "text-anchor": "middle", class: "axis" }));
   svg.append(text(y.label, 13, (TOP + floor) / 2, { "text-anchor": "middle", class: "axis", transform: `rotate(-90 13 ${(TOP + floor) / 2})` }));
   return { svg, x: x.place, y: y.place };
 }
@@ -88,25 +89,35 @@ function show(card, svg, name) {
 
 // --- the shapes that figures are made of
 
-// Lines [x, mean, lowest, highest] by label over x, of the ticked methods; dotted levels by name.
+// Lines [x, mean, lowest, highest] by label over x, of the ticked methods, each named at its end; dotted levels by name.
 function drawLines(page, { lines, xAxis, yAxis, levels = {} }) {
   const own = Object.entries(lines).filter(([label]) => page.ticked.has(label)), points = own.flatMap(([, places]) => places);
   if (!points.length) return null;
   xAxis.values = points.map((point) => point[0]);
   yAxis.values = [...points.flatMap((point) => point.slice(1)), ...Object.values(levels)].filter(known);
-  const { svg, x, y } = frame(xAxis, yAxis);
+  const right = RIGHT + width(own.map(([label]) => label)), { svg, x, y } = frame(xAxis, yAxis, { right });
   for (const [name, level] of Object.entries(levels).filter(([, level]) => known(level)))
-    svg.append(node("g", {}, line(LEFT, y(level), WIDTH - RIGHT, y(level), { "stroke-dasharray": "2 4", "stroke-opacity": 0.7 }), node("title", {}, `${name}: ${number(level)}`)));
-  for (const [label, places] of own) {
+    svg.append(node("g", {}, line(LEFT, y(level), WIDTH - right, y(level), { "stroke-dasharray": "2 4", "stroke-opacity": 0.7 }), text(name, LEFT + 3, y(level) - 3, { "font-size": 9 }), node("title", {}, `${name}: ${number(level)}`)));
+  const names = apart(own.map(([, places]) => y(places.at(-1)[1])), HEIGHT - BOTTOM);
+  for (const [row, [label, places]] of own.entries()) {
     const { colour, dash } = page.styles[label];
     const band = [...places.map(([at, , , high]) => [x(at), y(high)]), ...places.map(([at, , low]) => [x(at), y(low)]).reverse()];
     const group = node("g", { "data-label": label }, node("path", { d: path(band) + "Z", fill: colour, "fill-opacity": 0.13 }));
     group.append(node("path", { d: path(places.map(([at, mean]) => [x(at), y(mean)])), fill: "none", stroke: colour, "stroke-width": 1.8, "stroke-dasharray": dash }));
     for (const [at, ...numbers] of places)
       group.append(node("circle", { cx: x(at), cy: y(numbers[0]), r: 2.4, fill: colour }, node("title", {}, `${label} at ${at}: ${interval(numbers)}`)));
+    group.append(text(label, x(places.at(-1)[0]) + 6, names[row] + 4, { fill: colour }));
     svg.append(group);
   }
   return svg;
+}
+
+// The heights `wanted` for the names of lines, moved so that none lies on another, as far as there is room above the floor.
+function apart(wanted, floor) {
+  const order = [...wanted.keys()].sort((one, other) => wanted[one] - wanted[other]), found = [...wanted], step = Math.min(12, (floor - TOP) / wanted.length);
+  order.forEach((row, place) => { if (place) found[row] = Math.max(found[row], found[order[place - 1]] + step); });
+  order.reverse().forEach((row, place) => { found[row] = Math.min(found[row], place ? found[order[place - 1]] - step : floor); });
+  return found;
 }
 
 // One point a method, ticked ones with name and intervals; `curves` are learning-rate curves, `front` asks for the Pareto front.
@@ -156,7 +167,7 @@ function drawFront(points, x, y) {
 
 // Horizontal bars {label, title, spans: [[from, to, colour]], point}, one row each.
 function drawSpans(rows, label, whole = false) {
-  const left = 20 + 6.4 * Math.max(0, ...rows.map((row) => row.label.length)), height = rows.length * 17 + BOTTOM + TOP;
+  const left = 20 + width(rows.map((row) => row.label)), height = rows.length * 17 + BOTTOM + TOP;
   const yAxis = { label: "", values: [-rows.length + 0.5, -0.5], ticks: rows.map((_, place) => -place - 0.5), name: (tick) => rows[-tick - 0.5].label, log: false };
   const framed = frame({ label, values: rows.flatMap((row) => row.spans.flatMap(([from, to]) => [from, to])), log: false, whole }, yAxis, { height, left });
   if (!framed) return null;
@@ -170,19 +181,22 @@ function drawSpans(rows, label, whole = false) {
   return framed.svg;
 }
 
-// Cells {title, words, fill, opacity, frame} by row and column, with the names of both.
-function drawGrid(rowNames, columnNames, cells, size) {
-  const length = (names) => 12 + 6.2 * Math.max(0, ...names.map((name) => name.length)), left = length(rowNames), top = length(columnNames);
-  const svg = canvas(left + size * columnNames.length + 4, top + size * rowNames.length + 4);
+// Cells {title, words, fill, opacity, frame} by row and column, with the names of both, and what they are: `down` and `across`.
+function drawGrid(rowNames, columnNames, cells, size, { down, across }) {
+  const left = 28 + width(rowNames), top = 12 + width(columnNames);
+  const wide = Math.max(left + size * columnNames.length + 4, 8 + width([across])), high = Math.max(top + size * rowNames.length + 24, 8 + width([down]));
+  const svg = canvas(wide, high);
+  svg.append(text(across, wide - 4, high - 7, { "text-anchor": "end", class: "axis" }));
+  svg.append(text(down, 13, high / 2, { "text-anchor": "middle", class: "axis", transform: `rotate(-90 13 ${high / 2})` }));
   rowNames.forEach((name, row) => svg.append(text(name, left - 5, top + (row + 0.5) * size + 4, { "text-anchor": "end" })));
   columnNames.forEach((name, column) => {
     const at = left + (column + 0.5) * size + 4;
     svg.append(text(name, at, top - 5, { transform: `rotate(-90 ${at} ${top - 5})` }));
   });
-  cells.forEach((row, down) => row.forEach((cell, across) => {
+  cells.forEach((row, place) => row.forEach((cell, column) => {
     if (!cell) return;
-    const x = left + across * size, y = top + down * size, edge = { stroke: "currentColor", "stroke-opacity": cell.frame ? 1 : 0.15 };
-    svg.append(node("g", { "data-cell": `${down},${across}` }, node("title", {}, cell.title),
+    const x = left + column * size, y = top + place * size, edge = { stroke: "currentColor", "stroke-opacity": cell.frame ? 1 : 0.15 };
+    svg.append(node("g", { "data-cell": `${place},${column}` }, node("title", {}, cell.title),
       node("rect", { x: x + 0.5, y: y + 0.5, width: size - 1, height: size - 1, fill: cell.fill, "fill-opacity": cell.opacity, ...edge }),
       text(cell.words, x + size / 2, y + size / 2 + 4, { "text-anchor": "middle", fill: cell.opacity > 0.55 ? "#fff" : "currentColor", "font-size": 9 })));
   }));
@@ -229,7 +243,7 @@ const FIGURES = {
       title: `${run.tasks[task]} after ${run.stages[stage]}: ${number(score)} (fraction of 1)`, words: known(score) ? score.toFixed(2) : "",
       fill: "#0072B2", opacity: score ?? 0, frame: stage === task + 1,
     })));
-    show(card, drawGrid(run.stages, run.tasks, cells, 28), "matrix");
+    show(card, drawGrid(run.stages, run.tasks, cells, 28, { down: "after stage (task)", across: "task (score: fraction of 1)" }), "matrix");
   },
   items(card, page) {
     const rows = page.methods.filter(({ measures }) => known(measures.lost_corrected[0])).map(({ label, measures: { lost_corrected: lost, gained_corrected: gained } }) => ({
@@ -250,7 +264,7 @@ const FIGURES = {
       fill(one, other, verdict, [mean, low, high], q, needed);
       fill(other, one, mirrored[verdict] ?? verdict, [mean, high, low].map(minus), q, needed);
     }
-    show(card, measure && drawGrid(names, names, cells, 18), "verdicts");
+    show(card, measure && drawGrid(names, names, cells, 18, { down: "method (name)", across: `against, by ${page.axes[measure]}` }), "verdicts");
   },
   drift(card, page) {
     const across = choose(card, "across", page.measured("kl_to_base", "update_norm", "perplexity_ratio"), page.axes);
