@@ -6,6 +6,8 @@ import logging
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -317,6 +319,19 @@ def test_what_a_kill_left_half_written_is_removed_at_the_next_start(tmp_path):
     half.mkdir(parents=True)
     recipe().load(tmp_path)
     assert not half.exists()
+
+
+def test_the_file_of_a_killed_sweep_goes_and_that_of_another_machine_or_of_a_live_one_stays(tmp_path):
+    begin = "Hooks().on_multirun_start(OmegaConf.create({'results_dir': sys.argv[1]})); os.kill(os.getpid(), 9)"
+    code = f"import os, sys; from omegaconf import OmegaConf; from clbench.cli import Hooks; {begin}"
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -9
+    (left,) = tmp_path.iterdir()
+    host, _, process = left.stem.rpartition("-")
+    others = [f"{host}-{os.getpid()}.jsonl", f"{host}b-{process}.jsonl"]
+    for name in others:
+        (tmp_path / name).write_text("")
+    remove_left(tmp_path)
+    assert sorted(one.name for one in tmp_path.iterdir()) == sorted(others)
 
 
 @pytest.mark.parametrize(

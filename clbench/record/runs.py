@@ -7,6 +7,7 @@ directory. Not here: what the numbers amount to (report).
 import json
 import logging
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -174,9 +175,9 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def remove_left(folder: Path) -> None:
-    """Removes what `replace_file` left in a folder when its process was killed."""
-    for path in folder.glob(".*.tmp"):
-        _, _, process = path.stem.rpartition(".")
+    """Removes what `replace_file`, or a sweep on this machine, left in a folder when its process was killed."""
+    for path in [*folder.glob(".*.tmp"), *folder.glob(f".sweep-{os.uname().nodename}-*.jsonl")]:
+        process = re.split("[.-]", path.stem)[-1]
         if process.isdecimal() and _is_gone(int(process)):
             path.unlink(missing_ok=True)
 
