@@ -44,7 +44,7 @@ def wanted() -> Iterator[tuple[str, DatasetSpec, set[str], Reader | None]]:
                         told("test_split") or told("validation_split"),
                         told("fewshot_split") or told("training_split"),
                     )
-                    spec = DatasetSpec(name=task.name, hub=told("dataset_path"), config=told("dataset_name"))
+                    spec = DatasetSpec(name=task.name, hub=str(told("dataset_path")), config=told("dataset_name"))
                     # What probe.shots puts before a question comes of the second.
                     yield f"probe {path.stem}: {task.name}", spec, {split for split in (asked, shown) if split}, None
     yield "probe: text, texts=wikitext", get_object("tasks.wikitext.DATASET"), {"test", "train"}, None

@@ -66,6 +66,29 @@ def test_gemmas_rates_are_those_that_the_recorded_search_chose():
     assert chosen.to_dict() == {name: f"train.lr={one['train']['lr']}" for name, one in settings.items() if one}
 
 
+SEARCHED = {
+    path.stem: found
+    for path in sorted((CONF / "method").glob("*.yaml"))
+    if (found := re.search(r"# this and (.*): conf/experiment/tune/(\w+)\.yaml", path.read_text()))
+}
+
+
+@pytest.mark.parametrize("method", SEARCHED)
+def test_what_a_methods_yaml_says_was_searched_is_what_its_search_varies(method):
+    key, search = SEARCHED[method].groups()
+    varied = yaml.safe_load((CONF / "experiment" / "tune" / f"{search}.yaml").read_text())["hydra"]["sweeper"]["params"]
+    assert (search, varied.keys()) == (method, {"train.lr", f"method.{key}"})
+
+
+@pytest.mark.parametrize("method", ["base_interpolation", "lines"])
+@pytest.mark.parametrize("settings", ["none", "published"])
+def test_views_of_a_model_trained_as_seq_are_trained_at_its_rate(method, settings, tmp_path):
+    found, seq = (
+        compose([f"method={name}", f"settings={settings}", f"results_dir={tmp_path}"]) for name in (method, "seq")
+    )
+    assert found.train == seq.train and found.method["lora"] == seq.method["lora"]
+
+
 OF_WORLD = {"tune/common", "tune/er_general", "tune/self_replay_text"}
 SEARCHES = [option for option in options("experiment") if option.startswith("tune/") and option not in OF_WORLD]
 
