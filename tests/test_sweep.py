@@ -2,12 +2,15 @@
 
 import fcntl
 import importlib.util
+import json
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 from clbench import cli
@@ -16,9 +19,12 @@ from clbench.config import run_directory
 from clbench.config.composition import compose
 from clbench.record import ledger
 from clbench.record.ledger import Ledger
+from clbench.report.tables import refresh
+from clbench.verify import verify
+from tests.faults.warm import Outcome, command
 
 FEW = ("stream.limit=1", "train.steps=1")
-UNTIMED = ("stages.csv", "retention.csv", "probes.csv", "differences.csv")
+UNTIMED = ("stages.csv", "retention.csv", "probes.csv", "differences.csv", "search.csv")
 DIVERGING = ("train.lr=1e-3,1e30", "train.clip=0", "train.schedule=constant", "train.warmup=0", "train.steps=3")
 
 
@@ -38,6 +44,21 @@ def results(tmp_path: Path) -> Path:
 
 def states(folder: Path) -> list[str]:
     return sorted(path.read_text().strip() for path in folder.glob("runs/*/status"))
+
+
+def untimed(folder: Path) -> dict[str, object]:
+    """Every table, without the seconds and the memory that the same run takes otherwise another time."""
+    tables: dict[str, object] = {name: (folder / name).read_bytes() for name in UNTIMED}
+    board = pd.read_csv(folder / "leaderboard.csv", dtype=str, keep_default_na=False)
+    timed = [name for name in board if name.startswith(("seconds_", "peak_memory_bytes"))]
+    objects = json.loads((folder / "leaderboard.json").read_text())
+    lines = [line.split(" | ") for line in (folder / "leaderboard.md").read_text().splitlines()]
+    (place,) = {cells.index("train s") for cells in lines if "train s" in cells}
+    return tables | {
+        "leaderboard.csv": board.drop(columns=timed).to_dict("records"),
+        "leaderboard.json": [{name: value for name, value in one.items() if name not in timed} for one in objects],
+        "leaderboard.md": [cells[:place] + cells[place + 1 :] for cells in lines],
+    }
 
 
 def test_a_job_that_diverges_is_a_result_in_the_table(overrides, tmp_path, monkeypatch):
@@ -80,7 +101,8 @@ class Killed(BaseException):
 
 def test_a_killed_sweep_started_again_gives_the_tables_of_an_unbroken_one(tiny, tmp_path, monkeypatch):
     whole, broken = ([*tiny, f"results_dir={tmp_path / name}"] for name in ("whole", "broken"))
-    assert sweep(monkeypatch, whole, "seed=0,1,2") == 0
+    settings = ["seed=0,1", "train.lr=1e-3,3e-3"]
+    assert sweep(monkeypatch, whole, *settings) == 0
     append, calls = Ledger.append, []
 
     def die(self, scores):
@@ -92,11 +114,31 @@ def test_a_killed_sweep_started_again_gives_the_tables_of_an_unbroken_one(tiny, 
     with monkeypatch.context() as patch:
         patch.setattr(Ledger, "append", die)
         with pytest.raises(Killed):
-            sweep(patch, broken, "seed=0,1,2")
+            sweep(patch, broken, *settings)
     assert not (tmp_path / "broken" / "leaderboard.csv").exists(), "tables are written once, at the end"
-    assert sweep(monkeypatch, broken, "seed=0,1,2") == 0
-    for name in UNTIMED:
-        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert sweep(monkeypatch, broken, *settings) == 0
+    tables = untimed(tmp_path / "whole")
+    assert untimed(tmp_path / "broken") == tables
+    assert len(tables["leaderboard.csv"]) == tables["search.csv"].count(b"\n") - 1 == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork")
+def test_two_sweeps_at_once_in_one_folder_leave_what_one_leaves(tiny, tmp_path):
+    """They meet in the middle, where one leaves the other's run alone; the tables are those of whichever ends last."""
+
+    def swept(folder: str, seeds: str) -> Outcome:
+        given = ["-m", *tiny, *FEW, f"results_dir={tmp_path / folder}", f"seed={seeds}"]
+        return command(given, folder=tmp_path / f"from-{folder}-{seeds}")
+
+    assert swept("one", "0,1").code == 0
+    with ThreadPoolExecutor() as pool:
+        ends = list(pool.map(swept, ["two", "two"], ["0,1", "1,0"]))
+    for end in ends:
+        assert not end.faults and (end.code == 0 or "being written by another process" in end.err), end
+    assert states(tmp_path / "two") == ["complete"] * 2
+    assert not list((tmp_path / "two").glob(".*"))
+    refresh(tmp_path / "two")  # both may have ended within the time that tables take
+    assert untimed(tmp_path / "two") == untimed(tmp_path / "one") and verify(tmp_path / "two") == ([], 2)
 
 
 def test_a_run_that_another_process_writes_is_left_alone(overrides, tmp_path, monkeypatch, capsys):
