@@ -13,6 +13,7 @@ import pytest
 from baselines.base_interpolation import BaseInterpolation
 from clbench import cli, experiment
 from clbench.config.composition import compose
+from clbench.experiment.afterwards import examine_again
 from clbench.record.ledger import Ledger
 from clbench.record.runs import read_runs
 from clbench.report import tables as leaderboard
@@ -137,6 +138,8 @@ def test_a_method_that_trains_on_what_a_probe_measures_is_refused_or_flagged(ove
     flagged = json.loads((path / "manifest.json").read_text())["trained_probes"]
     assert flagged == ["perplexity world_text: the method's texts"]
     assert "perplexity world_text: the method's texts" in (tmp_path / "measured" / "leaderboard.md").read_text()
+    with pytest.raises(UserMistake, match=r"a probe measures \(perplexity world_text\)"):
+        examine_again(path, ("probe=world", "probe.limit=12"))
 
 
 def test_a_text_of_a_method_that_fits_no_row_is_refused_before_anything_is_examined(overrides, tmp_path):
