@@ -32,7 +32,7 @@ from baselines.seq import Seq
 from clbench.data.memory import Memory
 from clbench.data.sampling import generator
 from clbench.protocols import Engine, Stage
-from clbench.types import Source
+from clbench.types import Example, Source
 
 
 @dataclass(kw_only=True)
@@ -49,13 +49,17 @@ class Er(Seq):
     def training_set(self, stage: Stage) -> Sequence[Source]:
         """The current task, and the memory beside it once it holds anything."""
         current = Source(examples=stage.train)
-        if not self.memory.examples or self.ratio == 0:
+        past = self.replayed()
+        if not past or self.ratio == 0:
             return (current,)
-        past = self.memory.examples
         if self.after:
             order = torch.randperm(len(past), generator=generator(self.seed, "replay order", stage.index))
             past = [past[i] for i in order.tolist()]
         return (current, Source(examples=past, share=self.ratio, weight=self.weight, after=self.after))
+
+    def replayed(self) -> list[Example]:
+        """What there is to replay."""
+        return self.memory.examples
 
     def end_stage(self, stage: Stage, engine: Engine) -> None:
         self.memory.take(stage.train, fraction=self.fraction, capacity=self.capacity, seed=self.seed, stage=stage.index)

@@ -1,6 +1,6 @@
-"""ER with general text: experience replay whose memory also holds rows of a general dataset, from the first stage on.
+"""ER with general text: experience replay that draws from rows of a general dataset, too, from the first stage on.
 
-Loss and memory as in ER; beside the rows of past tasks the memory holds `texts`, of which every token after the first is an answer. So the base's
+Loss and memory as in ER; rows are drawn from those of past tasks and from `texts`, of which every token after the first is an answer. So the base's
 own kind of text is rehearsed with the tasks. TRACE's replay (arXiv 2310.06762, section 4.3.1) mixes its alignment data (LIMA) in this way, once
 after the task; here rows are drawn in every step, as in ER. The text must not be what a probe reads.
 
@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import PositiveInt
-from torch.nn import Module
 
 from baselines.er import Er
 from clbench.types import Example
@@ -36,7 +35,7 @@ def as_rows(texts: Sequence[str]) -> tuple[Example, ...]:
 
 @dataclass(kw_only=True)
 class ErGeneral(Er):
-    """ER with the beginnings of `texts`, of at most `words` words each, in its memory."""
+    """ER that also replays the beginnings of `texts`, of at most `words` words each; `capacity` counts rows of tasks alone."""
 
     texts: Sequence[str]
     words: PositiveInt
@@ -44,6 +43,5 @@ class ErGeneral(Er):
     def documents(self) -> Sequence[str]:
         return beginnings(self.texts, words=self.words)
 
-    def wrap(self, model: Module) -> Module:
-        self.memory.examples += as_rows(self.documents())
-        return super().wrap(model)
+    def replayed(self) -> list[Example]:
+        return [*as_rows(self.documents()), *super().replayed()]

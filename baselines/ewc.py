@@ -28,7 +28,6 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
-from torch.nn import Module
 
 from baselines.seq import Seq
 from clbench.data.sampling import generator
@@ -85,12 +84,6 @@ class Ewc(Seq):
     centre: dict[str, Tensor] = field(default_factory=dict)
     excess: float = 0.0
     raw_means: list[float] = field(default_factory=list)
-
-    def begin_stage(self, stage: Stage, model: Module) -> None:
-        """A quadratic that was read back from a checkpoint goes where the weights are."""
-        device = next(model.parameters()).device
-        self.importance = {name: value.to(device) for name, value in self.importance.items()}
-        self.centre = {name: value.to(device) for name, value in self.centre.items()}
 
     def correct_gradients(self, engine: Engine) -> Tensor | float:
         """Adds the penalty's gradient; returns its value in nats."""

@@ -10,12 +10,14 @@ import os
 import shlex
 import signal
 import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import fill
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -35,6 +37,7 @@ from clbench.config.secrets import masked
 from clbench.progress import Line, log, set_up_logging
 from clbench.types import NotWritten, RankFailed, UserMistake
 
+T = TypeVar("T")
 USERS_MISTAKES = (UserMistake, HydraException, OmegaConfBaseException, YAMLError)
 FAILED = (RankFailed, NotWritten)
 FAILURES = (*USERS_MISTAKES, *FAILED)
@@ -96,8 +99,23 @@ def main() -> None:
                 Path(os.environ[SWEEP]).unlink(missing_ok=True)
 
 
+def side_command(parser: ArgumentParser, action: Callable[[Namespace], T], arguments: Sequence[str] | None = None) -> T:
+    """What `action` gives of the words on the command line, with the folder's own classes in reach; a mistake of the user's is one line."""
+    options = parser.parse_intermixed_args(arguments)
+    put_in_reach(Path.cwd())
+    try:
+        return action(options)
+    except FAILURES as error:
+        refuse(error)
+
+
 def put_in_reach(folder: Path) -> None:
-    """A yaml may name a class of `folder`, however clbench was started; a tasks.py or datasets.py there hides no package of the same name."""
+    """A yaml may name a class of `folder`, however clbench was started; a tasks.py or datasets.py there hides no package of the same name.
+
+    A checkout of clbench that is started in its own folder stays first: another one may be installed.
+    """
+    if folder.resolve() == Path(__file__).resolve().parents[1]:
+        return
     sys.path[:] = [*(entry for entry in sys.path if entry not in ("", str(folder))), str(folder)]
 
 

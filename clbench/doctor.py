@@ -11,7 +11,7 @@ import importlib
 import logging
 import re
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from rich.table import Column, Table
 from transformers import PretrainedConfig
 
 from clbench.build import check_classes, make_tasks, set_up_torch, sketch
-from clbench.cli import USERS_MISTAKES, put_in_reach, refuse
+from clbench.cli import side_command
 from clbench.config import Config
 from clbench.config.checks import one_of
 from clbench.config.composition import CONF_DIR, compose
@@ -244,21 +244,20 @@ def forecast(arguments: Sequence[str], *, config_dir: Path | None = None) -> Ite
 
 def main(arguments: Sequence[str]) -> None:
     """Prints what was asked for. A mistake of the user's ends the command with exit code 2."""
-    pages = {"methods": methods_table, "datasets": datasets_page, "hub": hub_table}
     parser = ArgumentParser("python -m clbench.doctor", description="What there is, and what an experiment will cost.")
     parser.add_argument("words", nargs="*", metavar="what", help=WORDS)
     parser.add_argument("--config-dir", "-cd", type=Path, help="a folder with yamls of your own")
-    options = parser.parse_intermixed_args(arguments)
+    side_command(parser, _tell, arguments)
+
+
+def _tell(options: Namespace) -> None:
+    pages = {"methods": methods_table, "datasets": datasets_page, "hub": hub_table}
     words = options.words
-    try:
-        if not words:
-            raise UserMistake(f"say what to look at: {WORDS}")
-        for part in [pages[words[0]]()] if words[0] in pages else forecast(words, config_dir=options.config_dir):
-            Console(highlight=False, markup=False, emoji=False, soft_wrap=True).print(part)
-    except USERS_MISTAKES as error:
-        refuse(error)
+    if not words:
+        raise UserMistake(f"say what to look at: {WORDS}")
+    for part in [pages[words[0]]()] if words[0] in pages else forecast(words, config_dir=options.config_dir):
+        Console(highlight=False, markup=False, emoji=False, soft_wrap=True).print(part)
 
 
 if __name__ == "__main__":
-    put_in_reach(Path.cwd())
     main(sys.argv[1:])

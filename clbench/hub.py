@@ -40,13 +40,13 @@ def wanted() -> Iterator[tuple[str, DatasetSpec, set[str], Reader | None]]:
             for row in resolve(name, index).values():
                 for task in row.tasks:
                     told = task.config.get
-                    asked, shown = (
+                    # What probe.shots puts before a question comes of the second.
+                    asked = {
                         told("test_split") or told("validation_split"),
                         told("fewshot_split") or told("training_split"),
-                    )
+                    }
                     spec = DatasetSpec(name=task.name, hub=str(told("dataset_path")), config=told("dataset_name"))
-                    # What probe.shots puts before a question comes of the second.
-                    yield f"probe {path.stem}: {task.name}", spec, {split for split in (asked, shown) if split}, None
+                    yield f"probe {path.stem}: {task.name}", spec, asked - {None, ""}, None
     yield "probe: text, texts=wikitext", get_object("tasks.wikitext.DATASET"), {"test", "train"}, None
 
 
@@ -84,16 +84,10 @@ def _unread(spec: DatasetSpec, needed: set[str], read: Reader) -> str:
 
 def checked() -> Iterator[tuple[str, str, str]]:
     """Rows of the table: who asks, the address, what is wrong; an address that several ask for is looked at once."""
-    found: dict[tuple[str, ...], str] = {}
+    found: dict[str, str] = {}
     for who, spec, splits, read in wanted():
-        key = (
-            who if read else "",
-            spec.hub,
-            f"{spec.config}",
-            f"{spec.revision}",
-            *sorted(splits),
-            *sorted(spec.data_files.values()),
-        )
+        address = f"{spec.hub} : {spec.config} @ {spec.revision} [{', '.join(sorted(splits))}]"
+        key = who if read else address  # each reader reads rows in its own way
         if key not in found:
             found[key] = wrong(spec, splits, read)
-        yield who, f"{spec.hub} : {spec.config} @ {spec.revision} [{', '.join(sorted(splits))}]", found[key] or "right"
+        yield who, address, found[key] or "right"

@@ -44,33 +44,16 @@ def address(dataset: DatasetSpec) -> str:
 
 def build_stream(config: StreamConfig, *, order: str, tasks: Mapping[str, Task], encoder: Encoder) -> Stream:
     """The stages of `tasks` in `order`; raises UserMistake for a task without rows."""
-    names = ordered([*tasks], order)
-    train: dict[str, tuple[Example, ...]] = {}
-    test: dict[str, tuple[Example, ...]] = {}
-    unusable: list[Unusable] = []
-    for name in names:
-        train[name], test[name], left_out = usable(name, tasks[name], config=config, encoder=encoder)
-        unusable += left_out
-        if not train[name] or not test[name]:
-            raise UserMistake(
-                f"task {name!r} has {len(train[name])} train and {len(test[name])} test examples; both must be at least 1 (conf/task)"
-            )
-    whole = tuple(example for name in names for example in train[name])
+    found = {name: usable(name, tasks[name], config=config, encoder=encoder) for name in ordered([*tasks], order)}
+    whole = tuple(example for train, _, _ in found.values() for example in train)
+    made = {"collate": encoder.collate, "whole_stream": whole}
     return Stream(
         name=config.name,
         order=order,
-        unusable=tuple(unusable),
+        unusable=tuple(one for _, _, left_out in found.values() for one in left_out),
         stages=tuple(
-            Stage(
-                index=index,
-                name=name,
-                task=tasks[name],
-                train=train[name],
-                test=test[name],
-                collate=encoder.collate,
-                whole_stream=whole,
-            )
-            for index, name in enumerate(names, start=1)
+            Stage(index=index, name=name, task=tasks[name], train=train, test=test, **made)
+            for index, (name, (train, test, _)) in enumerate(found.items(), start=1)
         ),
     )
 
@@ -78,7 +61,7 @@ def build_stream(config: StreamConfig, *, order: str, tasks: Mapping[str, Task],
 def usable(
     name: str, task: Task, *, config: StreamConfig, encoder: Encoder
 ) -> tuple[tuple[Example, ...], tuple[Example, ...], list[Unusable]]:
-    """The training and the test examples of a task, and what was left out of them."""
+    """The training and the test examples of a task, and what was left out of them; raises UserMistake where none are left."""
     caps = {"train": config.train_rows, "test": config.test_rows}
     found = {split: by_fault(task, split, cap=cap, encoder=encoder) for split, cap in caps.items()}
     if config.too_long == "refuse":
@@ -105,7 +88,12 @@ def usable(
     ]
     if not few:
         found = {split: by_fault(task, split, cap=cap, encoder=encoder, judge=False) for split, cap in caps.items()}
-    return tuple(found["train"][""]), tuple(found["test"][""]), unusable
+    train, test = tuple(found["train"][""]), tuple(found["test"][""])
+    if not train or not test:
+        raise UserMistake(
+            f"task {name!r} has {len(train)} train and {len(test)} test examples; both must be at least 1 (conf/task)"
+        )
+    return train, test, unusable
 
 
 def by_fault(

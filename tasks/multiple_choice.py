@@ -11,11 +11,11 @@ from string import ascii_uppercase
 from typing import Any, Literal
 
 from clbench.types import Example, UserMistake
-from tasks.hub import ClosedTask, Row, lookup, render, text_at, texts_at
+from tasks.hub import ClosedTask, Row, TextTask, lookup, render, text_at, texts_at
 
 
 @dataclass(kw_only=True)
-class MultipleChoice(ClosedTask):
+class MultipleChoice(ClosedTask, TextTask):
     """`options` is the column that lists the options, or several columns with one option each.
 
     `{options}` in the template stands for them, a line each: "A. ...". `answer` is the column of the right one: its
@@ -24,17 +24,16 @@ class MultipleChoice(ClosedTask):
 
     metric: Literal["accuracy"]
     options: str | Sequence[str]
-    answer: str
     option_labels: str | None = None
-
-    @property
-    def answer_columns(self) -> tuple[str, ...]:
-        return (self.answer,)
 
     def example(self, row: Row, *, id: str) -> Example:
         """The question with its lettered options."""
         own = self.options
         texts = texts_at(row, own) if isinstance(own, str) else [text_at(row, column) for column in own]
+        if len(texts) > len(ascii_uppercase):
+            raise UserMistake(
+                f"column {own!r} holds {len(texts)} options; there are letters for {len(ascii_uppercase)}"
+            )
         letters = ascii_uppercase[: len(texts)]
         labels = texts_at(row, self.option_labels) if self.option_labels else list(letters)
         right = position(lookup(row, self.answer), labels, column=self.answer)

@@ -225,7 +225,8 @@ def method_settings(name: str) -> dict:
 
 def adapted(model, name: str, targets="all-linear", **changed):
     """`model` with the method's adapters, as its yaml has them but for what is `changed`, at random values."""
-    settings = {key: value for key, value in method_settings(name).items() if key != "name"} | changed
+    small = {"rank": 16} if name == "curlora" else {}
+    settings = {key: value for key, value in method_settings(name).items() if key != "name"} | small | changed
     if "lora" in settings:
         settings["lora"] = settings["lora"] | {"targets": targets}
     else:
@@ -534,6 +535,7 @@ def test_layers_that_are_computed_past_are_refused_before_the_model_is_examined(
     model = folder(tmp_path / "model", tiny(name, vocab_size=len(tokenizer)), tokenizer)
     targets = {"seq": "method.lora.targets", "curlora": "method.targets"}[method]
     asked = [f"model.name={model}", "+model.world_seed=0", f"method={method}", f"{targets}=all-linear"]
+    asked += ["method.rank=16"] if method == "curlora" else []
     config = composition.compose([*asked, f"results_dir={tmp_path}", f"cache_dir={tmp_path}", *SHORT])
     with pytest.raises(UserMistake, match=UNLIKE[name][0]):
         experiment.run(config)

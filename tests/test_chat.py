@@ -31,7 +31,7 @@ TEMPLATES = {
     "{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}",
     "inst": "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% elif m.role == 'user' %}"
     "{{ bos_token }}[INST] {{ m.content | trim }} [/INST]{% else %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}",
-    "words": "It is {{ strftime_now('%Y') }}. {% for m in messages %}{{ 'USER' if m.role == 'user' else 'ASSISTANT' }}: {{ m.content }} {% endfor %}"
+    "words": "\n  {% set here = 1 %}\n It is {{ strftime_now('%Y') }}. {% for m in messages %}{{ 'USER' if m.role == 'user' else 'ASSISTANT' }}: {{ m.content }} {% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}",
 }
 MARKS = ("<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>")
@@ -81,6 +81,9 @@ def test_a_long_question_is_cut_inside_its_message(cut):
     end = len(ids) - len(encoder.answer("red")) - 1
     assert ids[end - len(encoder.end) : end] == encoder.end
     assert not Encoder(tokenizer, max_length=encoder.frame + 1, chat=True).fits("red")
+    shortest = encoder.frame + len(encoder.answer("red")) + 1
+    bare = Encoder(tokenizer, max_length=shortest, cut=cut, chat=True).example(example).ids
+    assert bare[: encoder.frame] == (*encoder.begin, *encoder.end)
 
 
 def test_running_text_stays_as_it_is():

@@ -1,6 +1,7 @@
 """What a user sees on the command line: help at once, mistakes in one line with exit code 2."""
 
 import resource
+import shutil
 import subprocess
 import sys
 from importlib.abc import MetaPathFinder
@@ -101,6 +102,16 @@ class Interrupting(MetaPathFinder):
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name == "clbench.cli":
             raise KeyboardInterrupt
+
+
+def test_a_checkout_runs_its_own_methods_though_another_one_is_installed(tmp_path):
+    for part in ("clbench", "baselines", "tasks", "conf"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    method = tmp_path / "baselines" / "base.py"
+    method.write_text(method.read_text().replace("- memory: none", "- memory: MINE"))
+    words = [sys.executable, "-m", "clbench.doctor", "methods"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert "MINE" in done.stdout, done.stdout + done.stderr
 
 
 def test_ctrl_c_while_the_command_line_is_imported_is_one_line(monkeypatch, capsys):

@@ -178,6 +178,10 @@ def test_one_task_may_have_a_folder_of_its_own_and_the_run_keeps_its_hash(tmp_pa
         compose([*given, "+tasks.bolq.data_dir=x"])
 
 
+def test_a_run_has_one_hash_wherever_its_results_lie_even_in_a_folder_called_as_its_method_is():
+    assert run_hash(asdict(compose(["results_dir=seq"]))) == run_hash(asdict(compose(["results_dir=out"])))
+
+
 def test_a_prompt_in_a_chat_is_another_run_and_a_plain_one_the_run_that_it_was_before_there_were_others(tmp_path):
     plain = asdict(compose([f"results_dir={tmp_path}"]))
     before = {name: value for name, value in plain.items() if name != "prompt"}

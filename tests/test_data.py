@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from clbench.data.encoder import Encoder, clip_left, clip_middle
+from clbench.data.encoder import Encoder, clip_left
 from clbench.data.memory import Memory
 from clbench.data.rows import DatasetSpec, load_rows
 from clbench.data.sampling import draw, epoch_indices, generator
@@ -94,7 +94,7 @@ def test_a_prompt_cut_in_its_middle_keeps_both_ends():
     # BOS a b, then e f (g is met first: id 3), g, EOS.
     assert encoded.ids == (1, 4, 5, 8, 9, 3, 2) and encoded.answer_start == 5
     assert encoder.lost(example("a b c d e f", "g")) == 2 and encoder.lost(example("a b c d", "g")) == 0
-    assert [clip_middle((1, 2, 3, 4, 5), length) for length in (5, 4, 3, 2, 1)] == [
+    assert [encoder.clipped((1, 2, 3, 4, 5), length) for length in (5, 4, 3, 2, 1)] == [
         (1, 2, 3, 4, 5),
         (1, 2, 4, 5),
         (1, 2, 5),

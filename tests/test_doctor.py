@@ -86,9 +86,9 @@ def test_full_training_trains_all_parameters_and_the_base_none(overrides):
 
 
 def test_settings_of_an_experiments_method_are_not_those_of_the_others(tmp_path):
-    wide = AutoConfig.for_model("llama", vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    wide = AutoConfig.for_model("llama", vocab_size=100, hidden_size=128, intermediate_size=64, num_hidden_layers=2)
     config = compose(["+experiment=curlora3_mistral7b", "method.rank=4", f"results_dir={tmp_path}"])
-    assert dict(trainable_rows(config, wide))["curlora"] == f"{2 * 3 * 16 * 16:,}"
+    assert dict(trainable_rows(config, wide))["curlora"] == f"{2 * 3 * 64 * 64:,}"
     assert count_parameters(sketch(config, wide)[1])["trainable"] == 2 * 3 * 4 * 4
 
 

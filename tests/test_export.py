@@ -28,8 +28,8 @@ def check(path: Path, out: Path, base: Path, *, stage: int | None = None, trains
     """That a run's model is exported with the logits that it has in clbench; the adapter with them, where there is one."""
     has_adapter = not export.export_run(path, out, stage=stage)
     assert has_adapter == (out / "adapter").is_dir()
-    with export.trained(path, stage=stage) as found:
-        expected = logits(found.model)
+    with export.trained(path, stage=stage) as (model, *_):
+        expected = logits(model)
     untouched = AutoModelForCausalLM.from_pretrained(base)
     assert (float((expected - logits(untouched)).abs().max()) > 1e-3) == trains
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(out)), expected, rtol=0, atol=1e-5)
@@ -83,8 +83,8 @@ def test_a_run_that_began_from_an_adapter_is_exported_whole_and_never_as_an_adap
         "out for transformers, none for PEFT: the run began from an adapter, so its own would not be for model alone\n"
     )
     assert not Path("out/adapter").exists()
-    with export.trained(path) as found:
-        expected = logits(found.model)
+    with export.trained(path) as (model, *_):
+        expected = logits(model)
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained("out")), expected, rtol=0, atol=1e-5)
     begun = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("model"), "first")
     assert float((expected - logits(begun)).abs().max()) > 1e-3
@@ -93,8 +93,8 @@ def test_a_run_that_began_from_an_adapter_is_exported_whole_and_never_as_an_adap
 def test_an_adapter_of_a_model_in_a_folder_is_opened_from_another_folder(own, tmp_path, monkeypatch):
     path = run(compose(own))
     assert export.export_run(path, Path("out")) == ""
-    with export.trained(path) as found:
-        expected = logits(found.model)
+    with export.trained(path) as (model, *_):
+        expected = logits(model)
     monkeypatch.chdir("/")
     opened = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out" / "adapter")
     torch.testing.assert_close(logits(opened), expected, rtol=0, atol=1e-5)

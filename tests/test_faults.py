@@ -311,10 +311,13 @@ def test_what_a_kill_left_half_written_is_removed_at_the_next_start(tmp_path):
         (path / name).write_text("half")
     opened(path)
     assert files(path) == expected
-    (tmp_path / ".leaderboard.csv.4194999.tmp").write_text("half")  # beyond the highest process number
-    (tmp_path / f".stages.csv.{os.getpid()}.tmp").write_text("being written")
+    here = os.uname().nodename
+    (tmp_path / f".leaderboard.csv.{here}-4194999.tmp").write_text("half")  # beyond the highest process number
+    kept = [f".stages.csv.{here}-{os.getpid()}.tmp", f".stages.csv.x{here}-4194999.tmp"]
+    for name in kept:
+        (tmp_path / name).write_text("being written, here or by a process of another machine")
     remove_left(tmp_path)
-    assert sorted(one.name for one in tmp_path.iterdir()) == [f".stages.csv.{os.getpid()}.tmp", "run"]
+    assert sorted(one.name for one in tmp_path.iterdir()) == [*sorted(kept), "run"]
     half = tmp_path / "models" / f".toy-{recipe().settings_hash[:12]}-x"
     half.mkdir(parents=True)
     recipe().load(tmp_path)

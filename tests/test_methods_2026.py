@@ -429,11 +429,12 @@ def test_osf_refuses_layers_that_peft_cannot_decompose(targets):
         lab("osf", f"method.targets={targets}", made=gpt2)
 
 
-def test_general_text_is_in_the_memory_from_the_first_stage_on():
+def test_general_text_is_replayed_from_the_first_stage_on():
     toy = lab("er_general", "method.texts.texts=6")
     (_, replay) = toy.method.training_set(toy.stage(1))
     assert [row.id for row in replay.examples] == [f"general/{number}" for number in range(6)]
     before = everything(toy.model)
     toy.train(1)
-    assert len(toy.method.memory.examples) == 7  # a tenth of ten rows
+    (_, replay) = toy.method.training_set(toy.stage(2))
+    assert len(replay.examples) == 8  # and a fifth of ten rows
     assert not same(everything(toy.model), before)

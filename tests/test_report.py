@@ -106,6 +106,7 @@ def results(tmp_path_factory):
     write_blocks(folder)
     write_run(folder, HOSTILE, seed=0, matrix=BETA, name="demo-hostile")
     write_run(folder, "beta<b>", seed=9, matrix=BETA, status="failed", stages=1)
+    write_run(folder, "diverging", seed=0, matrix=BETA, status="diverged: stage 2 of 3: a loss is not finite", stages=1)
     for run in (folder / "runs").iterdir():
         in_bands(run)
     for number, rate in enumerate((3e-4, 1e-3, 1e-2)):

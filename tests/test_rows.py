@@ -129,6 +129,7 @@ def test_a_line_that_is_no_row_is_named_with_file_line_and_column(bad, said, tmp
         (letters, {"choices": ["a", None]}, r"column 'choices' is \['a', None\]"),
         (letters, {"answer": 2}, r"column 'answer' holds 2; one of \['A', 'B'\] is due, or a position from 0 to 1"),
         (letters, {"answer": -1}, "column 'answer' holds -1"),
+        (letters, {"choices": ["a"] * 27}, "column 'choices' holds 27 options; there are letters for 26"),
     ],
 )
 def test_a_row_that_makes_no_example_is_named_with_file_line_and_column(kind, changed, said, tmp_path):

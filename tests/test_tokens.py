@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from clbench.data.encoder import Encoder
 from clbench.examine.lm import StudentLM
 from clbench.examine.student import Student
-from clbench.models.tiny import with_bos, word_tokenizer
+from clbench.models.tiny import word_tokenizer
 from clbench.types import Example, UserMistake
 from tests.test_probes import SENTENCES
 
@@ -141,7 +141,7 @@ def test_without_a_bos_a_long_prompt_keeps_its_end_and_an_empty_one_begins_with_
 
 
 def test_a_word_tokenizer_of_ours_puts_one_bos_before_a_text_for_lm_eval_and_answers_keep_their_tokens():
-    tokenizer = with_bos(word_tokenizer("does the dog bark yes no".split()))
+    tokenizer = word_tokenizer("does the dog bark yes no".split())
     encoder = Encoder(tokenizer, max_length=100)
     assert encoder.own("the dog", special=True) == encoder.prompt("the dog") == (tokenizer.bos_token_id, 5, 6)
     assert encoder.answer("yes") == tuple(encoder.text(" yes")) == (8,)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from clbench.cli import FAILURES, refuse
+from clbench.cli import side_command
 from clbench.compare import Row, Side, compare, read_side
 from clbench.types import UserMistake
 
@@ -58,11 +58,7 @@ if __name__ == "__main__":
     parser = ArgumentParser("python -m clbench.compare", description="How two runs differ by probe and task.")
     parser.add_argument("first", type=Path, help="results_dir/runs/NAME, or NAME@VIEW")
     parser.add_argument("second", type=Path, help="the same of the other, of any results_dir")
-    options = parser.parse_args()
-    try:
-        parts = list(page(read_side(options.first), read_side(options.second)))
-    except FAILURES as error:
-        refuse(error)
+    parts = side_command(parser, lambda options: list(page(read_side(options.first), read_side(options.second))))
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 80)
     for part in parts:
         console.print(part)

@@ -8,6 +8,7 @@ No torch here: the command line must answer at once.
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -191,9 +192,11 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     dropped = {name for name, facts in keys().items() if not facts.get("identity", True)}
     if values.get("engine.dtype", "float32") != "float32":
         dropped -= {"engine.name", "engine.zero_stage"}
-    places = {v for name, v in values.items() if isinstance(v, str) and name.rpartition(".")[2] in PLACES} - {""}
+    places = {name: v for name, v in values.items() if isinstance(v, str) and v and name.rpartition(".")[2] in PLACES}
+    # Whole paths alone are known again elsewhere: "seq" may be a folder and a method.
+    elsewhere = {place for place in places.values() if os.path.isabs(place)}
     return {
-        name: "<path>" if isinstance(value, str) and value in places else value
+        name: "<path>" if name in places or (isinstance(value, str) and value in elsewhere) else value
         for name, value in values.items()
         if name not in dropped and (name not in LATER or value != LATER[name])
     }

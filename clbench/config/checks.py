@@ -58,14 +58,10 @@ def check(config: Config) -> None:
         )
     if not stream.tasks:
         raise UserMistake("stream.tasks is empty; name at least one task of conf/task")
-    if config.data_dir is not None and not Path(config.data_dir).is_dir():
-        raise UserMistake(
-            f"data_dir={config.data_dir!r} is not a directory; give the folder that holds <dataset>/<split>.jsonl"
-        )
-    if config.probe.include_path is not None and not Path(config.probe.include_path).is_dir():
-        raise UserMistake(
-            f"probe.include_path={config.probe.include_path!r} is not a directory; give the folder of your lm-eval yamls"
-        )
+    folders = {"data_dir": "that holds <dataset>/<split>.jsonl", "probe.include_path": "of your lm-eval yamls"}
+    for name, what in folders.items():
+        if values[name] is not None and not Path(values[name]).is_dir():
+            raise UserMistake(f"{name}={values[name]!r} is not a directory; give the folder {what}")
     for name in ("results_dir", "cache_dir"):
         writable(name, values[name])
 

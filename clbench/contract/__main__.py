@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from clbench.build import check_classes, set_up_torch
-from clbench.cli import FAILURES, put_in_reach, refuse
+from clbench.cli import side_command
 from clbench.config.composition import compose
 from clbench.contract import checks
 from clbench.contract.lab import TOY
@@ -36,9 +36,4 @@ if __name__ == "__main__":
     )
     parser.add_argument("words", nargs="+", metavar="key=value", help="method=NAME, and any key of the configuration")
     parser.add_argument("--config-dir", "-cd", type=Path, help="a folder with yamls of your own")
-    options = parser.parse_intermixed_args()
-    put_in_reach(Path.cwd())
-    try:
-        sys.exit(min(_hold(options), 1))
-    except FAILURES as error:
-        refuse(error)
+    sys.exit(min(side_command(parser, _hold), 1))

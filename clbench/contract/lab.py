@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedTokenizerFast
 
-from clbench.build import make_method
+from clbench.build import Parts, make_method
 from clbench.config import Config, StreamConfig
 from clbench.data.encoder import Encoder
 from clbench.experiment.underway import Run, open_engine, train
@@ -149,8 +149,8 @@ def lab(
     tasks = {f"toy{index}": ToyTask(index) for index in (1, 2, 3)}
     stream = build_stream(StreamConfig(name="toy"), order="default", tasks=tasks, encoder=encoder)
     method, plain = make_method(config), logits(model, encoder.collate(stream.stages[0].train))
-    run = Run(config=config, method=method, model=method.wrap(model), stream=stream, probes=(), encoder=encoder)
-    return Lab(run=run, base=base, plain=plain)
+    parts = Parts(source=None, method=method, adapted=(), encoder=encoder, stream=stream, probes=())
+    return Lab(run=Run(**vars(parts), config=config, model=method.wrap(model)), base=base, plain=plain)
 
 
 def everything(model: Module) -> dict[str, Tensor]:

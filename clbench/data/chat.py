@@ -43,8 +43,9 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
     template = tokenizer.get_chat_template()
     if "strftime_now" not in template:
         return template
+    # transformers drops the line's end behind a tag, so the template begins a line, as it does by itself.
     written = "".join(f" | replace('%{form}', '{DAY.strftime(f'%{form}')}')" for form in FORMS)
-    return f"{{%- macro strftime_now(form) -%}}{{{{ form{written} }}}}{{%- endmacro -%}}{template}"
+    return f"{{%- macro strftime_now(form) -%}}{{{{ form{written} }}}}{{%- endmacro %}}\n{template}"
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **settings: Any) -> str:

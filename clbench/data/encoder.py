@@ -136,8 +136,13 @@ class Encoder:
         return self._encoded[key]
 
     def clipped(self, prompt: Ids, length: int) -> Ids:
-        """A prompt's ids cut to `length`, as in training, so in examination."""
-        return CUTS[self.cut](prompt, length, kept=len(self.begin))
+        """A prompt's ids cut to `length`, as in training, so in examination; what a template puts around a message stays.
+
+        On the left what follows BOS goes; in the middle what is between the two halves (as in LongBench, arXiv 2308.14508).
+        """
+        begin, end = len(self.begin), len(self.end)
+        halves = max(min(max(length - length // 2, begin), length - end), 1)
+        return clip_left(prompt, length, kept=halves if self.cut == "middle" else begin)
 
     def lost(self, example: Example) -> int:
         """How many tokens of the example's prompt are cut in training."""
@@ -213,12 +218,3 @@ def clip_left(ids: Ids, length: int, *, kept: int = 1) -> Ids:
     assert length >= 1, length
     kept = min(kept, length)
     return ids if len(ids) <= length else (*ids[:kept], *ids[len(ids) - length + kept :])
-
-
-def clip_middle(ids: Ids, length: int, *, kept: int = 1) -> Ids:
-    """`ids` cut to `length` by dropping what is between their two halves, so that beginning and end stay (as LongBench does, arXiv 2308.14508)."""
-    assert length >= 1, length
-    return ids if len(ids) <= length else (*ids[: length - length // 2], *ids[len(ids) - length // 2 :])
-
-
-CUTS = {"left": clip_left, "middle": clip_middle}

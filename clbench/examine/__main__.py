@@ -5,7 +5,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from clbench.cli import FAILURES, put_in_reach, refuse
+from clbench.cli import side_command
 from clbench.config.checks import given, whole_number
 
 OWN = ("stage", "cache_dir")
@@ -42,9 +42,4 @@ if __name__ == "__main__":
     help = "probe=NAME, probe.KEY=VALUE, data_dir=DIR; stage=K, without it all that are kept; cache_dir=DIR"
     parser.add_argument("words", nargs="*", metavar="key=value", help=help)
     parser.add_argument("--config-dir", "-cd", type=Path, help="a folder with yamls of your own")
-    options = parser.parse_intermixed_args()
-    put_in_reach(Path.cwd())
-    try:
-        print(_examine(options))
-    except FAILURES as error:
-        refuse(error)
+    print(side_command(parser, _examine))

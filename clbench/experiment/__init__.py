@@ -27,10 +27,10 @@ from clbench.experiment.examination import (
     replay_scores,
     under_views,
 )
-from clbench.experiment.underway import Run, cost_of, train
+from clbench.experiment.underway import Run, cost_of, re_enter, train
 from clbench.models.lora import check_reached
 from clbench.models.sharding import gathering
-from clbench.models.weights import load_trainable_state, trainable, trainable_state
+from clbench.models.weights import trainable, trainable_state
 from clbench.progress import Line
 from clbench.protocols import Stage
 from clbench.record.forecast import Forecast, seconds_of
@@ -89,17 +89,8 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
             evaluation = check_evaluation(parts, model)
             begun = manifest | {"canaries": evaluation, "untouched_measured_by": untouched.run}
             ledger = Ledger(path, manifest=begun, keep_all=config.train.checkpoint == "all")
-        started = Run(
-            config=config,
-            method=parts.method,
-            model=model,
-            stream=parts.stream,
-            probes=parts.probes,
-            encoder=parts.encoder,
-            ledger=ledger,
-            ranks=ranks,
-            overlapping=data.overlapping,
-        )
+        under_way = {"config": config, "model": model, "ledger": ledger, "ranks": ranks}
+        started = Run(**vars(parts), **under_way, overlapping=data.overlapping)
         try:
             with ledger or nullcontext():
                 run_stages(started, untouched, tracker)
@@ -133,15 +124,7 @@ def outlook(config: Config) -> Forecast:
     _, manifest = described(config, parts, ranks=alone)
     model = loaded(config, parts)
     untouched = measure_untouched(config, parts, model, manifest=manifest, ranks=alone, watch=lambda *_: None)
-    begun = Run(
-        config=config,
-        method=parts.method,
-        model=wrap(parts.method, model),
-        stream=parts.stream,
-        probes=parts.probes,
-        encoder=parts.encoder,
-    )
-    return forecast(begun, untouched)
+    return forecast(Run(**vars(parts), config=config, model=wrap(parts.method, model)), untouched)
 
 
 def run_stages(run: Run, untouched: Untouched, tracker: Tracker) -> None:
@@ -179,8 +162,7 @@ def go_on(run: Run) -> tuple[dict[str, Tensor], Checkpoint | None]:
     kept = run.ranks.share((run.ledger.load(), run.ledger.load_within()) if run.ledger else None)
     assert kept is not None, "the first rank has the ledger"
     finished, within = kept
-    load_trainable_state(run.model, finished.weights)
-    run.method.load_state_dict(finished.state)
+    re_enter(run, finished)
     step = f", step {within.step} of the next" if within else ""
     log.info("%s: continuing after stage %d%s", run_name(run.config), finished.stage, step)
     return finished.moments, within

@@ -16,6 +16,8 @@ from clbench.config import Config, identity, is_due
 from clbench.data.encoder import Encoder
 from clbench.examine.canaries import check_stream
 from clbench.examine.canaries.own_model import bounds, check_model
+from clbench.examine.scores import Found
+from clbench.examine.scores import scores as rows_of
 from clbench.examine.student import Report, Student
 from clbench.examine.together import reads_together
 from clbench.experiment.underway import Run
@@ -84,19 +86,8 @@ def replay_scores(run: Run, stage: Stage, memory: Sequence[Source]) -> list[Scor
     replayed = {example.id for source in memory for example in source.examples}
     if not replayed:
         return []
-    return [
-        Score(
-            stage=stage.index,
-            stage_name=stage.name,
-            probe="data",
-            task="replay",
-            metric="test_or_probe_overlap",
-            value=float(len(replayed & run.overlapping)),
-            stderr=float("nan"),
-            n=len(replayed),
-            seconds=0.0,
-        )
-    ]
+    found = {"test_or_probe_overlap": Found(float(len(replayed & run.overlapping)), len(replayed))}
+    return list(rows_of(found, stream=run.stream, stage=stage.index, probe="data", task="replay", seconds=0.0))
 
 
 def student_of(config: Config, model: Module, encoder: Encoder, ranks: Ranks, *, report: Report) -> Student:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from clbench.build import Parts
 from clbench.config import Config
-from clbench.data.encoder import Encoder
 from clbench.examine.canaries.own_model import said
 from clbench.models.loss import causal_lm
 from clbench.models.sharding import gathering
 from clbench.models.weights import count_parameters, load_trainable_state, trainable
-from clbench.protocols import Engine, Method, Probe, Stage, Stream
+from clbench.protocols import Engine, Stage
 from clbench.record.ledger import Checkpoint, Ledger
 from clbench.record.tracking import Tracker
 from clbench.train import optimizer as optim
@@ -26,18 +26,14 @@ from clbench.types import Cost, Score, Source
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(Parts):
     """A run under way. Only the first rank has a ledger. `overlapping`: ids of training examples that a test or probe holds, too.
 
     `found`: what each view's probes found, kept only where training has no effect on it and it therefore holds for every stage.
     """
 
     config: Config
-    method: Method
     model: Module
-    stream: Stream
-    probes: tuple[Probe, ...]
-    encoder: Encoder
     ledger: Ledger | None = None
     ranks: Ranks = field(default_factory=Ranks)
     overlapping: frozenset[str] = frozenset()
@@ -83,11 +79,11 @@ def train(
     return sources, trained, carried
 
 
-def re_enter(run: Run, within: Checkpoint) -> None:
-    """Puts back what a stage that has just begun was in the middle of."""
-    load_trainable_state(run.model, within.weights)
+def re_enter(run: Run, kept: Checkpoint) -> None:
+    """Puts back what a checkpoint holds, the method's state on the model's device."""
+    load_trainable_state(run.model, kept.weights)
     device = run.encoder.device
-    here = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in within.state.items()}
+    here = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in kept.state.items()}
     run.method.load_state_dict(here)
 
 

@@ -7,7 +7,6 @@ method was measured on.
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from peft.tuners.lora import LoraLayer
@@ -22,18 +21,12 @@ from clbench.models.loss import causal_lm
 from clbench.types import UserMistake
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """A run's model and its tokenizer; `no_adapter`: why it is not one LoRA on the weights of a model that has a name, "" where it is."""
-
-    model: Module
-    tokenizer: PreTrainedTokenizerFast
-    no_adapter: str
-
-
 @contextmanager
-def trained(path: Path, *, stage: int | None = None, cache_dir: Path | None = None) -> Iterator[Trained]:
-    """What the run recorded at `path` trained, inside as a view of its method has it: RUN@VIEW names one, RUN is the first.
+def trained(
+    path: Path, *, stage: int | None = None, cache_dir: Path | None = None
+) -> Iterator[tuple[Module, PreTrainedTokenizerFast, str]]:
+    """The model that the run recorded at `path` trained, inside as a view of its method has it: RUN@VIEW names one, RUN is the first; its tokenizer;
+    and why it is not one LoRA on the weights of a model that has a name, "" where it is.
 
     `stage`: which of the stages that are kept, None the last. `cache_dir` as `recorded` takes it.
     """
@@ -54,17 +47,16 @@ def trained(path: Path, *, stage: int | None = None, cache_dir: Path | None = No
         no_adapter = "" if is_lora else "what was trained is more, or other, than one LoRA"
         if base := run.manifest.get("model_adapter_of"):
             no_adapter = f"the run began from an adapter, so its own would not be for {base} alone"
-        tokenizer = run.source.load_tokenizer(Path(run.config.cache_dir))
-        yield Trained(model=model, tokenizer=tokenizer, no_adapter=no_adapter)
+        yield model, run.source.load_tokenizer(Path(run.config.cache_dir)), no_adapter
 
 
 def export_run(path: Path, out: Path, *, stage: int | None = None, cache_dir: Path | None = None) -> str:
     """Writes that model to the new folder `out`, and to `out`/adapter as a PEFT adapter of the run's base model; gives why not that, else ""."""
     if out.exists() and any(out.iterdir()):
         raise UserMistake(f"{out} is not empty; name a new folder")
-    with trained(path, stage=stage, cache_dir=cache_dir) as found:
-        export(found.model, out)
-        found.tokenizer.save_pretrained(out)
-        if found.no_adapter:
+    with trained(path, stage=stage, cache_dir=cache_dir) as (model, tokenizer, no_adapter):
+        export(model, out)
+        tokenizer.save_pretrained(out)
+        if no_adapter:
             shutil.rmtree(out / "adapter", ignore_errors=True)
-        return found.no_adapter
+        return no_adapter

@@ -1,22 +1,22 @@
 """`python -m clbench.export RUN out=DIR [stage=K]`: the model that a run trained, as a checkpoint that transformers and PEFT open."""
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from clbench.cli import FAILURES, put_in_reach, refuse
+from clbench.cli import side_command
 from clbench.config.checks import given, whole_number
 from clbench.types import UserMistake
 
 
-def _export(run: Path, words: list[str]) -> str:
-    found = given(words, among=("out", "stage", "cache_dir"))
+def _export(options: Namespace) -> str:
+    found = given(options.words, among=("out", "stage", "cache_dir"))
     if "out" not in found:
         raise UserMistake("say where to: out=DIR, a new folder")
     out, cache_dir = Path(found["out"]), Path(found["cache_dir"]) if "cache_dir" in found else None
     stage = whole_number("stage", found.get("stage"))
     from clbench.export import export_run  # which is heavy: the words are right
 
-    no_adapter = export_run(run, out, stage=stage, cache_dir=cache_dir)
+    no_adapter = export_run(options.run, out, stage=stage, cache_dir=cache_dir)
     return f"{out} for transformers, " + (
         f"none for PEFT: {no_adapter}" if no_adapter else f"{out / 'adapter'} for PEFT"
     )
@@ -35,9 +35,4 @@ if __name__ == "__main__":
         metavar="key=value",
         help="out=DIR, a new folder; stage=K, the last unless given; cache_dir=DIR",
     )
-    options = parser.parse_args()
-    put_in_reach(Path.cwd())
-    try:
-        print(_export(options.run, options.words))
-    except FAILURES as error:
-        refuse(error)
+    print(side_command(parser, _export))

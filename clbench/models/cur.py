@@ -235,8 +235,7 @@ def inject(
         with whole(layer):
             layers[name] = make(name, layer)
     for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        model.set_submodule(name, layer)
     return layers
 
 

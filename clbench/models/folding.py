@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from peft.tuners.osf import OSFLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.nn import Module
@@ -49,8 +48,7 @@ def folded(model: Module) -> Iterator[Module]:
     finally:
         with torch.no_grad():
             for layer, weight, before in zip(layers, weights, kept, strict=True):
-                with whole(inner_layer(layer)):
-                    unmerge(layer)
+                unmerge(layer)
                 stored(weight).copy_(before)
 
 
@@ -70,15 +68,12 @@ def merge(layer: BaseTunerLayer | CurLinear) -> None:
         layer.merge(safe_merge=False)
 
 
-@torch.inference_mode(False)
 def unmerge(layer: BaseTunerLayer | CurLinear) -> None:
-    """Marks the layer as not merged; its weight is the caller's to put back."""
+    """Marks the layer as not merged; its weight is the caller's to put back, bit for bit, which PEFT's own subtraction would not do."""
     if isinstance(layer, CurLinear):
         layer.folded = False
-    elif isinstance(layer, OSFLayer):
-        layer.merged_adapters.clear()  # PEFT cannot take its update out again
     else:
-        layer.unmerge()
+        layer.merged_adapters.clear()
 
 
 def export(model: Module, folder: Path) -> None:

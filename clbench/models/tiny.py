@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTra
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from clbench.config.checks import writing
-from clbench.data.sampling import generator
+from clbench.data.sampling import seeded
 from clbench.hashes import of_folder, of_json
 from clbench.models.pretrained import Pretrained, log
 from clbench.models.pretraining import pretrain
@@ -112,8 +112,7 @@ class Recipe:
         """The model in `dtype` on the CPU, in eval mode, and its tokenizer."""
         if self.note:
             log.warning("%s: %s", self.label, self.note)
-        model, tokenizer = self.made(cache_dir).load(cache_dir, dtype=dtype)
-        return model, with_bos(tokenizer)
+        return self.made(cache_dir).load(cache_dir, dtype=dtype)
 
     def configuration(self, cache_dir: Path) -> PretrainedConfig:
         """That of the model that is, or will be, in `cache_dir`: it is not made for it."""
@@ -123,7 +122,7 @@ class Recipe:
         return self.configuration(cache_dir)
 
     def load_tokenizer(self, cache_dir: Path) -> PreTrainedTokenizerFast:
-        return with_bos(self.made(cache_dir).load_tokenizer(cache_dir))
+        return self.made(cache_dir).load_tokenizer(cache_dir)
 
     def fresh_tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer as it is made."""
@@ -178,15 +177,6 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """`tokenizer`, which then puts BOS before a text, as every text was pretrained on with one.
-
-    Tokenizers that earlier versions kept do not do so by themselves.
-    """
-    tokenizer.add_bos_token = True
-    return tokenizer
-
-
 def word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
     """A tokenizer with one token per word of `vocabulary`, split at spaces."""
     words = {word: index for index, word in enumerate((*SPECIAL_TOKENS, *vocabulary))}
@@ -215,7 +205,8 @@ def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=unknown, padding_side="right"
     )
-    return with_bos(fast)
+    fast.add_bos_token = True  # as every text is pretrained on with one
+    return fast
 
 
 def llama_config(tokenizer: PreTrainedTokenizerBase, architecture: Mapping[str, Any]) -> LlamaConfig:
@@ -231,7 +222,5 @@ def llama_config(tokenizer: PreTrainedTokenizerBase, architecture: Mapping[str, 
 
 def fresh_llama(tokenizer: PreTrainedTokenizerBase, *, architecture: Mapping[str, Any], seed: int) -> LlamaForCausalLM:
     """An untrained Llama whose weights depend on `seed` alone."""
-    config = llama_config(tokenizer, architecture)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(seed, "initial weights").initial_seed())
-        return LlamaForCausalLM(config)
+    with seeded(seed, "initial weights"):
+        return LlamaForCausalLM(llama_config(tokenizer, architecture))

@@ -16,19 +16,8 @@ from clbench.config.secrets import masked
 from clbench.protocols import Stream
 
 VERSIONED = (
-    *(
-        "clbench",
-        "torch",
-        "transformers",
-        "tokenizers",
-        "peft",
-        "datasets",
-        "lm_eval",
-        "deepspeed",
-        "numpy",
-        "scikit-learn",
-    ),
-    *("sacrebleu", "rouge_score", "rapidfuzz"),
+    *("clbench", "torch", "transformers", "tokenizers", "peft", "datasets", "lm_eval", "deepspeed", "numpy"),
+    *("scikit-learn", "sacrebleu", "rouge_score", "rapidfuzz"),
 )
 
 

@@ -155,9 +155,9 @@ def pack(results_dir: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """What is written inside to the path that this gives takes the place of a file, whole or not at all.
 
-    The temporary name is this process's own, as runs end side by side.
+    The temporary name is this machine's and process's own, as runs end side by side.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
     with writing(path):
         try:
             yield temporary
@@ -175,8 +175,9 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def remove_left(folder: Path) -> None:
-    """Removes what `replace_file`, or a sweep on this machine, left in a folder when its process was killed."""
-    for path in [*folder.glob(".*.tmp"), *folder.glob(f".sweep-{os.uname().nodename}-*.jsonl")]:
+    """Removes what `replace_file` or a sweep on this machine left in a folder when its process was killed."""
+    machine = os.uname().nodename
+    for path in [*folder.glob(f".*.{machine}-*.tmp"), *folder.glob(f".sweep-{machine}-*.jsonl")]:
         process = re.split("[.-]", path.stem)[-1]
         if process.isdecimal() and _is_gone(int(process)):
             path.unlink(missing_ok=True)

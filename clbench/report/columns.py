@@ -15,7 +15,7 @@ PAGE = """\
 
 R[i, j] is the score on task j after stage i; stage 0 is the untouched model, T the last stage; stage j trains task j. A block is one task order with one seed. Blocks of one order share it: what an order does to all methods alike cancels in a paired difference, what it does to one method is seen as often as there are orders.
 
-This page is made by `python -m clbench.report.columns`.
+`python -m clbench.report.columns` makes this page up to there.
 """
 
 
@@ -187,51 +187,6 @@ SEARCH = (
     Column("edge", "key and end", "which of its values are the lowest or the highest that were tried"),
 )
 
-PUBLISHED = (
-    Column("paper", "name", "the method or benchmark that the paper is about"),
-    Column("arxiv", "number", "its number at arXiv; empty where there is none or the paper is not identified"),
-    Column("source", "text", "where the number stands"),
-    Column("stream", "name", "a stream of conf/stream where the paper's is one of ours, else the paper's words"),
-    Column("model", "name", "the model, as the paper names it"),
-    Column("method", "name", "a method of conf/method where the paper's is one of ours, else the paper's words"),
-    Column("setting", "text", "what is stated of the method's settings"),
-    Column("task", "name", "what was measured on; empty for a measure of the whole stream"),
-    Column("after", "name", "the task of the stage after which it was measured; base: before training; end: after the last stage"),
-    Column("metric", "name", "what was measured, by our name where it is a metric or measure of ours"),
-    Column("value", "unit of the metric", "the number; rates are fractions of 1"),
-    Column("status", "word", "primary: read in the paper or in its authors' logs; transcribed: through somebody else's copy; unverified: could not be checked"),
-    Column("note", "text", "what must be known before the number is trusted"),
-)
-
-BENCHMARKS = (
-    Column("benchmark", "name", "what `make bench BENCHMARKS=NAME` runs"),
-    Column("case", "text", "the work"),
-    Column("peer", "text", "what does the same work; of several that which took least time; `-` where there is none"),
-    Column("unit", "name", "the unit of ours and theirs, or of a figure that is no race"),
-    Column("ours", "as unit says", "what clbench takes; empty for a figure that is no race", "median over repetitions"),
-    Column("ours_spread", "fraction of ours", "how far repetitions are apart", "half of (highest - lowest) / median"),
-    Column("theirs", "as unit says", "what the peer takes", "median over repetitions"),
-    Column("theirs_spread", "fraction of theirs", "how far its repetitions are apart", "as ours_spread"),
-    Column("ratio", "ratio", "how many times less clbench takes; of growth how many times more a row takes in a longer stream; of what is no race the figure itself", "theirs / ours; of growth ours / theirs"),
-    Column("wanted", "ratio", "the target of the ratio; `-` where there is none"),
-    Column("difference", "unit of the results", "largest difference between clbench's results and the peer's, which had to be within the benchmark's bound"),
-    Column("date", "year-month-day", "when it was measured"),
-    Column("cpu", "name", "the processor"),
-    Column("threads", "count", "torch's threads"),
-    *(Column(name, "version", f"the version of {name}") for name in ("torch", "transformers", "peft", "lm-eval")),
-)
-
-VALIDATION = (
-    Column("task", "name", "the lm-eval task"),
-    Column("shots", "count", "examples before each question"),
-    Column("metric", "name", "acc or acc_norm, as lm-eval has them"),
-    Column("value", "fraction of 1", "what clbench found", "mean over items"),
-    Column("stderr", "fraction of 1", "its standard error", "sample deviation / sqrt(n)"),
-    Column("n", "count", "items, the same for both metrics"),
-    Column("published", "fraction of 1", "what the model card states, without saying by which metric"),
-    Column("published_shots", "count", "examples before each question there"),
-)
-
 FILES: Mapping[str, tuple[str, tuple[Column, ...]]] = {
     "leaderboard.csv": ("stream, model, method and variant, over all its blocks", LEADERBOARD),
     "differences.csv": ("measure and pair of rows of the leaderboard that can be compared; rows that train nothing are left out", DIFFERENCES),
@@ -241,12 +196,6 @@ FILES: Mapping[str, tuple[str, tuple[Column, ...]]] = {
     "stages.csv": ("run, stage, probe, task and metric", STAGES),
 }
 """By file that is written from the records, what it has one row for, and its columns in order."""
-BESIDE: Mapping[str, tuple[str, tuple[Column, ...]]] = {
-    "published.csv": ("number that a paper states, as the report shows it beside ours", PUBLISHED),
-    "benchmarks.csv": ("case of a benchmark, from `make bench`", BENCHMARKS),
-    "real/validation.csv": ("task and metric of the untouched Gemma-3-270M", VALIDATION),
-}
-"""The same of the files in results/ that are not."""
 # fmt: on
 
 
@@ -256,9 +205,9 @@ def columns_of(file: str) -> list[str]:
 
 
 def page() -> str:
-    """results/COLUMNS.md."""
+    """results/COLUMNS.md up to the files that are written by hand."""
     lines = [PAGE]
-    for file, (rows, columns) in {**FILES, **BESIDE}.items():
+    for file, (rows, columns) in FILES.items():
         lines += [f"## {file}", "", f"One row per {rows}.", "", "| column | unit | what it is | formula | source |"]
         lines.append("|---|---|---|---|---|")
         for one in columns:

@@ -309,9 +309,11 @@ function filters(card, page) {
   const rows = [...card.querySelectorAll("tbody tr")], box = node("input", { type: "search", placeholder: "method", "aria-label": "methods whose name holds" });
   const kinds = { "all": () => true, "ticked": ({ label }) => page.ticked.has(label), "may be the best": ({ ranks }) => ranks.average_accuracy[0] === 1 };
   const buttons = Object.keys(kinds).map((kind) => node("button", { type: "button", "aria-pressed": kind === "all" }, kind));
+  // What diverged has a row and no figures.
+  const own = rows.map((row, place) => page.methods[place] ?? { label: row.cells[0].textContent, ranks: { average_accuracy: [null] } });
   const apply = () => {
     const kind = buttons.find((button) => button.getAttribute("aria-pressed") === "true").textContent;
-    rows.forEach((row, place) => { row.hidden = !(kinds[kind](page.methods[place]) && page.methods[place].label.includes(box.value)); });
+    rows.forEach((row, place) => { row.hidden = !(kinds[kind](own[place]) && own[place].label.includes(box.value)); });
   };
   for (const button of buttons)
     button.addEventListener("click", () => { buttons.forEach((other) => other.setAttribute("aria-pressed", other === button)); apply(); });

@@ -18,7 +18,6 @@ from torch.nn import Module
 
 from clbench.data.chat import own_template
 from clbench.data.encoder import Encoder
-from clbench.data.sampling import seeded
 from clbench.examine.canaries.answers import Verdict, chance, copier, near_zero, reference, shuffled, swap, wrong_scores
 from clbench.examine.student import Student
 from clbench.models.tiny import fresh_llama
@@ -56,9 +55,8 @@ def check_stream(stream: Stream, encoder: Encoder, *, seed: int = 0, rows: int =
     """
     encoder = copy.copy(encoder)  # its tokens are shared
     encoder.device, encoder.together = torch.device("cpu"), True
-    with seeded(seed, "canary"):  # what an accelerator draws next is left alone, too
-        size = {"max_position_embeddings": encoder.max_length + NEW_TOKENS}
-        model = fresh_llama(encoder.tokenizer, architecture=ARCHITECTURE | size, seed=seed).eval()
+    size = {"max_position_embeddings": encoder.max_length + NEW_TOKENS}
+    model = fresh_llama(encoder.tokenizer, architecture=ARCHITECTURE | size, seed=seed).eval()
     found: list[Canary] = []
     for stage in stream.stages:
         few = replace(stage, train=stage.train[:rows], test=stage.test[:rows])
