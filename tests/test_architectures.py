@@ -219,14 +219,14 @@ def check_writing(model, encoder, *, plain=None, tokens=4):
 def method_settings(name: str) -> dict:
     composition.register_schema()
     with initialize_config_dir(str(composition.CONF_DIR), version_base="1.3"):
-        tree = compose("config", overrides=[f"method={name}"])
+        small = ["method.rank=16"] if name.startswith("curlora") else []  # of 32 columns
+        tree = compose("config", overrides=[f"method={name}", *small])
     return OmegaConf.to_container(tree.method, resolve=True)
 
 
 def adapted(model, name: str, targets="all-linear", **changed):
     """`model` with the method's adapters, as its yaml has them but for what is `changed`, at random values."""
-    small = {"rank": 16} if name == "curlora" else {}
-    settings = {key: value for key, value in method_settings(name).items() if key != "name"} | small | changed
+    settings = {key: value for key, value in method_settings(name).items() if key != "name"} | changed
     if "lora" in settings:
         settings["lora"] = settings["lora"] | {"targets": targets}
     else:
