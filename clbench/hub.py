@@ -41,12 +41,12 @@ def wanted() -> Iterator[tuple[str, DatasetSpec, set[str], Reader | None]]:
                 for task in row.tasks:
                     told = task.config.get
                     # What probe.shots puts before a question comes of the second.
-                    asked = {
+                    asked = (
                         told("test_split") or told("validation_split"),
                         told("fewshot_split") or told("training_split"),
-                    }
+                    )
                     spec = DatasetSpec(name=task.name, hub=str(told("dataset_path")), config=told("dataset_name"))
-                    yield f"probe {path.stem}: {task.name}", spec, asked - {None, ""}, None
+                    yield f"probe {path.stem}: {task.name}", spec, {str(split) for split in asked if split}, None
     yield "probe: text, texts=wikitext", get_object("tasks.wikitext.DATASET"), {"test", "train"}, None
 
 

@@ -183,7 +183,9 @@ def test_a_click_on_a_heading_sorts_and_a_second_one_turns_it_round(found, resul
     rows, diverged = rows_of(results), "diverging (diverged)"  # which has no accuracy
     first, down, up, kept_down, kept_up, names = found["order"]
     assert first == list(rows.index) and {*names} == {*first}
-    accuracy = [[round(rows["average_accuracy"][method], 3) for method in order if method != diverged] for order in (down, up)]
+    accuracy = [
+        [round(rows["average_accuracy"][method], 3) for method in order if method != diverged] for order in (down, up)
+    ]
     assert accuracy == [sorted(accuracy[0], reverse=True), sorted(accuracy[0])] and accuracy[0] != accuracy[1]
     assert {*kept_down[-2:]} == {*kept_up[-2:]} == {HOSTILE, diverged}  # which have none
     assert [name for name in names if name != HOSTILE] == sorted(rows.index.drop(HOSTILE))

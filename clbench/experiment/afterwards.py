@@ -179,7 +179,7 @@ def examinations(
 def scores_after(run: Recorded, stage: int, config: Config, parts: Parts, showing: Showing) -> list[Score]:
     """What the model of a stage gives, on each of its views. It is loaded anew, as a method may have merged what cannot be taken out again."""
     method, model = restored(run, stage, load_model(config, run.source))
-    again = Run(**vars(parts) | {"method": method}, config=config, model=model)
+    again = Run(**vars(replace(parts, method=method)), config=config, model=model)
     try:
         return examine(again, stage, partial(showing, stage))[0]
     except FloatingPointError as error:

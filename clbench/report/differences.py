@@ -93,9 +93,11 @@ def compare(values: ArrayLike, *, items: ArrayLike, starts: Sequence[int], lower
     def shared(common: tuple[int, ...], measured: bytes) -> tuple[Floats, Floats, Ints, Floats | None]:
         """What pairs with these blocks and items in common are compared by; they share the draws of the bootstrap, too."""
         has = np.frombuffer(measured, dtype=bool)
-        own = values[:, common], items[:, common][:, :, has]
+        means, outcomes = values[:, common], items[:, common][:, :, has]
         cut = np.flatnonzero(np.diff(np.repeat(np.arange(len(starts)), sizes)[has], prepend=-1))
-        return *own, cut, bootstrap_means(*map(np.nan_to_num, own), cut) if len(common) > 1 else None
+        several = len(common) > 1
+        drawn = bootstrap_means(np.nan_to_num(means), np.nan_to_num(outcomes), cut) if several else None
+        return means, outcomes, cut, drawn
 
     pairs = combinations(range(len(values)), 2)
     found = [_difference(*pair, *shared(*_common(values, known, pair))) for pair in pairs]
