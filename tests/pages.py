@@ -17,7 +17,7 @@ COMPARED = {
     "retention_probability": "probability kept of base knowledge",
     "log_perplexity_ratio": "log perplexity ratio",
 }
-SHOWN = ("method", "blocks", "accuracy", "learned", "BWT", "retention", "perplexity")
+SHOWN = ("method", "blocks", "accuracy", "learned", "BWT", "retention", "probability kept", "perplexity")
 
 
 def validation() -> str:
@@ -82,8 +82,12 @@ def table(rows: list[tuple[str, ...]] | list[list[str]]) -> str:
 
 
 BLOCKS: Mapping[Path, Mapping[str, Callable[[], str]]] = {
-    ROOT / "README.md": {"reference": partial(leaderboard, "reference", most=5)},
-    RESULTS / "README.md": {"validation": validation},
+    ROOT / "README.md": {"reference": partial(leaderboard, "reference", most=10)},
+    RESULTS / "README.md": {
+        "findings": partial(findings, "reference"),
+        "against": lambda: against("seq", pd.read_csv(RESULTS / "reference" / "differences.csv")),
+        "validation": validation,
+    },
 }
 """By page, what each of its blocks holds."""
 

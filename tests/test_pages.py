@@ -1,14 +1,32 @@
 """What the pages show of results is what the files say."""
 
+import re
+
 import pandas as pd
 import pytest
 
-from tests.pages import BLOCKS, ROOT, against, filled
+from tests.pages import BLOCKS, RESULTS, ROOT, against, filled
+
+OTHER_WAY = {"better": "worse", "worse": "better", "not separated": "not separated"}
 
 
 @pytest.mark.parametrize("page", BLOCKS, ids=[str(page.relative_to(ROOT)) for page in BLOCKS])
 def test_the_tables_of_a_page_are_those_of_the_files(page):
     assert page.read_text(encoding="utf-8") == filled(page)
+
+
+def test_no_finding_says_more_than_the_differences_do():
+    """Behind each finding stand its pairs: `a > b` says that a is better, `a ~ b` that the two are not separated."""
+    pairs = pd.read_csv(RESULTS / "reference" / "differences.csv").set_index(["measure", "method", "other"])["verdict"]
+    page = (RESULTS / "README.md").read_text(encoding="utf-8")
+    said = re.findall(r"<!-- (\w+): (.* [>~] .*) -->", page)
+    assert len(said) > 8
+    for measure, claims in said:
+        for claim in claims.split("; "):
+            method, sign, *others = claim.split()
+            for other in others:
+                there = pairs.get((measure, method, other)) or OTHER_WAY[pairs[measure, other, method]]
+                assert there == {">": "better", "~": "not separated"}[sign], (measure, method, sign, other)
 
 
 def test_a_method_is_set_against_another_whichever_side_of_the_pair_it_stands_on():
