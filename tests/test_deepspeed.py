@@ -339,7 +339,7 @@ def test_ranks_that_left_each_other_can_join_anew(pair):
 
 SHORT = ("stream.limit=2", "train.steps=6", "train.micro_batch_size=1", "train.weight_decay=0.1")
 
-SETTINGS = {"curlora": ("method.alpha=20",), "secura": ("train.lr=3e-3",), "clora": ("train.lr=2e-4",)}
+SETTINGS = {"curlora": ("method.alpha=20", "method.rank=16"), "secura": ("train.lr=3e-3",), "clora": ("train.lr=2e-4",)}
 """CURLoRA and SECURA learn next to nothing in six steps at 3e-4; CLoRA meets a gradient of all but 0 there, in one of 8,704 entries."""
 
 
