@@ -9,7 +9,7 @@ import warnings
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, is_dataclass
+from dataclasses import is_dataclass
 from inspect import isfunction, signature
 from pathlib import Path
 from pydoc import ErrorDuringImport, locate
@@ -28,32 +28,15 @@ from clbench.config.names import suggestion
 from clbench.data.encoder import Encoder
 from clbench.models.folding import adapted
 from clbench.models.limits import check_length, check_read, positions
-from clbench.models.lora import ALL_LINEAR, role
+from clbench.models.lora import ALL_LINEAR, roles
 from clbench.models.loss import causal_lm
-from clbench.protocols import Method, ModelSource, Probe, Stream, Task
+from clbench.protocols import Method, ModelSource, Parts, Probe, Task
 from clbench.stream import build_stream, chosen
 from clbench.types import UserMistake
 
 log = logging.getLogger("clbench")
 BUILT_IN = ("builtins", "collections.abc")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What a run is made of besides its model: `source` makes that (`load_model`). `adapted` names the layers on which `method` puts adapters."""
-
-    source: Any
-    method: Method
-    adapted: tuple[str, ...]
-    encoder: Encoder
-    stream: Stream
-    probes: tuple[Probe, ...]
-
-    @property
-    def roles(self) -> list[str]:
-        """What those layers are called in every block."""
-        return sorted({role(name) for name in self.adapted})
 
 
 def set_up_torch(config: Config) -> None:
@@ -108,7 +91,7 @@ def build(config: Config, *, working: Callable[[str], AbstractContextManager[obj
         probes=probes,
     )
     if ALL_LINEAR in dict(leaves(config.method)).values():
-        log.info("%s: adapters are on %s", ALL_LINEAR, ", ".join(parts.roles))
+        log.info("%s: adapters are on %s", ALL_LINEAR, ", ".join(roles(parts.adapted)))
     return parts
 
 

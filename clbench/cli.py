@@ -10,38 +10,28 @@ import os
 import shlex
 import signal
 import sys
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import fill
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from yaml import YAMLError
 
+from clbench.commands import FAILURES, USERS_MISTAKES, put_in_reach, refuse
 from clbench.config import Config, run_directory
 from clbench.config.checks import check, check_extras, one_of, writable
 from clbench.config.composition import CONF_DIR, mask_typed, one_line, register_schema, resolve, with_own_model
 from clbench.config.help import page
-from clbench.config.secrets import masked
 from clbench.progress import Line, log, set_up_logging
-from clbench.types import NotWritten, RankFailed, UserMistake
+from clbench.types import NotWritten, UserMistake
 
-T = TypeVar("T")
-USERS_MISTAKES = (UserMistake, HydraException, OmegaConfBaseException, YAMLError)
-FAILED = (RankFailed, NotWritten)
-FAILURES = (*USERS_MISTAKES, *FAILED)
-"""What ends one job of a sweep and leaves the others alone; exit code 2 for the user's mistakes, else 1."""
 SWEEP = "CLBENCH_SWEEP"
 """The variable that tells the jobs of a sweep, in whatever process, which file they say in how they ended."""
 
@@ -97,26 +87,6 @@ def main() -> None:
             with suppress(NotWritten, OSError):  # what cannot be written there has been said
                 mask_typed(Path(os.environ[SWEEP]).parent)
                 Path(os.environ[SWEEP]).unlink(missing_ok=True)
-
-
-def side_command(parser: ArgumentParser, action: Callable[[Namespace], T], arguments: Sequence[str] | None = None) -> T:
-    """What `action` gives of the words on the command line, with the folder's own classes in reach; a mistake of the user's is one line."""
-    options = parser.parse_intermixed_args(arguments)
-    put_in_reach(Path.cwd())
-    try:
-        return action(options)
-    except FAILURES as error:
-        refuse(error)
-
-
-def put_in_reach(folder: Path) -> None:
-    """A yaml may name a class of `folder`, however clbench was started; a tasks.py or datasets.py there hides no package of the same name.
-
-    A checkout of clbench that is started in its own folder stays first: another one may be installed.
-    """
-    if folder.resolve() == Path(__file__).resolve().parents[1]:
-        return
-    sys.path[:] = [*(entry for entry in sys.path if entry not in ("", str(folder))), str(folder)]
 
 
 def _job(composed: DictConfig) -> float | None:
@@ -292,11 +262,3 @@ def show_leaderboard(results_dir: Path, *, quiet: bool) -> None:
         table = leaderboard.refresh(results_dir)
     Console().print(table)
     print(f"leaderboard: {results_dir / 'leaderboard.csv'}")
-
-
-def refuse(error: Exception) -> NoReturn:
-    """Ends the command with one line on standard error; exit code 2 for every mistake of the user's, 1 for a failure that is none."""
-    # What a rank says may be our own mistake, of which every line helps.
-    text = masked(str(error)) if isinstance(error, RankFailed) else one_line(error)
-    print(f"clbench: {text}", file=sys.stderr)
-    raise SystemExit(1 if isinstance(error, FAILED) else 2)

@@ -268,3 +268,15 @@ class Probe(ABC):
     @abstractmethod
     def measure(self, student: Student, stream: Stream, stage: int) -> Iterator[Score]:
         """Yields scores for stage `stage` (0: the untouched model)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a run is made of besides its model: `source` makes that. `adapted` names the layers on which `method` puts adapters."""
+
+    source: Any
+    method: Method
+    adapted: tuple[str, ...]
+    encoder: Encoder
+    stream: Stream
+    probes: tuple[Probe, ...]

@@ -34,6 +34,7 @@ from clbench.models.weights import trainable
 from clbench.protocols import Stream
 from clbench.types import Example, UserMistake
 from tasks import world, world_words
+from tests.conftest import small
 from tests.test_data import Words
 
 torch.set_num_threads(1)
@@ -219,8 +220,7 @@ def check_writing(model, encoder, *, plain=None, tokens=4):
 def method_settings(name: str) -> dict:
     composition.register_schema()
     with initialize_config_dir(str(composition.CONF_DIR), version_base="1.3"):
-        small = ["method.rank=16"] if name.startswith("curlora") else []  # of 32 columns
-        tree = compose("config", overrides=[f"method={name}", *small])
+        tree = compose("config", overrides=small(name))
     return OmegaConf.to_container(tree.method, resolve=True)
 
 
@@ -534,8 +534,7 @@ def test_layers_that_are_computed_past_are_refused_before_the_model_is_examined(
     tokenizer = word_tokenizer(world_words.VOCABULARY)
     model = folder(tmp_path / "model", tiny(name, vocab_size=len(tokenizer)), tokenizer)
     targets = {"seq": "method.lora.targets", "curlora": "method.targets"}[method]
-    asked = [f"model.name={model}", "+model.world_seed=0", f"method={method}", f"{targets}=all-linear"]
-    asked += ["method.rank=16"] if method == "curlora" else []
+    asked = [f"model.name={model}", "+model.world_seed=0", *small(method), f"{targets}=all-linear"]
     config = composition.compose([*asked, f"results_dir={tmp_path}", f"cache_dir={tmp_path}", *SHORT])
     with pytest.raises(UserMistake, match=UNLIKE[name][0]):
         experiment.run(config)

@@ -29,6 +29,7 @@ from clbench.experiment import run
 from clbench.models.loss import causal_lm
 from clbench.models.weights import count_parameters
 from clbench.types import UserMistake
+from tests.conftest import small
 
 LLAMA = AutoConfig.for_model(
     "llama",
@@ -65,13 +66,9 @@ def test_the_page_of_datasets_is_that_of_the_yamls():
     assert (CONF_DIR / "task" / "README.md").read_text(encoding="utf-8") == datasets_page() + "\n"
 
 
-def small(method: str) -> list[str]:
-    return ["method.rank=16"] if method.startswith("curlora") else []  # of 32 columns
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_wraps_a_model_without_storage_as_it_wraps_a_real_one(method, overrides):
-    config = compose([*overrides, f"method={method}", "engine.dtype=bfloat16", *small(method)])
+    config = compose([*overrides, *small(method), "engine.dtype=bfloat16"])
     real = make_method(config).wrap(AutoModelForCausalLM.from_config(LLAMA, dtype=torch.bfloat16))
     _, found = sketch(config, LLAMA)
     looks = [
@@ -106,7 +103,7 @@ def test_a_model_that_a_method_does_not_suit_is_named_and_the_others_are_counted
     "method", ["seq", "er", "er_trace", "ewc", "ilora", "joint", "curlora", "secura", "clora", "seq_full"]
 )
 def test_parameters_tokens_and_operations_are_those_that_a_run_records(overrides, method):
-    config = compose([*overrides, f"method={method}", *small(method)])
+    config = compose([*overrides, *small(method)])
     config.probe.probes = {"stream": config.probe.probes["stream"]}
     lines = (run(config) / "cost.jsonl").read_text().splitlines()
     costs = [json.loads(line) for line in lines]
@@ -246,6 +243,7 @@ def test_a_run_still_refuses_processes_without_an_engine_for_them(overrides):
     [
         ("gpu=abacus", "a100"),
         ("utilisation=2", "share"),
+        ("gpu=here engine=deepspeed engine.zero_stage=3 engine.processes=2 engine.shard_base=true", "in one process"),
         ("engine.processes=two", "whole number"),
         ("method=nope", "secura"),
         ("+experiment=nope", "seq16_llama3"),
@@ -255,7 +253,7 @@ def test_a_run_still_refuses_processes_without_an_engine_for_them(overrides):
 )
 def test_a_mistake_is_one_line_and_exit_code_2(argument, named, capsys, tmp_path):
     with pytest.raises(SystemExit) as end:
-        doctor.main([argument, f"results_dir={tmp_path}", f"cache_dir={tmp_path}"] if argument else [])
+        doctor.main([*argument.split(), f"results_dir={tmp_path}", f"cache_dir={tmp_path}"] if argument else [])
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.startswith("clbench: ") and said.count("\n") == 1
     assert named in said and "Config search path" not in said

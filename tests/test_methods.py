@@ -33,6 +33,7 @@ from clbench.protocols import Engine, Method
 from clbench.train.local import LocalEngine
 from clbench.train.loop import global_batch, plan_stage
 from clbench.types import Example, Source, UserMistake
+from tests.conftest import small
 
 NAMES = sorted(path.stem for path in (composition.CONF_DIR / "method").glob("*.yaml"))
 torch.set_num_threads(1)
@@ -42,8 +43,7 @@ torch.set_num_threads(1)
 def composed(name: str, *overrides: str) -> Config:
     composition.register_schema()
     with initialize_config_dir(str(composition.CONF_DIR), version_base="1.3"):
-        small = ["method.rank=16"] if name.startswith("curlora") else []  # of 32 columns
-        tree = compose("config", overrides=[f"method={name}", *TOY, *small, *overrides])
+        tree = compose("config", overrides=[*small(name), *TOY, *overrides])
     plain = OmegaConf.to_container(tree, resolve=True)
     return from_plain({key: plain[key] for key in Config.__dataclass_fields__})
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from clbench.cli import side_command
+from clbench.commands import side_command
 from clbench.compare import Row, Side, compare, read_side
 from clbench.types import UserMistake
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from clbench.build import check_classes, set_up_torch
-from clbench.cli import side_command
+from clbench.commands import side_command
 from clbench.config.composition import compose
 from clbench.contract import checks
 from clbench.contract.lab import TOY

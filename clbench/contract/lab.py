@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedTokenizerFast
 
-from clbench.build import Parts, make_method
+from clbench.build import make_method
 from clbench.config import Config, StreamConfig
 from clbench.data.encoder import Encoder
 from clbench.experiment.underway import Run, open_engine, train
 from clbench.models.tiny import fresh_llama, word_tokenizer
-from clbench.protocols import Engine, Method, Stage, Task
+from clbench.protocols import Engine, Method, Parts, Stage, Task
 from clbench.record.ledger import Checkpoint
 from clbench.record.tracking import Tracker
 from clbench.stream import build_stream

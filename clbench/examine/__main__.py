@@ -5,7 +5,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from clbench.cli import side_command
+from clbench.commands import side_command
 from clbench.config.checks import given, whole_number
 
 OWN = ("stage", "cache_dir")

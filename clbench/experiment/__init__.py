@@ -12,31 +12,29 @@ from dataclasses import asdict, replace
 from functools import partial
 from math import isnan
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
 
-from clbench.build import Parts, build, load_model, set_up_torch, wrap
+from clbench.build import build, load_model, set_up_torch, wrap
 from clbench.config import Config, run_directory, run_name
 from clbench.experiment.examination import (
     check_evaluation,
     check_own_model,
+    described,
     examine,
     measure_untouched,
     replay_scores,
     under_views,
 )
 from clbench.experiment.underway import Run, cost_of, re_enter, train
-from clbench.models.lora import check_reached
+from clbench.models.lora import check_reached, roles
 from clbench.models.sharding import gathering
 from clbench.models.weights import trainable, trainable_state
 from clbench.progress import Line
-from clbench.protocols import Stage
+from clbench.protocols import Parts, Stage
 from clbench.record.forecast import Forecast, seconds_of
 from clbench.record.ledger import COMPLETE, DIVERGED, Checkpoint, Ledger, status_of
-from clbench.record.manifest import describe
-from clbench.record.overlaps import DataCheck, check_data
 from clbench.record.tracking import Tracker, written_to
 from clbench.record.untouched import Untouched
 from clbench.report.standing import standing
@@ -61,7 +59,10 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
     with working("checking the data"):
         data, manifest = described(config, parts, command=command, ranks=ranks)
         cuts = cut_prompts(parts.stream, parts.encoder)
-        manifest |= {"adapted_layers": parts.roles, "cut_prompts": {name: asdict(cut) for name, cut in cuts.items()}}
+        manifest |= {
+            "adapted_layers": roles(parts.adapted),
+            "cut_prompts": {name: asdict(cut) for name, cut in cuts.items()},
+        }
         status = ranks.share(status_of(path, manifest, resume=config.resume) if ranks.is_first else "")
     if status in (COMPLETE, DIVERGED):
         log.info("%s has %s already", path, {COMPLETE: "been completed", DIVERGED: "diverged"}[status])
@@ -98,15 +99,6 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
             log.warning("%s diverged in %s; it keeps the stages before and is not ranked", path.name, result)
         send_outcome(path, tracker)
     return path
-
-
-def described(config: Config, parts: Parts, *, command: str = "", ranks: Ranks) -> tuple[DataCheck, dict[str, Any]]:
-    """What was found in the data, and the manifest of a run but for what it finds itself."""
-    general, allowed = parts.method.documents(), config.probe.allow_overlap
-    data = check_data(parts.stream, parts.probes, allow_overlap=allowed, general=general)
-    label = f"{parts.source.label}{'+chat' if config.prompt == 'chat' else ''}"
-    manifest = describe(config, parts.stream, model_label=label, command=command) | data.record
-    return data, manifest | ranks.share(parts.source.record(Path(config.cache_dir)) if ranks.is_first else {})
 
 
 def loaded(config: Config, parts: Parts) -> Module:

@@ -10,20 +10,18 @@ from typing import Any
 from hydra.utils import instantiate
 from torch.nn import Module
 
-from clbench.build import Parts, build, check_classes, load_model, make_method, set_up_torch, wrap
+from clbench.build import build, check_classes, load_model, make_method, set_up_torch, wrap
 from clbench.config import Config, EngineConfig, from_plain, probe_hash
 from clbench.config.checks import writing
 from clbench.config.composition import with_probes
 from clbench.config.secrets import masked
-from clbench.experiment.examination import examine, measure_untouched, under_views
+from clbench.experiment.examination import described, examine, measure_untouched, under_views
 from clbench.experiment.underway import Run
 from clbench.models.weights import load_trainable_state
 from clbench.progress import Line
-from clbench.protocols import Method
+from clbench.protocols import Method, Parts
 from clbench.record import examined
 from clbench.record.ledger import KEPT, STAGE, read_checkpoint, read_manifest
-from clbench.record.manifest import describe
-from clbench.record.overlaps import check_data
 from clbench.record.runs import replace_file
 from clbench.train.ranks import Ranks
 from clbench.types import Score, UserMistake
@@ -125,12 +123,10 @@ def examine_again(
     choice, config = with_probes(run.config, overrides, config_dir=config_dir)
     working = partial(Line, name=path.name, quiet=not config.tracking.progress)
     parts = build(config, working=working)
-    general, allowed = parts.method.documents(), config.probe.allow_overlap
-    data = check_data(parts.stream, parts.probes, allow_overlap=allowed, general=general).record
-    if data["data"] != run.manifest["data"]:
+    _, manifest = described(config, parts, command=command, ranks=Ranks())
+    if manifest["data"] != run.manifest["data"]:
         raise UserMistake(f"the stream's rows are not those that {path.name} was trained on; restore them")
-    manifest = describe(config, parts.stream, model_label=parts.source.label, command=command) | data
-    manifest |= parts.source.record(Path(config.cache_dir)) | {"run": run.manifest["run"]}
+    manifest |= {"run": run.manifest["run"]}
     asked = {key: manifest[key] for key in ASKED} | {"probe": masked(asdict(config.probe)), "sources": config.sources}
     name = f"{examined.FOLDER}/{choice.replace('/', '-')}-{probe_hash(asdict(config))}.jsonl"
     lines = examined_before(path, name, run=manifest["run"], probe_data=manifest["probe_data"])

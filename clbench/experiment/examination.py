@@ -1,4 +1,4 @@
-"""How a run is examined: the probes on every view of its model, the canaries, and the untouched model, which runs share."""
+"""How a run is described and examined: data, manifest, probes on every view of its model, canaries, and the untouched model, which runs share."""
 
 import logging
 import time
@@ -11,7 +11,6 @@ from typing import Any
 
 from torch.nn import Module
 
-from clbench.build import Parts
 from clbench.config import Config, identity, is_due
 from clbench.data.encoder import Encoder
 from clbench.examine.canaries import check_stream
@@ -24,8 +23,9 @@ from clbench.experiment.underway import Run
 from clbench.models.folding import folded
 from clbench.models.sharding import gathering
 from clbench.models.weights import trainable
-from clbench.protocols import Probe, Stage
-from clbench.record.manifest import failed_canaries, versions
+from clbench.protocols import Parts, Probe, Stage
+from clbench.record.manifest import describe, failed_canaries, versions
+from clbench.record.overlaps import DataCheck, check_data
 from clbench.record.runs import CANARIES, FAILED
 from clbench.record.untouched import Untouched, find, keep, kept_at, source_hash
 from clbench.train.ranks import Ranks
@@ -34,6 +34,15 @@ from clbench.types import Score, Source
 log = logging.getLogger("clbench")
 Watch = Callable[[str, str, str, int, int], None]
 """Hears of a view, a probe and a task how many requests are answered, and of how many."""
+
+
+def described(config: Config, parts: Parts, *, command: str = "", ranks: Ranks) -> tuple[DataCheck, dict[str, Any]]:
+    """What was found in the data, and the manifest of a run but for what it finds itself."""
+    general, allowed = parts.method.documents(), config.probe.allow_overlap
+    data = check_data(parts.stream, parts.probes, allow_overlap=allowed, general=general)
+    label = f"{parts.source.label}{'+chat' if config.prompt == 'chat' else ''}"
+    manifest = describe(config, parts.stream, model_label=label, command=command) | data.record
+    return data, manifest | ranks.share(parts.source.record(Path(config.cache_dir)) if ranks.is_first else {})
 
 
 def check_evaluation(parts: Parts, model: Module) -> dict[str, Any]:

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from clbench.build import Parts
 from clbench.config import Config
 from clbench.examine.canaries.own_model import said
 from clbench.models.loss import causal_lm
 from clbench.models.sharding import gathering
 from clbench.models.weights import count_parameters, load_trainable_state, trainable
-from clbench.protocols import Engine, Stage
+from clbench.protocols import Engine, Parts, Stage
 from clbench.record.ledger import Checkpoint, Ledger
 from clbench.record.tracking import Tracker
 from clbench.train import optimizer as optim

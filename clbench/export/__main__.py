@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from clbench.cli import side_command
+from clbench.commands import side_command
 from clbench.config.checks import given, whole_number
 from clbench.types import UserMistake
 

@@ -1,6 +1,6 @@
 """LoRA and DoRA through PEFT, and the layers that adapters go on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -87,7 +87,7 @@ def targeted(model: Module, targets: Sequence[str] | str, *, kinds: tuple[type[M
         }
     else:
         found = {target: [name for name in names if f".{name}".endswith(f".{target}")] for target in targets}
-        allowed = ", ".join(sorted({role(name) for name in fitting}))
+        allowed = ", ".join(roles(fitting))
         for target, members in found.items():
             refused = sorted({type(names[name]).__name__ for name in members if name not in fitting})
             if not members or refused:
@@ -109,6 +109,11 @@ def role(name: str) -> str:
     'q_proj'
     """
     return name.rpartition(".")[2]
+
+
+def roles(names: Iterable[str]) -> list[str]:
+    """What some layers are called in every block, each once."""
+    return sorted({role(name) for name in names})
 
 
 def check_reached(model: Module, layers: Mapping[str, Module]) -> None:
@@ -135,9 +140,9 @@ def check_reached(model: Module, layers: Mapping[str, Module]) -> None:
     model.train(was_training)
     for hook in hooks:
         hook.remove()
-    passed_by = sorted({role(name) for name in layers} - reached)
+    passed_by = sorted({*roles(layers)} - reached)
     if passed_by:
-        kept = ", ".join(sorted({role(name) for name in layers} & reached))
+        kept = ", ".join(sorted({*roles(layers)} & reached))
         raise UserMistake(
             f"a {model.config.model_type} model computes past its layers {', '.join(passed_by)}, so adapters on them would not act; "
             f"leave them out: targets [{kept}] (conf/method)"
