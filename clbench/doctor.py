@@ -202,7 +202,9 @@ def asked(arguments: Sequence[str], *, config_dir: Path | None = None) -> tuple[
     processes, share = own.get("engine.processes", str(config.engine.processes)), own["utilisation"]
     one_of("gpu", own["gpu"], [HERE, *GPUS])
     if own["gpu"] == HERE and config.engine.shard_base:
-        raise UserMistake("gpu=here measures in one process, which cannot hold slices; leave engine.shard_base=true out")
+        raise UserMistake(
+            "gpu=here measures in one process, which cannot hold slices; leave engine.shard_base=true out"
+        )
     if not re.fullmatch(r"0?\.\d*[1-9]\d*|1(\.0*)?", share) or not re.fullmatch(r"[1-9]\d*", processes):
         raise UserMistake(f"utilisation={share} engine.processes={processes}: give a share as 0.4, a whole number as 8")
     return config, own["gpu"], float(share), int(processes)

@@ -22,6 +22,7 @@ from clbench.record.runs import pack, read_runs
 from clbench.report import tables
 from clbench.types import UserMistake
 from clbench.verify import verify
+from tests.conftest import small
 from tests.test_export import base_of, check, logits
 
 METHODS = sorted(path.stem for path in (CONF_DIR / "method").glob("*.yaml"))
@@ -55,7 +56,7 @@ def examined_scores(file: Path):
     [name if name in ("ilora", "seq_merge") else pytest.param(name, marks=pytest.mark.slow) for name in METHODS],
 )
 def test_kept_stages_give_the_scores_that_were_recorded_and_are_exported(method, overrides, cache_dir, tmp_path):
-    path = run(compose([*overrides, *TWO, f"method={method}"]))
+    path = run(compose([*overrides, *TWO, *small(method)]))
     assert examined_scores(examine_again(path, SAME)) == own_scores(path)
     assert verify(path) == ([], 1)
     (view, *others) = read_runs(path.parents[1]).by_view().runs["run"]

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from clbench import export
 from clbench.config.composition import compose
 from clbench.experiment import run
+from tests.conftest import small
 
 BASE = ("stream.limit=1", "train.lr=1e-2")
 
@@ -56,7 +57,7 @@ SELDOM = ("ilora", "base_interpolation", "curlora", "osf")
     "method", ["seq", "merge_average", *(pytest.param(name, marks=pytest.mark.slow) for name in SELDOM)]
 )
 def test_a_run_is_exported_with_the_logits_that_it_was_examined_with(method, overrides, cache_dir, tmp_path):
-    path = run(compose([*overrides, *BASE, f"method={method}"]))
+    path = run(compose([*overrides, *BASE, *small(method)]))
     check(path, tmp_path / "out", base_of(cache_dir))
     assert (tmp_path / "out" / "adapter").is_dir() == (method in PLAIN)
 

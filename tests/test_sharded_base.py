@@ -16,7 +16,7 @@ from clbench.config.composition import compose
 from clbench.train.launch import launch
 from clbench.types import UserMistake
 from tests import sharded_ranks
-from tests.conftest import QUIET, TINY_MODEL, TINY_STREAM
+from tests.conftest import QUIET, TINY_MODEL, TINY_STREAM, small
 from tests.test_deepspeed import Pair, check_equal_runs, checkpoint, distance, tiny
 from tests.test_doctor import LLAMA
 from tests.test_run import scores
@@ -48,7 +48,7 @@ def runs(pair, cache_dir, tmp_path_factory):
 
 
 def model_of(cache_dir: Path, method: str, *more: str) -> list[str]:
-    return [*TINY_MODEL, *TINY_STREAM, *QUIET, f"cache_dir={cache_dir}", f"method={method}", *more]
+    return [*TINY_MODEL, *TINY_STREAM, *QUIET, f"cache_dir={cache_dir}", *small(method), *more]
 
 
 @cache
