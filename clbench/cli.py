@@ -24,10 +24,18 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
-from clbench.commands import FAILURES, USERS_MISTAKES, put_in_reach, refuse
+from clbench.commands import FAILURES, put_in_reach, refuse
 from clbench.config import Config, run_directory
 from clbench.config.checks import check, check_extras, one_of, writable
-from clbench.config.composition import CONF_DIR, mask_typed, one_line, register_schema, resolve, with_own_model
+from clbench.config.composition import (
+    CONF_DIR,
+    MISTAKES,
+    mask_typed,
+    one_line,
+    register_schema,
+    resolve,
+    with_own_model,
+)
 from clbench.config.help import page
 from clbench.progress import Line, log, set_up_logging
 from clbench.types import NotWritten, UserMistake
@@ -125,7 +133,7 @@ def _swept(composed: DictConfig) -> float | None:
         end = Ended(path=path)
     except FAILURES as error:
         failure = error
-        end = Ended(path=path, error=one_line(error), code=2 if isinstance(error, USERS_MISTAKES) else 1)
+        end = Ended(path=path, error=one_line(error), code=2 if isinstance(error, MISTAKES) else 1)
         print(f"clbench: {end.error}", file=sys.stderr)
     with Path(os.environ[SWEEP]).open("a") as file:
         file.write(json.dumps(asdict(end)) + "\n")

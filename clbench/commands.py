@@ -9,18 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-from clbench.config.composition import one_line
+from clbench.config.composition import MISTAKES, one_line
 from clbench.config.secrets import masked
-from clbench.types import NotWritten, RankFailed, UserMistake
+from clbench.types import NotWritten, RankFailed
 
 T = TypeVar("T")
-USERS_MISTAKES = (UserMistake, HydraException, OmegaConfBaseException, YAMLError)
 FAILED = (RankFailed, NotWritten)
-FAILURES = (*USERS_MISTAKES, *FAILED)
+FAILURES = (*MISTAKES, *FAILED)
 """What ends one job of a sweep and leaves the others alone; exit code 2 for the user's mistakes, else 1."""
 
 

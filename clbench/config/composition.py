@@ -16,10 +16,11 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import MissingConfigException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from clbench.config import Config, ProbeConfig, from_plain, target_names
 from clbench.config.checks import PLUGINS, check, writing
@@ -34,6 +35,8 @@ OF_WORLD = "model.world_seed"
 """What stands in the yaml of whatever asks about the embedded world."""
 NO_NAME = r"(?i)\s*(null|true|false|[-+]?(inf|nan|(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[-+]?\d+)?))\s*"
 """What Hydra reads as a value that is no text."""
+MISTAKES = (UserMistake, HydraException, OmegaConfBaseException, YAMLError)
+"""What the user got wrong, by whom it is found."""
 ADVICE = ("object_type", "reference_type", "Config search path", "Set the env")
 CONF_DIR = next(path for path in (_HERE.parent / "conf", _HERE / "conf") if (path / "config.yaml").is_file())
 
