@@ -40,10 +40,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def set_up_torch(config: Config) -> None:
-    """Threads, and warnings of libraries that say nothing a user can act on."""
+    """Threads, the count of an accelerator's memory, and warnings of libraries that say nothing a user can act on."""
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # one process may run several methods after one another
+    else:
         # transformers asks deepspeed for its accelerator, which warns when it has to find out for itself.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch.distributed")
@@ -99,13 +101,14 @@ def load_model(config: Config, source: Any) -> Module:
     """The untouched model on its device; with engine.shard_base each rank holds a slice of it, and all ranks load it together."""
     device, dtype = _device_of(config), DTYPES[config.engine.dtype]
     if not config.engine.shard_base:
-        model, _ = source.load(Path(config.cache_dir))
-        return model.to(device=device, dtype=dtype)
+        # Not model.to(dtype): that would also round the frequencies of rotary embeddings, which transformers keeps in float32.
+        model, _ = source.load(Path(config.cache_dir), dtype=dtype)
+        return model.to(device)
     from clbench.train.zero import born_sharded
 
     with born_sharded(dtype, offload=config.engine.offload):
         model, _ = source.load(Path(config.cache_dir), dtype=dtype)
-        return model.to(device=device, dtype=dtype)
+        return model.to(device)
 
 
 def sketch(config: Config, sizes: PretrainedConfig) -> tuple[Method, Module]:

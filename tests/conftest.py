@@ -3,9 +3,7 @@
 import os
 from pathlib import Path
 
-os.environ.update(
-    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="disabled", DS_ACCELERATOR="cpu", TQDM_DISABLE="1"
-)
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="disabled", TQDM_DISABLE="1")
 
 import runpy  # noqa: E402
 import subprocess  # noqa: E402
@@ -16,6 +14,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"
 
 TINY_MODEL = (
     "model.steps=20",

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from clbench.build import load_model
+from clbench.config.composition import compose
 from clbench.data.encoder import Encoder
 from clbench.examine.student import Student
 from clbench.models.pretrained import Pretrained
@@ -155,3 +158,13 @@ def test_a_models_own_settings_leave_answers_the_likeliest_tokens_and_end_them(t
         loaded, _ = Pretrained(label="x", name=str(folder)).load(tmp_path)
         student = Student(loaded, Encoder(tokenizer, max_length=16))
         assert student.write([tuple(ids)], max_new_tokens=6) == [expected]
+
+
+def test_a_bfloat16_base_keeps_the_frequencies_of_its_rotary_embeddings(overrides):
+    config = compose([*overrides, "engine.dtype=bfloat16"])
+    model = load_model(config, instantiate(config.model, _convert_="all"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    frequencies = model.model.rotary_emb.inv_freq
+    width = model.config.hidden_size // model.config.num_attention_heads
+    expected = torch.tensor([10000 ** (-2 * pair / width) for pair in range(width // 2)])
+    torch.testing.assert_close(frequencies, expected, rtol=1e-6, atol=0)
