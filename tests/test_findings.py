@@ -42,3 +42,17 @@ def test_where_nothing_is_separated_that_is_said_and_where_nothing_was_tested_no
     ]
     assert not list(findings(table("average_accuracy", {}, q=float("nan")), ROWS))
     assert not list(findings(table("average_accuracy", {}), ROWS.assign(stream_hash="other data")))
+
+
+def test_of_many_that_a_row_beats_the_number_is_said():
+    losers = [f"l2-{number}" for number in range(13)]
+    rows = pd.DataFrame([SETTING | {"method": name, "variant": "1", "label": name} for name in ("er", "seq", *losers)])
+    verdicts = {loser: "better" for loser in losers} | {"seq": "not separated"}
+    pairs = pd.DataFrame(
+        SETTING
+        | {"measure": "average_accuracy", "method": "er", "variant": "1", "other": other, "other_variant": "1"}
+        | {"q": 0.01, "verdict": verdict}
+        for other, verdict in verdicts.items()
+    )
+    (sentence,) = findings(pairs, rows)
+    assert sentence == "In average accuracy er is better than 13 of 14 others; 13 of 14 pairs can be told apart."

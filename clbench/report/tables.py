@@ -140,6 +140,10 @@ def readable(rows: pd.DataFrame, *, spread: bool) -> pd.DataFrame:
     return shown.assign(notes=rows["notes"])
 
 
+NAMED = 12
+"""Most rows that a finding names; of more it gives the number."""
+
+
 def findings(differences: pd.DataFrame, rows: pd.DataFrame) -> Iterator[str]:
     """A sentence for each measure of SAID: the rows that are better than the most others, and of how many pairs one can be told from the other.
 
@@ -161,8 +165,19 @@ def findings(differences: pd.DataFrame, rows: pd.DataFrame) -> Iterator[str]:
             yield f"In {name} none of {len(own)} pairs can be told apart."
             continue
         most = max(map(len, beaten.values()))
+        others = (
+            len(
+                {
+                    *zip(own["method"], own["variant"], strict=True),
+                    *zip(own["other"], own["other_variant"], strict=True),
+                }
+            )
+            - 1
+        )
         best = [
-            f"{winner} is better than {in_words(losers)}" for winner, losers in beaten.items() if len(losers) == most
+            f"{winner} is better than {in_words(losers) if most <= NAMED else f'{most} of {others} others'}"
+            for winner, losers in beaten.items()
+            if len(losers) == most
         ]
         yield f"In {name} {'; '.join(best)}; {sum(map(len, beaten.values()))} of {len(own)} pairs can be told apart."
 
