@@ -40,6 +40,12 @@ SMALL = (
     | {"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4}
     | {"num_attention_heads": 8, "num_key_value_heads": 4}
 )
+GEMMA3 = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "model" / "gemma3_270m.yaml").architecture) | {
+    "vocab_size": 8000,
+    "num_hidden_layers": 6,
+    "initializer_range": 0.1,
+}
+"""Gemma-3-270M's heads and windows; weights so large that what a token sees shows in what it says."""
 TINY = SMALL | {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 
 PARITY = 1e-6
@@ -206,6 +212,25 @@ def check_reading(architecture: dict, device: str, *, items: int) -> None:
     assert len(found) == 4 * items and all(value < 0 for value, _ in found)
 
 
+@torch.inference_mode()
+def check_scores(architecture: dict, device: str) -> None:
+    """Questions with four endings, many in one forward, score in float32 as each ending by itself."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture), dtype=torch.float32)
+    model = model.to(device).eval()
+    pairs = requests((12, 0, (100, 200), (5, 10)), architecture["vocab_size"])
+    found = Student(model, Encoder(Numbers(), max_length=1024, device=device)).log_likelihoods(pairs)
+    gaps = []
+    for (context, ending), (value, _) in zip(pairs, found, strict=True):
+        log_probs_TV = model(input_ids=torch.tensor([[*context, *ending]], device=device)).logits[0].log_softmax(-1)
+        after = log_probs_TV[len(context) - 1 : -1].double()
+        gaps.append(
+            abs(value - float(after.gather(1, torch.tensor(ending, device=device)[:, None]).sum())) / len(ending)
+        )
+    print(f"scores in one forward and one at a time: at most {max(gaps):.1e} nats a token apart")
+    assert max(gaps) < 1e-4
+
+
 def of_peak(tokens: int, operations: int, seconds: float, device: str) -> str:
     """Tokens a second, and the share of the device's peak that the model's own operations take."""
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
@@ -237,6 +262,12 @@ def test_llama_3_8b_trains_on_a_gpu(alone):
 
 @pytest.mark.gpu
 @needs_gpu
+def test_scores_on_a_gpu_are_those_of_plain_forwards():
+    check_scores(GEMMA3, "cuda")
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_llama_3_8b_reads_probes_on_a_gpu():
     check_reading(LLAMA3_8B, "cuda", items=250)
 
@@ -249,6 +280,7 @@ def test_the_checks_for_a_gpu_run_on_the_cpu(alone, capsys):
         check_parity(TINY, "cpu", dtype=dtype, length=32)
     check_size(TINY, "cpu", rows=2, length=32)
     check_reading(TINY, "cpu", items=3)
+    check_scores(GEMMA3, "cpu")
     printed = capsys.readouterr().out
-    assert printed.count("apart") == 3 and printed.count("tokens/s, MFU unknown") == 2
+    assert printed.count("apart") == 4 and printed.count("tokens/s, MFU unknown") == 2
     assert os.environ["DS_ACCELERATOR"] == "cpu"

@@ -258,7 +258,7 @@ def stopping(has_ended: HasEnded, width: int) -> Callable[..., Tensor]:
 
 
 def mask_of(model: PreTrainedModel, sees_TS: Tensor, positions_T: Tensor) -> Tensor | dict[str, Tensor]:
-    """What is added to attention's logits, [1, 1, T, S]: one for all layers, or one for each kind of layer that the model has.
+    """The mask of attention, [1, 1, T, S], in the form that transformers gives it: one for all layers, or one for each kind of layer.
 
     A sliding window counts positions in the sequence; what precedes the row's own tokens is the common beginning.
     """
@@ -270,12 +270,15 @@ def mask_of(model: PreTrainedModel, sees_TS: Tensor, positions_T: Tensor) -> Ten
         near_TS = sees_TS & (positions_T[:, None] - torch.cat([beginning, positions_T]) < window)
     masks = {"full_attention": sees_TS, "sliding_attention": near_TS}
     if kinds:
-        return {kind: added(masks[kind], model.dtype) for kind in set(kinds)}
-    return added(near_TS, model.dtype)
+        return {kind: masking(model, masks[kind]) for kind in set(kinds)}
+    return masking(model, near_TS)
 
 
-def added(sees_TS: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a token sees another, the least number elsewhere, [1, 1, T, S]."""
+def masking(model: PreTrainedModel, sees_TS: Tensor) -> Tensor:
+    """[1, 1, T, S]: bool for torch's attention, as transformers has it; else what is added to logits, the least number for what is not seen."""
+    if model.config._attn_implementation == "sdpa":
+        return sees_TS[None, None]
+    dtype = model.dtype
     mask_TS = torch.zeros(sees_TS.shape, dtype=dtype, device=sees_TS.device)
     return mask_TS.masked_fill_(~sees_TS, torch.finfo(dtype).min)[None, None]
 
