@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from clbench.data.encoder import Encoder
-from clbench.examine.student import Student
+from clbench.examine.student import Student, mask_of
 from clbench.examine.together import reads_together
 from clbench.models.loss import answer_loss
 from clbench.types import IGNORED, Example
@@ -169,6 +169,16 @@ def test_reading_together_is_found_out_without_a_trace(model):
     stretched = copy.deepcopy(model)
     stretched.config.rope_parameters = {**stretched.config.rope_parameters, "rope_type": "dynamic"}
     assert not reads_together(stretched, encoder)
+
+
+def test_rows_that_go_wrong_behind_their_first_50_tokens_are_not_read_together(model, monkeypatch):
+    def slipping(model, sees_TS, positions_T):
+        sees_TS = sees_TS.clone()
+        sees_TS[50:, :50] = False
+        return mask_of(model, sees_TS, positions_T)
+
+    monkeypatch.setattr("clbench.examine.student.mask_of", slipping)
+    assert not reads_together(model, Encoder(Words(), max_length=64))
 
 
 def test_a_loss_that_is_no_number_is_not_reading_together(model, monkeypatch):

@@ -51,13 +51,16 @@ def _gap_in_training(model: Module, rows: list[Ids], encoder: Encoder) -> float:
 
 
 def _questions(vocabulary: int) -> tuple[list[tuple[Ids, Ids]], list[Ids]]:
-    """(context, continuation) pairs, some with a long common beginning, and prompts of several lengths."""
+    """(context, continuation) pairs, some with a long common beginning, and prompts of several lengths.
+
+    Two contexts are longer than the blocks of tokens that an accelerator's attention reads at once.
+    """
     rng = torch.Generator().manual_seed(0)
 
     def draw(length: int) -> Ids:
         return tuple(torch.randint(vocabulary, (length,), generator=rng).tolist())
 
     beginning = draw(40)
-    contexts = [draw(9), draw(4), (*beginning, *draw(3)), (*beginning, *draw(6))]
-    requests = [(context, draw(length)) for context in contexts for length in (1, 3, 5)]
-    return requests, contexts
+    prompts = [draw(9), draw(4), (*beginning, *draw(3)), (*beginning, *draw(6))]
+    requests = [(context, draw(length)) for context in (*prompts, draw(130), draw(150)) for length in (1, 3, 5)]
+    return requests, prompts

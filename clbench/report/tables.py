@@ -140,7 +140,7 @@ def readable(rows: pd.DataFrame, *, spread: bool) -> pd.DataFrame:
     return shown.assign(notes=rows["notes"])
 
 
-NAMED = 12
+LISTED = 12
 """Most rows that a finding names; of more it gives the number."""
 
 
@@ -165,17 +165,10 @@ def findings(differences: pd.DataFrame, rows: pd.DataFrame) -> Iterator[str]:
             yield f"In {name} none of {len(own)} pairs can be told apart."
             continue
         most = max(map(len, beaten.values()))
-        others = (
-            len(
-                {
-                    *zip(own["method"], own["variant"], strict=True),
-                    *zip(own["other"], own["other_variant"], strict=True),
-                }
-            )
-            - 1
-        )
+        sides = (["method", "variant"], ["other", "other_variant"])
+        others = len({row for side in sides for row in own[side].itertuples(index=False, name=None)}) - 1
         best = [
-            f"{winner} is better than {in_words(losers) if most <= NAMED else f'{most} of {others} others'}"
+            f"{winner} is better than {in_words(losers) if most <= LISTED else f'{most} of {others} others'}"
             for winner, losers in beaten.items()
             if len(losers) == most
         ]
