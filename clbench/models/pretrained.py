@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    CpmAntConfig,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -94,6 +95,10 @@ class Pretrained:
         if config.is_encoder_decoder or not known:
             raise UserMistake(
                 f"model.name={self.name!r} is a {config.model_type}, no decoder that continues text; name a causal language model"
+            )
+        if type(config) is CpmAntConfig:  # kl_base and others project hidden states through inputs_embeds
+            raise UserMistake(
+                f"model.name={self.name!r} is a cpmant, whose forward takes no inputs_embeds; name another model"
             )
         return config
 
