@@ -38,7 +38,7 @@ run: setup ## a first leaderboard: every core method over four tasks of the embe
 	$(PY) -m clbench.report $(RESULTS)
 
 # Beside the runs of `make reference`, whose report draws the search's learning-rate curves.
-tune: setup ## the search that chose learning rates and strengths, on another world, order and seeds
+tune: setup ## the search that chose learning rates and strengths, on another world and other seeds
 	for search in $(basename $(notdir $(wildcard conf/experiment/tune/*.yaml))); do \
 	  case $$search in common|rates|optuna) continue;; esac; \
 	  $(PY) -m clbench +experiment=tune/$$search model.world_seed=100 results_dir=$(RESULTS)/reference/tuning tracking.progress=false $(LAUNCH) || exit 1; \

@@ -2,8 +2,9 @@
 
     loss = CE + strength * mean over answer tokens of KL( p_base(. | x, y_<t) || p_theta(. | x, y_<t) ),      whole vocabulary, nats.
 
-p_base is the same model with its adapter off, without dropout or gradient, so nothing is kept of it. With `tokens` "all" the mean is over every
-token of the prompt, too. At the first step the adapter adds nothing, and the penalty and its gradient are 0.
+p_base is the same model with its adapter off, without dropout or gradient, so nothing is kept of it. With `tokens` "all" the mean is over what
+follows every token that is read, those of the prompt and EOS, too. At the first step the adapter adds nothing, and the penalty and its gradient
+are 0.
 
 Official code: hiyouga/LlamaFactory (Apache-2.0), train/trainer_utils.py, `asft`, there with strengths of 0.05 to 0.1; paper: arXiv 2509.23753, which
 reweights the cross-entropy besides: not followed, so that strength 0 is plain fine-tuning. Deviation: the divergence is (base || model) as in

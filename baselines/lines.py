@@ -14,6 +14,7 @@ Card:
 """
 
 import re
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -45,3 +46,7 @@ class Lines(Shrunk):
             f"{alpha:g}+{beta:g}": self.view([alpha + beta * depth / last for depth in depths])
             for alpha, beta in self.scalings
         }
+
+    def still(self) -> Sequence[str]:
+        """The untouched model."""
+        return [f"{alpha:g}+{beta:g}" for alpha, beta in self.scalings if alpha == beta == 0]

@@ -6,7 +6,7 @@ Before task i > 1 the rows of A are made orthonormal, and B goes on as it is; af
 
 Paper: arXiv 2512.23017. No official code is known to us: this follows its equations. After the first task B_m = B_1, so the merged pair is the
 trained one. Interpretations: the sign of a column of Q, which QR leaves open, is chosen so that the diagonal of R is not negative; learning
-rate and optimizer as everywhere here.
+rate and optimizer as everywhere here. No setting makes it SEQ.
 
 Card:
 - paper: arXiv 2512.23017

@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,9 +87,16 @@ def main() -> None:
         if not isinstance(error, FAILURES):
             raise
         refuse(error)
+    except BrokenProcessPool:
+        print(
+            "clbench: a process of the sweep was killed, as for want of memory; the same command continues",
+            file=sys.stderr,
+        )
+        end_sweep(Path(os.environ[SWEEP]).parent, quiet=True)
+        raise SystemExit(1) from None
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
-        print(f"clbench: {stop or 'interrupted'}; the same command continues", file=sys.stderr)
+        print(f"clbench: {str(stop) or 'interrupted'}; the same command continues", file=sys.stderr)
         raise SystemExit(128 + number) from None
     finally:
         if SWEEP in os.environ:

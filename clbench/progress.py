@@ -6,6 +6,7 @@
 
 import logging
 import math
+import os
 import sys
 import time
 from threading import Event, Thread
@@ -88,7 +89,8 @@ def spoken(seconds: float) -> str:
 
 
 def set_up_logging() -> None:
-    """Human lines of clbench on standard error."""
+    """Human lines of clbench on standard error. How often the hub's library tries again is none of them, unless its own variable asks for that."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # read when the library is imported
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.setLevel(logging.INFO)

@@ -234,7 +234,7 @@ class Method(ABC):
         return {"model": nullcontext()}
 
     def still(self) -> Sequence[str]:
-        """The views that are one model whatever was trained, as the untouched one is: a run reads them once and not after every stage."""
+        """The views that are the untouched model whatever was trained: a run does not read it again."""
         return ()
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Ids = tuple[int, ...]
 """Token ids of a text."""
+FLOORS = ("chance", "majority", "format_only", "copy")
+"""The metrics of answers that know nothing of the question: rows of stage 0 alone."""
 
 
 class UserMistake(ValueError):

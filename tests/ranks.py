@@ -64,7 +64,7 @@ CASES = {
     "l2": ("method=l2",),
     "kl_base": ("method=kl_base", "method.strength=1"),
     "kl_base_prompt": ("method=kl_base", "method.strength=1", "method.tokens=all"),
-    "lwf": ("method=lwf",),
+    "lwf": ("method=lwf", "method.strength=100"),
     "self_replay": ("method=self_replay", "method.rows=20"),
     "self_replay_text": ("method=self_replay_text", "method.rows=20"),
     "er_general": ("method=er_general",),

@@ -20,7 +20,7 @@ from tests import feature_ranks
 from tests.test_deepspeed import ANSWERS, STAGES, TOLERANCE, distance, scaled
 from tests.test_run import elsewhere, run, scores
 
-RESUMED = ("ilora", "secura")
+RESUMED = ("ilora", "secura", "lwf", "self_replay")
 OFFLOADED = ("1:engine.offload=optimizer", "3:engine.offload=optimizer", "3:engine.offload=all")
 PLACED = (
     "1:ewc:engine.offload=optimizer",

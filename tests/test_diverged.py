@@ -88,7 +88,7 @@ def test_runs_that_diverged_stand_in_the_table_below_the_ranked_ones_without_a_r
         assert row["average_accuracy"] == row["average_accuracy_rank_best"] == ""
         assert "diverged, not ranked" in row["notes"] and "stage 2 of 3 (food), step 60" in row["notes"]
     text = (results / "leaderboard.md").read_text()
-    assert "| gamma (diverged) | 1 (1 × 1) | - |" in text
+    assert "| gamma (diverged) | 1 (1, 1) | - |" in text
     assert "gamma (diverged)" in report.write(results).read_text()
     assert len(json.loads((results / "leaderboard.json").read_text())) == 4
     state = read_runs(results).runs.set_index("method").loc["gamma", "state"]

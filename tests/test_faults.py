@@ -232,7 +232,9 @@ def test_a_cached_model_that_was_touched_is_made_again_and_said_so(tmp_path, mon
 
 
 def test_kept_scores_of_the_untouched_model_that_were_touched_are_not_taken(tmp_path, caplog):
-    found = untouched.Untouched(run="r", tokens=7, scores=(Score(stage=0, stage_name="base", items=(1.0, 0.25), **AT),))
+    found = untouched.Untouched(
+        run="r", tokens=7, scores={"p": (Score(stage=0, stage_name="base", items=(1.0, 0.25), **AT),)}
+    )
     path, other = (untouched.kept_at(tmp_path, {"a": number}) for number in (0, 1))
     assert untouched.find(path) is None and not caplog.text
     untouched.keep(path, found)

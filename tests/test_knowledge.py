@@ -84,7 +84,7 @@ def hellaswag_row(i, half):
 def truthful_row(i, sentence):
     return {
         "question": f"What do we know of {sentence[:12]}?",
-        "mc1_targets": {"choices": ["Nothing.", sentence], "labels": [1, 0]},
+        "mc1_targets": {"choices": [f"Nothing, {i}.", sentence], "labels": [1, 0]},
         "mc2_targets": {"choices": ["Nothing.", "Little.", sentence, "All."][: 2 + i], "labels": [1, 1, 0, 0][: 2 + i]},
     }
 
@@ -349,9 +349,38 @@ def test_floors_are_those_of_the_rows(student, data_dir, knowledge):
     # A task may score a share of probability: two of two, of three, of four choices are right.
     shares = {s.metric: s for s in probe(data_dir, "truthfulqa_mc2").measure(student, STREAM, 0)}
     assert shares["chance"].items == pytest.approx((2 / 2, 2 / 3, 2 / 4))
-    # The right choice comes always second, by the way the rows are written: its position is no answer that a model could give.
+    # The right choice comes always first, by the way the rows are written: its position is no answer that a model could give.
     found = {s.metric: s.value for s in probe(data_dir, "truthfulqa_mc1").measure(student, STREAM, 0)}
     assert found["chance"] == 0.5 and "majority" not in found
+
+
+@pytest.mark.parametrize("form", ["multiple_choice", "generate_until"])
+def test_always_the_same_answer_scores_the_majority_wherever_its_words_stand(form, student, tmp_path):
+    """Four of five answers are yes, which is offered first and second in turn, or written."""
+    rows = [
+        {"text": f"Is {k} so?", "offered": ["yes", "no"][:: 1 if k % 2 else -1], "right": "no" if k % 5 == 0 else "yes"}
+        for k in range(20)
+    ]
+    write(tmp_path / "quiz", "all", rows)
+    yaml = {
+        "task": "quiz",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "quiz" / "all.jsonl")}},
+        "test_split": "test",
+        "output_type": form,
+        "doc_to_text": "{{text}}",
+        "doc_to_target": "right",
+    }
+    if form == "multiple_choice":
+        yaml |= {"doc_to_choice": "{{offered}}"}
+    else:
+        yaml |= {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 3}, "metric_list": [{"metric": "exact_match"}]}
+    (tmp_path / "own").mkdir()
+    OmegaConf.save(OmegaConf.create(yaml), tmp_path / "own" / "quiz.yaml")
+    knowledge = Knowledge(name="k", tasks=["quiz"], include_path=str(tmp_path / "own"))
+    found = {s.metric: s for s in knowledge.measure(student, STREAM, 0)}
+    assert found["majority"].value == 0.8
+    assert sorted(found["majority"].items) == [0.0] * 4 + [1.0] * 16
 
 
 def test_lambada_has_a_chance_of_zero_and_a_perplexity_of_the_corpus(student, tmp_path):

@@ -23,6 +23,7 @@ from clbench.report import tables as leaderboard
 from clbench.report.columns import FILES
 from clbench.report.search import search
 from clbench.report.summary import summarise
+from clbench.stream import ordered
 from clbench.types import Cost, Score, UserMistake
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -114,7 +115,7 @@ def write_run(
         "stream_hash": "abc123",
         "canaries": {"checked": 4, "failed": list(failed)},
         "git": {"commit": "c0ffee", "dirty": dirty},
-        "tasks": list(TASKS),
+        "tasks": ordered(TASKS, order),
         "metrics": dict.fromkeys(TASKS, "accuracy"),
         "command": f"python -m clbench method={method} seed={seed}",
     }
@@ -578,7 +579,15 @@ def test_orders_and_seeds_are_blocks_of_one_row(blocks):
     assert [rows["alpha"][f"n_{what}"] for what in ("orders", "seeds", "blocks")] == ["3", "2", "6"]
     assert [rows["delta"][f"n_{what}"] for what in ("orders", "seeds", "blocks")] == ["3", "1", "3"]
     assert "no claim of difference" in rows["delta"]["notes"] and rows["alpha"]["notes"] == ""
-    assert "| 6 (3 × 2) |" in (blocks / "leaderboard.md").read_text()
+    assert "| 6 (3, 2) |" in (blocks / "leaderboard.md").read_text()
+
+
+def test_names_of_one_order_of_the_tasks_are_one_block(tmp_path):
+    for order in ("default", "latin:3", "latin:6", "latin:1", "latin:4"):
+        write_run(tmp_path, "alpha", seed=0, order=order, matrix=ALPHA)
+    (row,) = refreshed(tmp_path)
+    assert [row[f"n_{what}"] for what in ("orders", "seeds", "blocks")] == ["2", "1", "2"]
+    assert "5 runs of 2 blocks" in row["notes"]
 
 
 def test_order_sensitivity_is_between_the_best_and_the_worst_order(tmp_path):

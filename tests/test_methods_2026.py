@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from clbench.models.loss import answer_loss, rows_of
 from clbench.models.weights import trainable, trainable_state
 from clbench.train.loop import global_batch
 from clbench.types import Batch, Example, UserMistake
-from tests.test_methods import SAME_RATE, Lab, everything, gpt2, lab, llama, same, tokenizer
+from tests.test_methods import SAME_RATE, TINY, Lab, everything, gpt2, lab, llama, same, tokenizer
 
 
 def batch_of(toy: Lab, number: int, step: int = 0) -> Batch:
@@ -216,6 +217,33 @@ def test_lwf_at_temperature_1_is_kl_base_in_the_first_stage_and_not_in_the_secon
     assert apart[0] < 1e-5 < 1e-4 < apart[1], apart
 
 
+def test_lwf_adds_the_softened_divergence_from_the_model_of_the_stage_before_times_the_square_of_the_temperature():
+    toy = lab("lwf", "method.strength=3", "method.temperature=2", SAME_RATE)
+    toy.train(1)
+
+    def answers(batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits at each answer token's place, and the tokens."""
+        rows = []
+        for ids, mask, labels in zip(batch.input_ids, batch.attention_mask.bool(), batch.labels, strict=True):
+            places = torch.nonzero(labels[mask][1:] != -100)[:, 0]
+            with torch.no_grad():
+                logits = toy.model(input_ids=ids[mask][None]).logits[0].double()
+            rows.append((logits[places], labels[mask][places + 1]))
+        return torch.cat([logits for logits, _ in rows]), torch.cat([tokens for _, tokens in rows])
+
+    batch = batch_of(toy, 2)
+    before, _ = answers(batch)
+    with torch.no_grad():
+        for tensor in trainable(toy.model).values():
+            tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)))
+    now, tokens = answers(batch)
+    ce = -now.log_softmax(-1).gather(1, tokens[:, None]).mean()
+    soft, softer = (before / 2).log_softmax(-1), (now / 2).log_softmax(-1)
+    kl = (soft.exp() * (soft - softer)).sum(-1).mean()
+    found = float(toy.method.loss(toy.model, batch).detach())
+    assert kl > 1e-3 and found == pytest.approx(float(ce + 3 * 4 * kl), rel=1e-5)
+
+
 # --- self_replay ------------------------------------------------------------------------------------------------------------
 
 
@@ -294,16 +322,20 @@ def test_all_of_the_update_is_seq_and_nothing_of_it_the_base():
                 assert torch.equal(toy.logits(), whole if name == "1" else base) == (name != "0.5")
 
 
-def test_lines_scales_the_first_block_by_alpha_and_the_last_by_both():
-    toy = lab("lines", "method.scalings=[[0.25,0.5]]", SAME_RATE)
+def test_lines_scales_the_first_block_by_alpha_the_last_by_both_and_those_between_by_their_depth():
+    with patch.dict(TINY, num_hidden_layers=5):
+        toy = lab("lines", "method.scalings=[[0.25,0.5],[0,0]]", SAME_RATE)
+    base = toy.logits()
     toy.train(1)
     updates = [pair.update(pair.live()) for pair in toy.method.pairs]
-    (view,) = toy.method.views(toy.model).values()
-    with view:
+    scaled, nothing = toy.method.views(toy.model).values()
+    with scaled:
         for pair, update in zip(toy.method.pairs, updates, strict=True):
-            share = 0.75 if ".layers.1." in pair.A else 0.25
+            share = (0.25, 0.375, 0.5, 0.625, 0.75)[lines.block_of(pair.A)]
             torch.testing.assert_close(pair.update(pair.live()), share * update)
-    assert lines.block_of("model.lm_head.weight") == 0
+    with nothing:
+        assert torch.equal(toy.logits(), base)
+    assert toy.method.still() == ["0+0"] and lines.block_of("model.lm_head.weight") == 0
 
 
 def test_shrinking_leaves_a_and_scales_b():
@@ -341,6 +373,7 @@ def test_slao_is_examined_with_the_last_a_and_the_average_of_b():
             assert torch.equal(pair.live()[pair.A], a[pair.A])
     toy.method.begin_stage(toy.stage(3), toy.model)
     for pair in toy.method.pairs:
+        assert torch.equal(pair.live()[pair.B], ends[-1][pair.B]), "training goes on from the last B"
         live = pair.live()[pair.A]
         torch.testing.assert_close(live @ live.T, torch.eye(len(live)), atol=1e-5, rtol=0)
 
@@ -399,17 +432,8 @@ def test_agem_refuses_settings_of_er_that_mean_nothing_to_it():
 
 def test_osf_keeps_gradients_out_of_the_frozen_directions_and_merges_what_it_trained():
     toy = lab("osf", "method.preserved=0.5", "train.lr=1e-2")
-    layers = {name: layer for name, layer in toy.model.named_modules() if isinstance(layer, OSFLayer)}
-    starts = {name: layer.get_base_layer().weight.detach().clone() for name, layer in layers.items()}
-    batch = batch_of(toy, 1)
-    toy.method.loss(toy.model, batch).backward()
-    for name, layer in layers.items():
-        u, _, vt = torch.linalg.svd(starts[name], full_matrices=False)
-        k = min(starts[name].shape) // 2
-        factors = layer.osf_svd_params["default"]
-        assert float((u[:, :k].T @ factors["U_low"].grad).abs().max()) < 1e-5
-        assert float((factors["V_low"].grad @ vt[:k].T).abs().max()) < 1e-5
-    toy.model.zero_grad()
+    starts = check_frozen(toy, 1)
+    layers = {name: toy.model.get_submodule(name) for name in starts}
     outputs_before = toy.logits()
     toy.train(1)
     after = toy.logits()
@@ -421,6 +445,22 @@ def test_osf_keeps_gradients_out_of_the_frozen_directions_and_merges_what_it_tra
     fresh = lab("osf", "method.preserved=0.5", "train.lr=1e-2")
     fresh.method.load_state_dict(toy.method.state_dict())
     torch.testing.assert_close(fresh.logits(), after)
+    check_frozen(toy, 2)  # the directions of the weights as they are now
+
+
+def check_frozen(toy: Lab, number: int) -> dict[str, Tensor]:
+    """The weight of each layer as it is before stage `number`, of which no gradient falls into the directions that are kept."""
+    layers = {name: layer for name, layer in toy.model.named_modules() if isinstance(layer, OSFLayer)}
+    weights = {name: layer.get_base_layer().weight.detach().clone() for name, layer in layers.items()}
+    toy.method.loss(toy.model, batch_of(toy, number)).backward()
+    for name, layer in layers.items():
+        u, _, vt = torch.linalg.svd(weights[name], full_matrices=False)
+        k = min(weights[name].shape) // 2
+        factors = layer.osf_svd_params["default"]
+        assert float((u[:, :k].T @ factors["U_low"].grad).abs().max()) < 1e-5
+        assert float((factors["V_low"].grad @ vt[:k].T).abs().max()) < 1e-5
+    toy.model.zero_grad()
+    return weights
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "[c_fc]"])

@@ -246,6 +246,8 @@ def test_perplexity_ratio():
     assert metrics.perplexity_ratio(1.0, 1.0 + np.log(3), count=1) == approx(3.0)
     assert metrics.perplexity_ratio(100.0, 100.0 + 50 * np.log(2), count=50) == approx(2.0)
     assert metrics.perplexity_ratio(0.0, 1e6, count=1) == np.inf
+    with np.errstate(all="raise"):  # numpy would warn, of a row without text, in the terminal
+        assert np.isnan(metrics.perplexity_ratio([0.0], [np.nan], count=1)).all()
 
 
 def test_interval_is_students_t():

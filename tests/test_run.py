@@ -17,7 +17,7 @@ from clbench.experiment.afterwards import examine_again
 from clbench.record.ledger import Ledger
 from clbench.record.runs import read_runs
 from clbench.report import tables as leaderboard
-from clbench.types import UserMistake
+from clbench.types import FLOORS, UserMistake
 
 LINEAR = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
 
@@ -98,20 +98,21 @@ def test_row_zero_is_the_same_for_every_method(overrides):
     assert first[0] and all(other == first[0] for other in first[1:])
 
 
-def test_a_model_that_nothing_trains_is_read_once_and_stands_for_every_stage(overrides, tmp_path):
+def test_a_model_that_nothing_trains_is_read_before_the_stream_and_stands_for_every_stage(overrides, tmp_path):
     path = run(elsewhere(overrides, tmp_path, "whole"), "method=base", "+probe.cadence.perplexity=every:3")
     read = [cost["tokens_scored"] for cost in costs(tmp_path / "whole")]
-    assert read[0] == sum(read[1:]) and min(read[1], read[3]) > 0 and read[2] == 0, read
+    assert read[0] > 0 and read[1:] == [0, 0, 0], read
     rows = [{key: row[key] for key in ("stage", "probe", "task", "metric", "value", "n")} for row in scores(path)]
-    first, second, third = (
+    untouched, first, second, third = (
         [{**row, "stage": 0} for row in rows if row["stage"] == stage and row["probe"] != "canaries"]
-        for stage in (1, 2, 3)
+        for stage in (0, 1, 2, 3)
     )
+    assert third == [row for row in untouched if row["metric"] not in FLOORS] != untouched
     assert first == second == [row for row in third if row["probe"] not in ("perplexity", "divergence")] != third
 
 
 @pytest.mark.parametrize("alphas", ["[0.5,0]", "[0,0.5]"])
-def test_a_view_that_training_does_not_touch_is_read_once_and_recorded_as_if_it_were_read_again(
+def test_a_view_that_training_does_not_touch_is_recorded_as_if_it_were_read_again(
     overrides, alphas, tmp_path, monkeypatch
 ):
     given = ["method=base_interpolation", f"method.alphas={alphas}"]
@@ -119,7 +120,9 @@ def test_a_view_that_training_does_not_touch_is_read_once_and_recorded_as_if_it_
     monkeypatch.setattr(BaseInterpolation, "still", lambda self: ())
     again = run(elsewhere(overrides, tmp_path, "again"), *given)
     read, twice = ([cost["tokens_scored"] for cost in costs(tmp_path / name)] for name in ("once", "again"))
-    assert read[:2] == twice[:2] and read[2] < 0.6 * twice[2] and read[3] < 0.6 * twice[3], (read, twice)
+    # Answers that are written differ in length.
+    halves = [one / other for one, other in zip(read[1:], twice[1:], strict=True)]
+    assert read[0] == twice[0] and halves == pytest.approx([0.5] * 3, abs=0.01), (read, twice)
     assert scores(once) == scores(again)
     items = [sorted((path.name, path.read_bytes()) for path in (one / "items").iterdir()) for one in (once, again)]
     assert items[0] == items[1]

@@ -6,12 +6,14 @@ import json
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 import yaml
+from omegaconf import DictConfig
 
 from clbench import cli
 from clbench.cli import Ended
@@ -187,6 +189,29 @@ def test_a_signal_ends_the_sweep_in_one_line(overrides, tmp_path, monkeypatch, c
     assert line.startswith("clbench: seq16-seq-s0-") and line.endswith("in stage 1/1; the same command continues")
     assert states(results(tmp_path)) == ["interrupted"], "the second job did not start"
     assert not list(results(tmp_path).glob(".sweep*"))
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "line"),
+    [
+        (BrokenProcessPool, 1, "a process of the sweep was killed, as for want of memory; the same command continues"),
+        (KeyboardInterrupt, 130, "interrupted; the same command continues"),
+    ],
+)
+def test_a_sweep_that_ends_outside_its_jobs_does_so_in_one_line(
+    overrides, tmp_path, monkeypatch, capsys, ends, code, line
+):
+    job = cli._job
+
+    def second_ends(composed: DictConfig) -> float | None:
+        if composed.seed:
+            raise ends
+        return job(composed)
+
+    monkeypatch.setattr(cli, "_job", second_ends)
+    assert sweep(monkeypatch, overrides, "seed=0,1") == code
+    assert capsys.readouterr().err.strip().splitlines()[-1] == f"clbench: {line}"
+    assert (results(tmp_path) / "leaderboard.csv").exists() == (ends is BrokenProcessPool)
 
 
 def test_a_grid_that_optimizes_goes_on_and_counts_as_any_other(overrides, tmp_path, monkeypatch, capsys):

@@ -113,6 +113,7 @@ EDITS = {
     "variant": (manifest(lambda it: it.update(variant="0" * 8)), "manifest.json has variant '00000000'"),
     "seed": (manifest(lambda it: it.update(seed=7)), "manifest.json has seed 7, what it follows from gives 0"),
     "method": (manifest(lambda it: it.update(method="mine")), "manifest.json has method 'mine'"),
+    "model": (manifest(lambda it: it.update(model="mine")), "manifest.json has model 'mine'"),
     "order": (manifest(lambda it: it.update(order="reversed")), "manifest.json has order 'reversed'"),
     "tasks": (manifest(lambda it: it["tasks"].reverse()), "manifest.json has tasks"),
     "metric": (manifest(lambda it: it["metrics"].update({it["tasks"][0]: "copy"})), "manifest.json has metrics"),
@@ -129,6 +130,10 @@ EDITS = {
     "bits": (lines(of=TEXT | {"metric": "bits_per_byte"}), "|bits_per_byte is "),
     "perplexity": (lines(of=TEXT | {"metric": "word_perplexity"}), "|word_perplexity is "),
     "gap": (lines(of={"stage": 1, "task": "scoring", "metric": "gap_nats"}, value=0.5), "scoring|failed is 0.0, other"),
+    "own canaries": (
+        lines(of={"stage": 1, "probe": "canaries"}, probe="mine"),
+        "stage 1: scores.jsonl has no canaries",
+    ),
     "stage's name": (lines(of={"stage": 2}, stage_name="mine"), " names its stage mine, it is "),
     "stage": (lines(of={"stage": 2}, stage=9), "IndexError: "),
     "cost": (lines("cost.jsonl", of={"stage": 2}, stage=7), "cost.jsonl has stages [0, 1, 7, 3]"),

@@ -68,14 +68,12 @@ def _options(folders: Sequence[Path], group: str) -> Iterator[tuple[str, Path]]:
 
 
 def _line(path: Path, folders: Sequence[Path]) -> str:
-    """The first sentence of what a yaml, or the module of the class that it names, says of itself."""
+    """The first sentence of what a yaml, or the module of the method that it names, says of itself."""
     text = path.read_text(encoding="utf-8")
-    if path.parent.name != "method":
-        return _sentence(" ".join(re.findall(r"^# (.*)$", text.partition("\n\n")[0], re.MULTILINE)))
-    target = re.search(r"^  _target_: (.+)\.\w+$", text, re.MULTILINE)
+    target = re.search(r"^  _target_: (.+)\.\w+$", text, re.MULTILINE) if path.parent.name == "method" else None
     if target is None:
-        parent = re.search(r"^defaults: \[(\w+)", text, re.MULTILINE)
-        return f"a variant of {parent[1]}" if parent else ""
+        comments = re.findall(r"^# (?!@package)(.*)$", text.partition("\n\n")[0], re.MULTILINE)
+        return _sentence(" ".join(comments))
     module = file_of(target[1], sorted({*(folder.parent for folder in folders), Path.cwd()}))
     return _sentence(ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or "") if module else ""
 

@@ -11,7 +11,7 @@ import io
 import logging
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -207,8 +207,15 @@ def answer(row: LedgerRow, model: StudentLM) -> dict[str, list[Any]]:
     for ask in (model.loglikelihood, model.loglikelihood_rolling, model.generate_until):
         asked = [request for request in requests if request.request_type == ask.__name__]  # as lm-eval calls them
         for request, response in zip(asked, ask(asked, disable_tqdm=True), strict=True):
-            request.resps, request.filtered_resps = [response], {}
+            request.resps = [response]
+    return outcomes_of(row)
+
+
+def outcomes_of(row: LedgerRow) -> dict[str, list[Any]]:
+    """The same of the responses that the row's requests have been given."""
     for task in row.tasks:
+        for request in task.instances:
+            request.filtered_resps = {}
         task.apply_filters()
     outcomes = defaultdict(list)
     for number, (task, asked) in enumerate(row.documents()):
@@ -261,22 +268,46 @@ def floors(row: LedgerRow) -> dict[str, Found]:
     """What answering without knowledge gives: `chance` by guessing, `majority` by always the same answer.
 
     Chance is the mean score over a document's choices of a model that is certain of one of them, so it holds for one right choice of
-    many, for several, and for a share of probability (truthfulqa_mc2). Majority is the one choice that scores best over all documents: a label
-    where every document offers the same (letters, yes and no), else a position. Where the right choice always has the same position that is how
-    the rows are written (TruthfulQA's first), not what a model could see, and there is no majority. Answers that are written have chance 0,
-    running text has none.
+    many, for several, and for a share of probability (truthfulqa_mc2). Majority is the one answer that scores best over all documents, by its words
+    or by its position. Where the right choice always has the same position that is how the rows are written (TruthfulQA's first), not what a model
+    could see, and words count alone, if they score more than chance. Answers that are written have chance 0, and where a right one occurs more
+    than once and is scored by exact_match, as majority what the commonest scores. Running text has neither.
     """
-    form, documents = row.tasks[0].OUTPUT_TYPE, row.documents()
+    form = row.tasks[0].OUTPUT_TYPE
     if form == "loglikelihood_rolling" or (form == "multiple_choice" and row.metric is None):
         return {}
     if form != "multiple_choice":
-        return {"chance": mean([0.0] * len(documents))}
+        return {"chance": mean([0.0] * len(row.documents()))} | ({} if form != "generate_until" else commonest(row))
     found = {"chance": mean([float(np.mean(scored)) for scored in row.rights])}
     by_place = np.array(list(zip_longest(*row.rights, fillvalue=0.0)))
-    majority = by_place[np.argmax(by_place.mean(axis=1))]
-    if len(set(row.offered)) == 1 or majority.min() < 1:
-        found["majority"] = mean(majority)
+    place = by_place[np.argmax(by_place.mean(axis=1))].tolist()
+    by_words = [dict(zip(*one, strict=True)) for one in zip(row.offered, row.rights, strict=True)]
+    totals = Counter[str]()
+    for one in by_words:
+        totals.update(one)  # adds
+    (best, _), *_ = totals.most_common(1)
+    words = [one.get(best, 0.0) for one in by_words]
+    if len(set(row.offered)) == 1 or min(place) < 1:
+        found["majority"] = mean(max(place, words, key=sum))
+    elif np.mean(words) > found["chance"].value:
+        found["majority"] = mean(words)
     return found
+
+
+def commonest(row: LedgerRow) -> dict[str, Found]:
+    """`majority` of answers that are written: what the one that is right most often scores when it is always given."""
+    targets = Counter[str]()
+    for task, asked in row.documents():
+        target = task.doc_to_target(asked[0].doc)
+        targets.update(set(map(str, target if isinstance(target, list) else [target])))
+    (text, count), *_ = targets.most_common(1)
+    if count == 1:
+        return {}
+    for task in row.tasks:
+        for request in task.instances:
+            request.resps = [text]
+    exact = [values for metric, values in outcomes_of(row).items() if metric.startswith("exact_match")]
+    return {"majority": mean(max(exact, key=sum))} if exact else {}
 
 
 def choice_scores(task: Task, asked: Sequence[Instance], count: int, metric: str) -> list[float]:

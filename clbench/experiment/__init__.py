@@ -91,7 +91,7 @@ def run(config: Config, *, command: str = "", ranks: Ranks | None = None) -> Pat
             begun = manifest | {"canaries": evaluation, "untouched_measured_by": untouched.run}
             ledger = Ledger(path, manifest=begun, keep_all=config.train.checkpoint == "all")
         under_way = {"config": config, "model": model, "ledger": ledger, "ranks": ranks}
-        started = Run(**vars(parts), **under_way, overlapping=data.overlapping)
+        started = Run(**vars(parts), **under_way, overlapping=data.overlapping, untouched=untouched.scores)
         try:
             with ledger or nullcontext():
                 run_stages(started, untouched, tracker)
@@ -137,7 +137,7 @@ def run_stages(run: Run, untouched: Untouched, tracker: Tracker) -> None:
 
 def forecast(run: Run, untouched: Untouched) -> Forecast:
     """How long the stages will take, on this machine as it is now."""
-    config, stages, seconds = run.config.train, run.stream.stages, seconds_of(untouched.scores)
+    config, stages, seconds = run.config.train, run.stream.stages, seconds_of(untouched.rows())
     pace = 0.0
     if run.config.engine.shard_base:
         # A backward pass takes twice as long as a forward, and slices of a model go backward in an engine only.
@@ -145,7 +145,7 @@ def forecast(run: Run, untouched: Untouched) -> Forecast:
     elif trainable(run.model):
         pace = seconds_a_token(run.model, run.encoder, stages[0].train, config) / run.ranks.size
     training = tuple(pace * tokens_of(run.method, stage, run.encoder, config) for stage in stages)
-    views = len(run.method.views(run.model))
+    views = len(run.method.views(run.model)) - len(run.method.still()) if trainable(run.model) else 0
     return Forecast(training=training, examining=seconds, cadence=run.config.probe.cadence, views=views)
 
 
@@ -162,8 +162,8 @@ def go_on(run: Run) -> tuple[dict[str, Tensor], Checkpoint | None]:
 
 def record_untouched(run: Run, untouched: Untouched, tracker: Tracker) -> None:
     """Stage 0: the untouched model's scores, under the name of each of the method's views."""
-    scores = under_views(untouched.scores, run.method.views(run.model))
-    seconds = sum(score.seconds for score in untouched.scores)
+    scores = under_views(untouched.rows(), run.method.views(run.model))
+    seconds = sum(score.seconds for score in scores)
     cost = cost_of(run, 0, Trained(), tokens_scored=untouched.tokens, seconds_train=0.0, seconds_probe=seconds)
     record(run, [*scores, *check_own_model(run, 0)], cost, moments={})
     tracker.stage(0, "base", scores, loss=float("nan"), seconds=seconds)

@@ -165,7 +165,7 @@ def examinations(
     model = load_model(config, run.source)
     untouched = measure_untouched(config, parts, model, manifest=manifest, ranks=Ranks(), watch=partial(showing, 0))
     if 0 in stages:
-        yield 0, under_views(untouched.scores, parts.method.views(wrap(parts.method, model)))
+        yield 0, under_views(untouched.rows(), parts.method.views(wrap(parts.method, model)))
     del model  # one at a time
     for stage in stages:
         if stage:

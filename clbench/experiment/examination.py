@@ -29,7 +29,7 @@ from clbench.record.overlaps import DataCheck, check_data
 from clbench.record.runs import CANARIES, FAILED
 from clbench.record.untouched import Untouched, find, keep, kept_at, source_hash
 from clbench.train.ranks import Ranks
-from clbench.types import Score, Source
+from clbench.types import FLOORS, Score, Source
 
 log = logging.getLogger("clbench")
 Watch = Callable[[str, str, str, int, int], None]
@@ -78,9 +78,9 @@ def measure_untouched(
     kept = ranks.share(find(path) if ranks.is_first else None)
     if kept is not None:
         return kept
-    scores = [score for probe in parts.probes for score in probe.measure(student, parts.stream, 0)]
+    scores = {probe.name: tuple(probe.measure(student, parts.stream, 0)) for probe in parts.probes}
     tokens = sum(ranks.gather(student.tokens_scored))
-    measured = Untouched(run=manifest["run"], tokens=tokens, scores=tuple(scores))
+    measured = Untouched(run=manifest["run"], tokens=tokens, scores=scores)
     if ranks.is_first:
         keep(path, measured)
     return measured
@@ -125,16 +125,12 @@ def examine(run: Run, index: int, watch: Watch) -> tuple[list[Score], int]:
 def measure(run: Run, probe: Probe, view: str, student: Student, index: int) -> list[Score]:
     """What `probe` finds after stage `index`.
 
-    A model of which nothing trains, and a view on which training has no effect (`Method.still`), is read once and not after every stage; what goes on
-    after a kill reads it once more. A view that is all of what was trained is nothing's copy in this run and is read like any other.
+    A model of which nothing trains, and a view on which training has no effect (`Method.still`), is the untouched model, which is not read again.
     """
-    if (view, probe.name) in run.found:
+    if probe.name in run.untouched and (not trainable(run.model) or view in run.method.still()):
         where = {"stage": index, "stage_name": run.stream.stage_name(index), "seconds": 0.0}
-        return [replace(score, **where) for score in run.found[view, probe.name]]
-    found = list(probe.measure(student, run.stream, index))
-    if not trainable(run.model) or view in run.method.still():
-        run.found[view, probe.name] = found
-    return found
+        return [replace(score, **where) for score in run.untouched[probe.name] if score.metric not in FLOORS]
+    return list(probe.measure(student, run.stream, index))
 
 
 def check_own_model(run: Run, index: int, *, before: Sequence[float] = ()) -> list[Score]:

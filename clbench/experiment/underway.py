@@ -28,7 +28,7 @@ from clbench.types import Cost, Score, Source
 class Run(Parts):
     """A run under way. Only the first rank has a ledger. `overlapping`: ids of training examples that a test or probe holds, too.
 
-    `found`: what each view's probes found, kept only where training has no effect on it and it therefore holds for every stage.
+    `untouched`: what each probe found of the untouched model, where that is known.
     """
 
     config: Config
@@ -36,7 +36,7 @@ class Run(Parts):
     ledger: Ledger | None = None
     ranks: Ranks = field(default_factory=Ranks)
     overlapping: frozenset[str] = frozenset()
-    found: dict[tuple[str, str], list[Score]] = field(default_factory=dict)
+    untouched: Mapping[str, Sequence[Score]] = field(default_factory=dict)
 
 
 def train(

@@ -1,7 +1,8 @@
 """What a model puts out: how far its predictions are from another's, the KL divergence over the whole vocabulary, and text that it writes.
 
 For the divergence both predictions are kept as hidden states. Logits are made of them by the model's own head, which may scale or cap them, a slice
-of tokens at a time and once more in the backward pass, so that no tensor of [tokens, vocabulary] outlives its slice.
+of tokens at a time and once more in the backward pass, so that no tensor of [tokens, vocabulary] outlives its slice. Processes that hold slices of
+the base (engine.shard_base) make one forward of the head together and with it one tensor of all wanted tokens.
 
 Shape suffixes: M attended tokens of a batch, N answer tokens, P some tokens, H hidden, V vocabulary.
 """

@@ -23,11 +23,14 @@ log = logging.getLogger("clbench")
 
 @dataclass(frozen=True, kw_only=True)
 class Untouched:
-    """`scores` of stage 0 with their items, the tokens that they took, and the run that measured them."""
+    """`scores` of stage 0 with their items, by the name of their probe, the tokens that they took, and the run that measured them."""
 
     run: str
     tokens: int
-    scores: tuple[Score, ...]
+    scores: Mapping[str, tuple[Score, ...]]
+
+    def rows(self) -> list[Score]:
+        return [score for scores in self.scores.values() for score in scores]
 
 
 def kept_at(cache_dir: Path, depends_on: Mapping[str, Any]) -> Path:
@@ -47,7 +50,10 @@ def find(path: Path) -> Untouched | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("%s is damaged (%s): the untouched model is measured again", path, error)
         return None
-    scores = tuple(Score(**{**score, "items": tuple(score["items"])}) for score in kept["scores"])
+    scores = {
+        probe: tuple(Score(**{**score, "items": tuple(score["items"])}) for score in found)
+        for probe, found in kept["scores"].items()
+    }
     return Untouched(run=kept["run"], tokens=kept["tokens"], scores=scores)
 
 

@@ -157,8 +157,8 @@ def beyond_guessing(flipped: float, *, before: float, after: float, chance: floa
 
 def perplexity_ratio(nll_before: ArrayLike, nll_after: ArrayLike, *, count: float) -> Floats:
     """Perplexity after over perplexity before, from total negative log-likelihoods in nats over `count` units."""
-    nats = (np.asarray(nll_after) - np.asarray(nll_before)) / count
-    return np.vectorize(_exponential, otypes=[np.float64])(nats)
+    nats = np.asarray((np.asarray(nll_after) - np.asarray(nll_before)) / count, dtype=np.float64)
+    return np.array([_exponential(each) for each in nats.flat]).reshape(nats.shape)
 
 
 def interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float, float]:

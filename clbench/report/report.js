@@ -167,8 +167,8 @@ function drawFront(points, x, y) {
 
 // Horizontal bars {label, title, spans: [[from, to, colour]], point}, one row each.
 function drawSpans(rows, label, whole = false) {
-  const left = 20 + width(rows.map((row) => row.label)), height = rows.length * 17 + BOTTOM + TOP;
-  const yAxis = { label: "", values: [-rows.length + 0.5, -0.5], ticks: rows.map((_, place) => -place - 0.5), name: (tick) => rows[-tick - 0.5].label, log: false };
+  const left = 34 + width(rows.map((row) => row.label)), height = rows.length * 17 + BOTTOM + TOP;
+  const yAxis = { label: "method (name)", values: [-rows.length + 0.5, -0.5], ticks: rows.map((_, place) => -place - 0.5), name: (tick) => rows[-tick - 0.5].label, log: false };
   const framed = frame({ label, values: rows.flatMap((row) => row.spans.flatMap(([from, to]) => [from, to])), log: false, whole }, yAxis, { height, left });
   if (!framed) return null;
   rows.forEach(({ label, title, spans, point }, place) => {

@@ -30,6 +30,7 @@ from clbench.report.measures import (
     compare,
     knowledge_tasks,
 )
+from clbench.types import FLOORS
 
 NAMED = ["stream", "order", "model", "method"]
 """What a run is called by in tables that have a row per run or stage, beside its seed."""
@@ -80,6 +81,7 @@ def summarise(records: Records) -> Summary:
     """Works everything out, once."""
     records = records.by_view()
     runs, (retention, probes) = records.runs, retention_by_stage(records)
+    runs = runs.assign(order=one_name_each(runs))
     ranked = runs[(runs["state"] == "complete") & (runs["problem"] == "")].set_index("run")
     matrices = dict(score_matrices(records.scores, ranked))
     ranked = ranked.assign(stages=[len(matrix) - 1 for matrix in matrices.values()])
@@ -90,6 +92,12 @@ def summarise(records: Records) -> Summary:
     own = {"retention": retention, "probes": probes, "matrices": matrices, "measures": measures}
     diverged = _diverged(runs[runs["state"] == "diverged"])
     return Summary(records=records, **own, leaderboard=rows, diverged=diverged, differences=pairs)
+
+
+def one_name_each(runs: pd.DataFrame) -> pd.Series:
+    """The order of each run, under one name where several arrange a stream's tasks alike, as latin:4 and latin:1 do three: they are one block."""
+    tasks = runs["tasks"].map(tuple).rename("sequence")
+    return runs.groupby([*SETTING, tasks])["order"].transform("min")
 
 
 def of_run(path: Path) -> Summary:
@@ -219,7 +227,7 @@ def _measures(records: Records, runs: pd.DataFrame, retention: pd.DataFrame, mat
         measures[metric] = by_run(last, MATRIX_PROBE, metric).agg(_mean)
     measures["base_accuracy"] = [matrix[0].mean() for matrix in matrices.values()]
     # A task without one counts as 0, as its answers are free.
-    for rate in ("chance", "majority", "format_only", "copy"):
+    for rate in FLOORS:
         measures[f"{rate}_accuracy"] = by_run(0, MATRIX_PROBE, rate).agg(sum) / runs["tasks"].map(len)
     return measures.join(records.costs.groupby("run").agg(COSTS))
 

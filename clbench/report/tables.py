@@ -47,7 +47,7 @@ REFERENCES = (
     "words copied from the prompt {copy_accuracy:.3f}."
 )
 LEGEND = f"""\
-Mean ± half of the 95 % Student-t interval over blocks (orders × seeds). **Bold** is the best of those that train; ≈ marks those that may be the
+Mean ± half of the 95 % Student-t interval over blocks (orders, seeds). **Bold** is the best of those that train; ≈ marks those that may be the
 best, too: none is separated from them as better (differences.csv).
 
 {legend({heading: column for heading, column, _ in KEY_COLUMNS})}
@@ -127,7 +127,7 @@ def references(rows: pd.DataFrame) -> str:
 
 def readable(rows: pd.DataFrame, *, spread: bool) -> pd.DataFrame:
     """The rows of one setting as text: means, ± half their interval (of the RANKED measures only unless `spread`), marks, notes."""
-    counts = [f"{row.n_blocks} ({row.n_orders} × {row.n_seeds})" for row in rows.itertuples()]
+    counts = [f"{row.n_blocks} ({row.n_orders}, {row.n_seeds})" for row in rows.itertuples()]
     shown = pd.DataFrame({"method": rows["label"], "blocks": counts})
     for heading, measure, form in KEY_COLUMNS:
         mark, cells = marks(rows, measure) if measure in RANKED else {}, []

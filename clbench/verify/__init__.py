@@ -124,6 +124,7 @@ def of_manifest(manifest: Mapping[str, Any], *, name: str) -> Iterator[str]:
         "run": name_of(config),
         "experiment": config["experiment"],
         "method": config["method"]["name"],
+        "model": config["model"]["label"] + ("+chat" if config.get("prompt") == "chat" else ""),
         "stream": stream["name"],
         "order": config["order"],
         "seed": config["seed"],
@@ -170,12 +171,19 @@ def of_items(records: Records, run: str) -> Iterator[str]:
 
 
 def of_scores(records: Records, run: str, manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Scores that stand twice, that do not follow from others of their task, or whose stage has another name; costs of a stage too many or few."""
+    """Scores that stand twice, that do not follow from others of their task, that are left out, or whose stage has another name; costs of a stage
+    too many or few."""
     scores, costs = (table[table["run"] == run] for table in (records.scores, records.costs))
     allowed = {str(dtype): nats for dtype, nats in TOLERANCES.items()}[f"torch.{manifest['config']['engine']['dtype']}"]
     names = ["base", *manifest["tasks"]]
     if costs["stage"].tolist() != list(range(len(costs))):
         yield f"cost.jsonl has stages {costs['stage'].astype(int).tolist()}"
+    of_own_model = {*scores[scores["probe"] == CANARIES]["stage"]}
+    yield from (
+        f"stage {stage}: scores.jsonl has no canaries of the run's own model"
+        for stage in range(min(2, len(costs)))
+        if stage not in of_own_model
+    )
     for (stage, probe, task), own in scores.groupby(["stage", "probe", "task"]):
         where = f"stage {stage}: {probe}|{task}"
         if own["metric"].duplicated().any():
