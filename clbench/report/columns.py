@@ -59,8 +59,8 @@ PROBABILITY = "the same of the probability of the right choice among the choices
 PROBABLE = "as retention, of the mean probability; floor: chance"
 GUESSING = "(1 - before) (1 - after) chance / (1 - chance)"
 LOST = (
-    ("lost", "share of items that turned wrong", "", ""),
-    ("gained", "share of items that turned right", "", ""),
+    ("lost", "share of items that turned wrong", "items right before and wrong after / items", ""),
+    ("gained", "share of items that turned right", "items wrong before and right after / items", ""),
     ("lost_corrected", "share of items that turned wrong beyond what guessing explains", f"max(0, lost - {GUESSING})", ", arXiv 2510.17776"),
     ("gained_corrected", "share of items that turned right beyond what guessing explains", f"max(0, gained - {GUESSING})", ", arXiv 2510.17776"),
 )
@@ -69,9 +69,9 @@ DRIFT = ("bits_per_byte_drift", "bits per byte", "rise of the bits that a byte o
 
 LEADERBOARD = (
     *(STREAM, MODEL, METHOD, VARIANT),
-    Column("n_orders", "count", "task orders"),
-    Column("n_seeds", "count", "seeds"),
-    Column("n_blocks", "count", f"blocks, different pairs of order and seed; of fewer than {FEWEST_BLOCKS} no difference is claimed"),
+    Column("n_orders", "count", "task orders", "orders that arrange the stream's tasks otherwise", "manifest.json"),
+    Column("n_seeds", "count", "seeds", "different seeds", "manifest.json"),
+    Column("n_blocks", "count", f"blocks, different pairs of order and seed; of fewer than {FEWEST_BLOCKS} no difference is claimed", source="manifest.json"),
     _measure("average_accuracy", "fraction of 1", "mean score over all tasks after the last stage", "mean over j of R[T, j]", LOPEZ),
     _measure("learning_accuracy", "fraction of 1", "mean score on each task right after its own stage", "mean over j of R[j, j]", "arXiv 1810.11910"),
     _measure("bwt", "fraction of 1", "backward transfer: mean change of a score from its task's own stage to the end", "mean over j < T of R[T, j] - R[j, j]", LOPEZ),
@@ -106,7 +106,7 @@ LEADERBOARD = (
         for end, formula in (("best", "1 + rows separated as better"), ("worst", "their number - rows separated as worse"))
     ),
     HASH,
-    Column("notes", "text", "what must be known before a row is trusted"),
+    Column("notes", "text", "what must be known before a row is trusted", source="manifest.json, the row"),
 )
 
 MEASURES = tuple(column.name for column in LEADERBOARD if column.bounds)
@@ -114,20 +114,20 @@ MEASURES = tuple(column.name for column in LEADERBOARD if column.bounds)
 
 DIFFERENCES = (
     *(STREAM, MODEL, HASH),
-    Column("measure", "name", "what the two rows are compared by: a column of leaderboard.csv, or log_perplexity_ratio, the logarithm of perplexity_ratio; lower is better for that and for kl_to_base"),
+    Column("measure", "name", "what the two rows are compared by: a column of leaderboard.csv, or log_perplexity_ratio, the logarithm of perplexity_ratio; lower is better for that and for kl_to_base", source="leaderboard.csv"),
     METHOD,
     VARIANT,
-    Column("other", "name", "the method that it is compared with"),
-    Column("other_variant", "8 hexadecimal digits", "the variant of the other"),
-    Column("n_blocks", "count", "blocks that both have; where their probes measured other items there is none"),
-    Column("n_items", "count", "items per block behind the difference that both keep; 0 where they were not kept"),
-    Column("difference", "unit of the measure", "the method less the other", "mean over common blocks"),
+    Column("other", "name", "the method that it is compared with", source="manifest.json"),
+    Column("other_variant", "8 hexadecimal digits", "the variant of the other", "as variant", "manifest.json"),
+    Column("n_blocks", "count", "blocks that both have; where their probes measured other items there is none", source="manifest.json, items/"),
+    Column("n_items", "count", "items per block behind the difference that both keep; 0 where they were not kept", source="items/"),
+    Column("difference", "unit of the measure", "the method less the other", "mean over common blocks", "the measure of each run"),
     Column("low", "unit of the measure", "lower end of its 95 % interval", f"two-level bootstrap: blocks, then items, the same for both methods, {DRAWS} draws; deviations stretched to those of Student's interval with the standard error and degrees of freedom of p", "Owen and Eckles 2012; Hesterberg 2015"),
-    Column("high", "unit of the measure", "upper end of its 95 % interval", "as low"),
+    Column("high", "unit of the measure", "upper end of its 95 % interval", "as low", "as low"),
     Column("p", "probability", f"two-sided p of no difference; empty below {FEWEST_BLOCKS} blocks", "paired t: difference / sqrt(s^2 / B + what another draw of items adds), blocks and items crossed, Satterthwaite's degrees of freedom", "Clark 1973; Satterthwaite 1946"),
     Column("p_permutation", "probability", "two-sided p of no difference that takes nothing for normal; with six blocks never below 2/64, so no correction over many pairs can be passed with it alone", f"share of sign flips over blocks as far from 0: all up to {EXACT_BLOCKS} blocks, beyond {SIGN_DRAWS} draws", "Fisher 1935; Phipson and Smyth 2010"),
     Column("q", "probability", "p corrected for all pairs of the measure in the setting: the least false discovery rate that makes the pair a discovery", "smallest p (i) * pairs / i from i on", "Benjamini and Hochberg 1995; Yekutieli 2008"),
-    Column("verdict", "word", f"better or worse: the method against the other, where q and p_permutation are at most 0.05; not separated; too few blocks: below {FEWEST_BLOCKS}"),
+    Column("verdict", "word", f"better or worse: the method against the other, where q and p_permutation are at most 0.05; not separated; too few blocks: below {FEWEST_BLOCKS}", source="n_blocks, q, p_permutation, difference"),
     Column("blocks_needed", "count", f"blocks that would separate the pair in 80 % of cases, if difference and spread are what was seen; at least {FEWEST_BLOCKS}, empty where no number is enough", "s^2 / (difference^2 / (z[1 - a/2] + z[0.8])^2 - v) + z[1 - a/2]^2 / 2, v what items add, a = 0.05 * max(1, pairs with q <= 0.05) / pairs", "Guenther 1981"),
 )
 
@@ -139,14 +139,14 @@ RETENTIONS = (
     Column("retention_min", "fraction of 1", "retention of the probe that keeps least", source="probe knowledge"),
     Column("retention_min_probe", "name", "that probe", source="probe knowledge"),
     Column("retention_probability", "fraction of 1", PROBABILITY, PROBABLE, "probe knowledge, probability"),
-    Column("retention_probability_low", "fraction of 1", "lower end of its 95 % interval over items, of this run alone", "as retention_low"),
-    Column("retention_probability_high", "fraction of 1", "upper end of that interval", "as retention_high"),
+    Column("retention_probability_low", "fraction of 1", "lower end of its 95 % interval over items, of this run alone", "as retention_low", "as retention_low"),
+    Column("retention_probability_high", "fraction of 1", "upper end of that interval", "as retention_high", "as retention_high"),
     *(Column(name, "fraction of 1", what, f"mean over probes{f' of {formula}' * bool(formula)}", f"probe knowledge{paper}") for name, what, formula, paper in LOST),
     Column("perplexity", "perplexity per token", "perplexity on text that the untouched model knew", "exp of the mean negative log-likelihood per token", "probe perplexity, nll_token"),
     Column(*PERPLEXITY),
     Column("bits_per_byte", "bits per byte", "bits that a UTF-8 byte of that text needs", source="probe perplexity"),
     Column(*DRIFT),
-    Column("reason", "text", "why a number of the row does not exist"),
+    Column("reason", "text", "why a number of the row does not exist", source="probe knowledge"),
     *(HASH, RUN),
 )
 
@@ -161,7 +161,7 @@ PROBES = (
     Column("stderr_paired", "fraction of 1", "standard error of that change over the same items", "deviation of the items' changes / sqrt(n)", "probe knowledge"),
     *(Column(name, "fraction of 1", what, formula, f"probe knowledge{paper}") for name, what, formula, paper in LOST),
     Column("retention_probability", "fraction of 1", "the same as retention of the probability of the right choice; empty where none was recorded", "(mean after - chance) / (mean before - chance)", "probe knowledge, probability"),
-    Column("reason", "text", "why retention does not exist"),
+    Column("reason", "text", "why retention does not exist", source="probe knowledge"),
     *(HASH, RUN),
 )
 
@@ -180,11 +180,11 @@ SEARCH = (
     *(STREAM, MODEL, HASH),
     METHOD,
     VARIANT,
-    Column("settings", "key=value", "the values in which the settings of the method differ"),
+    Column("settings", "key=value", "the values in which the settings of the method differ", source="manifest.json"),
     *(replace(one, bounds=False) for one in LEADERBOARD if one.name in ("n_blocks", "average_accuracy", "learning_accuracy", "retention", "retention_probability", "perplexity_ratio")),
-    Column("criterion", "fraction of 1", "what a setting is chosen by", "2 a k / (a + k) with a = average_accuracy and k = retention_probability or, where no knowledge was probed, 1 / perplexity_ratio, cut to 0 .. 1"),
-    Column("chosen", "0 or 1", "1 of the setting with the highest criterion"),
-    Column("edge", "key and end", "which of its values are the lowest or the highest that were tried"),
+    Column("criterion", "fraction of 1", "what a setting is chosen by", "2 a k / (a + k) with a = average_accuracy and k = retention_probability or, where no knowledge was probed, 1 / perplexity_ratio, cut to 0 .. 1", "the columns named"),
+    Column("chosen", "0 or 1", "1 of the setting with the highest criterion", "criterion = its highest of the method", "criterion"),
+    Column("edge", "key and end", "which of its values are the lowest or the highest that were tried", source="settings of the method's rows"),
 )
 
 FILES: Mapping[str, tuple[str, tuple[Column, ...]]] = {

@@ -282,6 +282,10 @@ def _notes(runs: pd.DataFrame, row: Mapping[str, Any], variants: pd.DataFrame) -
     dropped = sum(one["count"] for one in first["unusable"] if one["dropped"])
     said = {
         f"n_blocks<{fewest}: no claim of difference": n_blocks < fewest,
+        f"{row['n_orders']} orders in {n_blocks} blocks: differences are claimed too often": fewest
+        <= n_blocks
+        > row["n_orders"]
+        > 1,
         f"{len(runs)} runs of {n_blocks} blocks": len(runs) > n_blocks,
         "dirty commit": runs["dirty"].any(),
         f"{n_commits} commits": n_commits > 1,
