@@ -112,7 +112,7 @@ def test_adapters_are_whole_between_stages(runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["seq", "ewc", "ilora", "clora", "curlora", "secura"])
+@pytest.mark.parametrize("method", ["seq", "ewc", "ilora", "clora", "curlora", "secura", "kl_base", "lwf"])
 def test_a_run_in_slices_has_the_weights_and_scores_of_one_process(runs, method):
     check_equal_runs(runs(method, *SHARDED)["path"], runs(method)["path"])
 
