@@ -279,6 +279,7 @@ def _notes(runs: pd.DataFrame, row: Mapping[str, Any], variants: pd.DataFrame) -
     own, *others = map(identity, [first["config"], *variants["config"]])
     keys = sorted({key for other in others for key in other}.difference(BLOCK_KEYS))
     keys = [key for key in keys if any(other.get(key) != own.get(key) for other in others)]
+    differing = {key: "null" if own.get(key) is None else own[key] for key in keys}
     dropped = sum(one["count"] for one in first["unusable"] if one["dropped"])
     said = {
         f"n_blocks<{fewest}: no claim of difference": n_blocks < fewest,
@@ -297,7 +298,7 @@ def _notes(runs: pd.DataFrame, row: Mapping[str, Any], variants: pd.DataFrame) -
         "trained nothing": row["tokens_trained"] == 0,
         f"stages {first['stages']}, tasks {len(first['tasks'])}": (runs["stages"] != runs["tasks"].map(len)).any(),
         "retention undefined: see retention.csv": isnan(row["retention"]),
-        f"variant: {', '.join(f'{key}={own.get(key)}' for key in keys)}": keys,
+        f"variant: {', '.join(f'{key}={value}' for key, value in differing.items())}": differing,
     }
     return "; ".join(note for note, holds in said.items() if holds)
 
