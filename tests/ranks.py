@@ -68,7 +68,7 @@ CASES = {
     "self_replay": ("method=self_replay", "method.rows=20"),
     "self_replay_text": ("method=self_replay_text", "method.rows=20"),
     "er_general": ("method=er_general",),
-    "agem": ("method=agem", "method.fraction=0.5"),
+    "agem": ("method=agem", "method.fraction=1"),
     "slao": ("method=slao",),
     "base_interpolation": ("method=base_interpolation",),
     "lines": ("method=lines",),
@@ -120,7 +120,13 @@ def lab(case: str, *overrides: str) -> methods.Lab:
     made = methods.gpt2 if case in KEPT_IN_OUT else methods.llama
     dtype = torch.bfloat16 if "engine.dtype=bfloat16" in rest else torch.float32
     with patch.dict(methods.TINY, num_hidden_layers=1):
-        return methods.lab(method.removeprefix("method="), *ARITHMETIC, *rest, *overrides, dtype=dtype, made=made)
+        toy = methods.lab(method.removeprefix("method="), *ARITHMETIC, *rest, *overrides, dtype=dtype, made=made)
+    if case == "agem":  # the memory is opposed from here on, which it is not where training begins
+        rng = torch.Generator().manual_seed(10)
+        with torch.no_grad():
+            for tensor in trainable(toy.model).values():
+                tensor.add_(0.3 * torch.randn(tensor.shape, generator=rng))
+    return toy
 
 
 def outcome(case: str, *overrides: str) -> dict[str, object]:

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.elastic.utils.distributed import get_free_port
 
+from baselines import agem
 from clbench.cli import take_part
 from clbench.config.composition import compose
 from clbench.train.launch import launch
@@ -153,6 +154,13 @@ def scaled(state: dict) -> dict:
 @pytest.mark.parametrize(("case", "stage"), [pair for pair in BRIEF if pair[0] != "seq_bfloat16"])
 def test_two_processes_train_the_weights_of_one(pair, case, stage):
     check_weights(pair, case, stage)
+
+
+def test_agem_projects_at_every_step_that_is_compared(monkeypatch):
+    shares, share_along = [], agem.share_along
+    monkeypatch.setattr(agem, "share_along", lambda *given: shares.append(share_along(*given)) or shares[-1])
+    ranks.outcome("agem")
+    assert len(shares) == ranks.STEPS and max(shares) < -0.01
 
 
 def check_weights(pair: "Pair", case: str, stage: int) -> None:
