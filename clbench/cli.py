@@ -77,7 +77,9 @@ def main() -> None:
     # Hydra then hands its exceptions to us instead of printing them over several lines and exiting with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        sys.argv[1:] = with_own_model(sys.argv[1:])
+        # Between overrides argparse would refuse those behind it.
+        words = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
+        sys.argv[1:] = with_own_model(words)
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(_job)()
     except (*FAILURES, ValueError) as error:
         # A sweeper gave up; Optuna's says by a ValueError that no trial has a value.

@@ -129,3 +129,11 @@ def test_a_manifest_has_the_versions_of_clbench_and_of_the_packages_that_the_use
         "edited": "0.3",
     }
     assert versions()["clbench"] == PROJECT["version"]
+
+
+def test_every_target_of_make_that_a_page_names_can_be_made():
+    pages = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md"))
+    stated = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    targets = sorted({*re.findall(r"\bmake ([a-z-]+)", pages)} & {*stated})
+    assert {"setup", "check", "test", "run", "help"} <= {*targets}, targets
+    subprocess.run(["make", "-n", *targets], cwd=ROOT, check=True, capture_output=True, timeout=60)

@@ -214,6 +214,12 @@ def test_a_sweep_that_ends_outside_its_jobs_does_so_in_one_line(
     assert (results(tmp_path) / "leaderboard.csv").exists() == (ends is BrokenProcessPool)
 
 
+def test_the_flag_of_a_sweep_may_stand_between_overrides(overrides, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["clbench", *overrides, *FEW, "-m", "seed=0,1"])
+    cli.main()
+    assert states(results(tmp_path)) == ["complete", "complete"]
+
+
 def test_a_grid_that_optimizes_goes_on_and_counts_as_any_other(overrides, tmp_path, monkeypatch, capsys):
     rates = ("optimize=average_accuracy", "train.lr=1e-3,-1,1e30", *DIVERGING[1:])
     assert sweep(monkeypatch, overrides, *rates) == 2
