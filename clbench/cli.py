@@ -94,7 +94,8 @@ def main() -> None:
             "clbench: a process of the sweep was killed, as for want of memory; the same command continues",
             file=sys.stderr,
         )
-        end_sweep(Path(os.environ[SWEEP]).parent, quiet=True)
+        with suppress(NotWritten):
+            end_sweep(Path(os.environ[SWEEP]).parent, quiet=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT

@@ -123,6 +123,9 @@ def test_a_view_that_training_does_not_touch_is_recorded_as_if_it_were_read_agai
     # Answers that are written differ in length.
     halves = [one / other for one, other in zip(read[1:], twice[1:], strict=True)]
     assert read[0] == twice[0] and halves == pytest.approx([0.5] * 3, abs=0.01), (read, twice)
+    first = [row for line in (once / "scores.jsonl").open() if (row := json.loads(line))["stage"] == 0]
+    spent = sum(row["seconds"] for row in first if "@" not in row["probe"] and row["probe"] != "canaries")
+    assert costs(tmp_path / "once")[0]["seconds_probe"] == pytest.approx(spent), "once, however many views"
     assert scores(once) == scores(again)
     items = [sorted((path.name, path.read_bytes()) for path in (one / "items").iterdir()) for one in (once, again)]
     assert items[0] == items[1]

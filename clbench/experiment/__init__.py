@@ -163,7 +163,7 @@ def go_on(run: Run) -> tuple[dict[str, Tensor], Checkpoint | None]:
 def record_untouched(run: Run, untouched: Untouched, tracker: Tracker) -> None:
     """Stage 0: the untouched model's scores, under the name of each of the method's views."""
     scores = under_views(untouched.rows(), run.method.views(run.model))
-    seconds = sum(score.seconds for score in scores)
+    seconds = sum(score.seconds for score in untouched.rows())  # once, however many views
     cost = cost_of(run, 0, Trained(), tokens_scored=untouched.tokens, seconds_train=0.0, seconds_probe=seconds)
     record(run, [*scores, *check_own_model(run, 0)], cost, moments={})
     tracker.stage(0, "base", scores, loss=float("nan"), seconds=seconds)
