@@ -250,6 +250,11 @@ def name_of(config: Mapping[str, Any]) -> str:
     return f"{config['experiment']}-{config['method']['name']}{order}-s{config['seed']}-{run_hash(config)[:8]}"
 
 
+def model_label(config: Mapping[str, Any]) -> str:
+    """What tables call the model: its label, with `+chat` where its chat template is used."""
+    return config["model"]["label"] + ("+chat" if config.get("prompt") == "chat" else "")
+
+
 def run_directory(config: Config) -> Path:
     """Where the run of this configuration is recorded."""
     return Path(config.results_dir) / "runs" / run_name(config)

@@ -40,8 +40,7 @@ def described(config: Config, parts: Parts, *, command: str = "", ranks: Ranks) 
     """What was found in the data, and the manifest of a run but for what it finds itself."""
     general, allowed = parts.method.documents(), config.probe.allow_overlap
     data = check_data(parts.stream, parts.probes, allow_overlap=allowed, general=general)
-    label = f"{parts.source.label}{'+chat' if config.prompt == 'chat' else ''}"
-    manifest = describe(config, parts.stream, model_label=label, command=command) | data.record
+    manifest = describe(config, parts.stream, command=command) | data.record
     return data, manifest | ranks.share(parts.source.record(Path(config.cache_dir)) if ranks.is_first else {})
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from clbench.config import Config, run_hash, run_name, variant
+from clbench.config import Config, model_label, run_hash, run_name, variant
 from clbench.config.secrets import masked
 from clbench.protocols import Stream
 
@@ -25,7 +25,7 @@ FORMAT = 1
 """Goes up when a run's records can no longer be continued by a later version."""
 
 
-def describe(config: Config, stream: Stream, *, model_label: str, command: str) -> dict[str, Any]:
+def describe(config: Config, stream: Stream, *, command: str) -> dict[str, Any]:
     """What was run, with which versions, on which machine."""
     plain = masked(asdict(config))
     return {
@@ -34,7 +34,7 @@ def describe(config: Config, stream: Stream, *, model_label: str, command: str) 
         "experiment": config.experiment,
         "stream": stream.name,
         "order": stream.order,
-        "model": model_label,
+        "model": model_label(plain),
         "method": config.method["name"],
         "seed": config.seed,
         "tasks": [stage.name for stage in stream.stages],

@@ -37,6 +37,12 @@ Items = Mapping[str, Floats]
 """Per-item parts of a measure by group, (items,): the means of the groups add up to the measure. Empty where items were not kept."""
 
 
+def one_name_each(runs: pd.DataFrame) -> pd.Series:
+    """The order of each run, under one name where several arrange a stream's tasks alike, as latin:4 and latin:1 do three: they are one block."""
+    tasks = runs["tasks"].map(tuple).rename("sequence")
+    return runs.groupby([*SETTING, tasks])["order"].transform("min")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One run's records, as far as items are made of them.

@@ -29,6 +29,7 @@ from clbench.report.measures import (
     UPDATE_PROBE,
     compare,
     knowledge_tasks,
+    one_name_each,
 )
 from clbench.types import FLOORS
 
@@ -92,12 +93,6 @@ def summarise(records: Records) -> Summary:
     own = {"retention": retention, "probes": probes, "matrices": matrices, "measures": measures}
     diverged = _diverged(runs[runs["state"] == "diverged"])
     return Summary(records=records, **own, leaderboard=rows, diverged=diverged, differences=pairs)
-
-
-def one_name_each(runs: pd.DataFrame) -> pd.Series:
-    """The order of each run, under one name where several arrange a stream's tasks alike, as latin:4 and latin:1 do three: they are one block."""
-    tasks = runs["tasks"].map(tuple).rename("sequence")
-    return runs.groupby([*SETTING, tasks])["order"].transform("min")
 
 
 def of_run(path: Path) -> Summary:
@@ -226,8 +221,7 @@ def _measures(records: Records, runs: pd.DataFrame, retention: pd.DataFrame, mat
     for metric in ("format_validity", "format_loss"):
         measures[metric] = by_run(last, MATRIX_PROBE, metric).agg(_mean)
     measures["base_accuracy"] = [matrix[0].mean() for matrix in matrices.values()]
-    # A task without one counts as 0, as its answers are free.
-    for rate in FLOORS:
+    for rate in FLOORS:  # a task without one counts as 0, as its answers are free
         measures[f"{rate}_accuracy"] = by_run(0, MATRIX_PROBE, rate).agg(sum) / runs["tasks"].map(len)
     return measures.join(records.costs.groupby("run").agg(COSTS))
 
@@ -275,18 +269,16 @@ def _notes(runs: pd.DataFrame, row: Mapping[str, Any], variants: pd.DataFrame) -
     """What a reader must know before trusting a row. `variants`: one run of each variant of its method."""
     first, n_blocks, n_commits = runs.iloc[0], row["n_blocks"], runs["commit"].nunique()
     trained = sorted({probe for probes in runs["trained_probes"] for probe in probes})
-    fewest = differences.FEWEST_BLOCKS
+    fewest, is_shared = differences.FEWEST_BLOCKS, 1 < row["n_orders"] < n_blocks
     own, *others = map(identity, [first["config"], *variants["config"]])
-    keys = sorted({key for other in others for key in other}.difference(BLOCK_KEYS))
-    keys = [key for key in keys if any(other.get(key) != own.get(key) for other in others)]
-    differing = {key: "null" if own.get(key) is None else own[key] for key in keys}
+    differ = {key for other in others for key in {*own, *other} if other.get(key) != own.get(key)}
+    keys = sorted(differ.difference(BLOCK_KEYS))
+    values = ", ".join(f"{key}={'null' if own.get(key) is None else own[key]}" for key in keys)
     dropped = sum(one["count"] for one in first["unusable"] if one["dropped"])
     said = {
         f"n_blocks<{fewest}: no claim of difference": n_blocks < fewest,
-        f"{row['n_orders']} orders in {n_blocks} blocks: differences are claimed too often": fewest
-        <= n_blocks
-        > row["n_orders"]
-        > 1,
+        f"{row['n_orders']} orders in {n_blocks} blocks: differences are claimed too often": is_shared
+        and n_blocks >= fewest,
         f"{len(runs)} runs of {n_blocks} blocks": len(runs) > n_blocks,
         "dirty commit": runs["dirty"].any(),
         f"{n_commits} commits": n_commits > 1,
@@ -298,7 +290,7 @@ def _notes(runs: pd.DataFrame, row: Mapping[str, Any], variants: pd.DataFrame) -
         "trained nothing": row["tokens_trained"] == 0,
         f"stages {first['stages']}, tasks {len(first['tasks'])}": (runs["stages"] != runs["tasks"].map(len)).any(),
         "retention undefined: see retention.csv": isnan(row["retention"]),
-        f"variant: {', '.join(f'{key}={value}' for key, value in differing.items())}": differing,
+        f"variant: {values}": keys,
     }
     return "; ".join(note for note, holds in said.items() if holds)
 

@@ -15,7 +15,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from clbench.config import name_of, run_hash, variant
+from clbench.config import model_label, name_of, run_hash, variant
 from clbench.examine.text import exponential
 from clbench.examine.together import TOLERANCES
 from clbench.record import examined
@@ -124,7 +124,7 @@ def of_manifest(manifest: Mapping[str, Any], *, name: str) -> Iterator[str]:
         "run": name_of(config),
         "experiment": config["experiment"],
         "method": config["method"]["name"],
-        "model": config["model"]["label"] + ("+chat" if config.get("prompt") == "chat" else ""),
+        "model": model_label(config),
         "stream": stream["name"],
         "order": config["order"],
         "seed": config["seed"],
