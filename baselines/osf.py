@@ -3,8 +3,9 @@
     W = U S V^T;  the first k triples are frozen (h), the others train (l), and gradients are kept out of what the frozen ones span:
     dU_l <- dU_l - U_h U_h^T dU_l,      dV_l <- dV_l - dV_l V_h^T V_h;      after every task: W <- U_h S_h V_h^T + U_l S_l V_l^T, decomposed again.
 
-Paper: arXiv 2504.07097; layers, projection and merge are PEFT's (`peft.OSFConfig`). k is `preserved` of min(in, out). What trains is near full
-fine-tuning's numbers, so it is to be compared with seq_full; no setting makes it SEQ. Orthogonality holds for gradients, not for Adam's steps.
+Paper: arXiv 2504.07097; layers, projection and merge are PEFT's (`peft.OSFConfig`). k is `preserved` of min(in, out). Far more
+weights train than in LoRA (on the embedded world's model two thirds of all), so it is to be compared with seq_full; no setting makes it SEQ.
+Orthogonality holds for gradients, not for Adam's steps.
 Deviation: the paper raises k from task to task by the importance of layers; here it is the same for all tasks and layers, as in PEFT.
 
 Card:
