@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import PositiveInt
+
 from clbench.data.rows import DatasetSpec, numbered_rows
 from clbench.types import Example, UserMistake
 from tasks.generation import ROUGE
@@ -42,8 +44,8 @@ class Rows(ClosedTask):
     dataset: DatasetSpec | None = None
     data_dir: str | None = None
     template: str = ""
-    max_train: int | None = None
-    max_test: int | None = None
+    max_train: PositiveInt | None = None
+    max_test: PositiveInt | None = None
     lines: Mapping[str, Mapping[int, tuple[str, Row]]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:

@@ -333,6 +333,7 @@ def test_adapters_act_alike_folded_or_not(name, method):
     assert run_loss(model, encoder) == pytest.approx(expected, abs=1e-4)
     with folded(model):
         check_scores(model, encoder, plain=adapted(tiny(name), method, targets))
+        check_writing(model, encoder, plain=adapted(tiny(name), method, targets))
         assert run_loss(model, encoder) == pytest.approx(expected, abs=1e-4)
     assert run_loss(model, encoder) == pytest.approx(expected, abs=1e-4)
 

@@ -7,6 +7,7 @@ import random
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,10 +24,12 @@ from clbench.data.encoder import Encoded, Encoder, clip_left
 from clbench.data.rows import DatasetSpec
 from clbench.examine.canaries import ARCHITECTURE, check_stream, own_model
 from clbench.examine.canaries.answers import chance, near_zero
-from clbench.examine.canaries.own_model import bounds, check_model, said
+from clbench.examine.canaries.own_model import bounds, check_model, chosen, said
 from clbench.examine.copying import copies, named_last
 from clbench.examine.lm import StudentLM
 from clbench.examine.student import Student
+from clbench.examine.together import reads_together
+from clbench.experiment.examination import check_evaluation
 from clbench.models import cur, folding, loss, pairs
 from clbench.models.loss import answer_loss
 from clbench.models.pretrained import without_dropout
@@ -40,7 +43,7 @@ from tasks.world_asks import FORMS
 from tasks.world_task import WorldTask
 from tasks.world_words import VOCABULARY
 from tests import test_architectures
-from tests.test_architectures import adapted, method_settings, tiny
+from tests.test_architectures import QUICKLY_ADAPTED, adapted, method_settings, named, tiny
 from tests.test_tokens import KINDS, tokenizer_like
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -424,6 +427,16 @@ def test_a_sound_model_passes_at_every_bound(own, encoder):
     assert not any(gap.failed for gap in found) and all(gap.n for gap in found)
 
 
+@pytest.mark.parametrize("name", named(*QUICKLY_ADAPTED))
+def test_a_sound_model_of_every_kind_passes(name, encoder):
+    dropout = {"gpt2": ("attn_pdrop", "embd_pdrop", "resid_pdrop"), "opt": ("dropout",)}
+    model = kind(name, encoder, **dict.fromkeys(dropout.get(name, ()), 0.0))  # as in a run
+    short = copy.copy(encoder)
+    short.max_length = 64
+    short.together = reads_together(model, short)
+    assert gaps(model, short) == set()
+
+
 @pytest.mark.parametrize(
     ("name", "stated"),
     [
@@ -446,6 +459,14 @@ def test_every_bound_that_a_configuration_states_is_tried(name, stated, encoder)
 def test_bounds_too_long_to_be_tried_are_named(encoder):
     model = kind("mistral", encoder, sliding_window=1024, max_position_embeddings=1025)
     assert bounds(model, encoder) == ([128, 1024], [1025])
+
+
+def test_a_run_that_trains_on_longer_rows_than_the_canaries_read_is_told(encoder, caplog):
+    model = kind("mistral", encoder, sliding_window=1200, max_position_embeddings=4096)
+    longer = copy.copy(encoder)
+    for longer.max_length, said_so in ((1024, []), (1536, ["rows at 1200, 1536 tokens are not tried"])):
+        check_evaluation(SimpleNamespace(stream=four(longer), encoder=longer), model)
+        assert [text.partition(": ")[2] for text in caplog.messages if "canaries read" in text] == said_so
 
 
 @pytest.mark.parametrize("fault", [attend_everywhere, pad_on_the_right])
@@ -481,6 +502,29 @@ def test_a_single_score_that_is_no_number_is_noticed(own, encoder):
 def test_a_loss_that_drops_the_heads_last_step_is_noticed(own, encoder, monkeypatch):
     monkeypatch.setattr(own_model, "answer_loss", lambda model, batch: 1.01 * answer_loss(model, batch))
     assert gaps(own, encoder) == {"training"}
+
+
+def test_a_loss_that_is_wrong_of_the_longest_rows_alone_is_noticed(own, encoder, monkeypatch):
+    def loss(model, batch):
+        return answer_loss(model, batch) * (1.01 if batch.input_ids.shape[1] >= encoder.max_length else 1)
+
+    monkeypatch.setattr(own_model, "answer_loss", loss)
+    assert gaps(own, encoder) == {"training"}
+
+
+def test_answers_that_are_wrong_after_the_longest_prompts_alone_are_noticed(own, encoder):
+    class Forgetful(Student):
+        def write(self, prompts, **kwargs):
+            kept = [prompt if len(prompt) < encoder.max_length - 2 else prompt[-20:] for prompt in prompts]
+            return super().write(kept, **kwargs)
+
+    assert gaps(own, encoder, student=Forgetful) == {"writing"}
+
+
+def test_a_stream_of_one_task_is_compared_on_several_of_its_rows(encoder):
+    stream = stream_of(numbers(), encoder=encoder)
+    assert chosen(stream) == list(stream.stages[0].train[:6])
+    assert chosen(four(encoder)) == [stage.train[0] for stage in four(encoder).stages]
 
 
 def test_adapters_that_are_folded_into_other_weights_are_noticed(own, encoder):

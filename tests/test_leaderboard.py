@@ -489,6 +489,18 @@ def test_a_run_whose_canaries_failed_or_were_not_run_is_named_and_not_ranked(res
     assert f"{unknown.name}: no canaries in its manifest" in text
 
 
+def test_a_run_whose_own_model_is_off_plain_forwards_is_named_and_not_ranked(results):
+    run = write_run(results, "alpha", seed=7, matrix=ALPHA)
+    line = json.loads((run / "scores.jsonl").read_text().splitlines()[-1])
+    off = line | {"stage": 1, "probe": "canaries", "task": "scoring", "metric": "failed", "value": 1.0}
+    with (run / "scores.jsonl").open("a") as lines:
+        lines.write(json.dumps(off) + "\n")
+    reseal(run)
+    assert [row["n_seeds"] for row in refreshed(results)] == ["3", "3"]
+    said = f"{run.name}: failed canaries on its own model: scoring after stage 1"
+    assert said in (results / "leaderboard.md").read_text()
+
+
 def test_runs_on_other_data_are_a_table_of_their_own(results):
     other = write_run(results, "alpha", seed=7, matrix=ALPHA)
     change_manifest(other, stream_hash="other0")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from clbench.models.tiny import fresh_llama, word_tokenizer
+from tests.conftest import QUIET
 from tests.test_methods import TINY
 from tests.test_run import LINEAR
 
@@ -153,3 +154,33 @@ def test_such_runs_are_examined_compared_and_exported_from_there(folder):
         folder, "python", "-m", "clbench.doctor", *OWN[:1], "stream=seq16_local", "probe=local", "data_dir=."
     )
     assert "not this one" not in answer.stderr, answer.stderr
+
+
+def test_what_was_dropped_and_cut_is_in_the_manifest_the_log_and_the_table(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "model", asked="")
+    long = " ".join(["w1"] * 40)
+    rows = [{"text": f"w{n} w{n % 7}", "to": "yes"} for n in range(60)] + [{"text": long, "to": "no"}] * 20
+    rows += [{"text": f"w{n}", "to": long} for n in range(3)]
+    (tmp_path / "own").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "own" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    yaml = '_target_: tasks.rows.Rows\nrows: own\nprompt: "{text}"\nanswer: to\nmetric: exact_match\n'
+    for option, text in (
+        ("task/own", yaml),
+        ("probe/small", "probes: {stream: {_target_: clbench.examine.matrix.Matrix}}\n"),
+    ):
+        (tmp_path / "conf" / option).parent.mkdir(parents=True)
+        (tmp_path / "conf" / f"{option}.yaml").write_text(text)
+    own = ("model.name=model", "stream.name=own", "stream.tasks=[own]", "stream.too_long=drop", "probe=small")
+    quick = ("train.steps=1", "train.batch_size=2", "train.max_length=24", "cache_dir=cache", *QUIET)
+    code, out, err = command("clbench", "--config-dir", "conf", *own, *quick)
+    assert code == 0, err
+    (path,) = (tmp_path / "results" / "runs").iterdir()
+    manifest = json.loads((path / "manifest.json").read_text())
+    (dropped,) = [one for one in manifest["unusable"] if one["split"] == "train"]
+    assert (dropped["count"], dropped["of"], dropped["dropped"]) == (3, 83, True)
+    assert manifest["cut_prompts"]["own"]["of"] == 160 and manifest["cut_prompts"]["own"]["share"] == 40 / 160
+    assert "3 of 83 train rows of own were dropped" in err + out
+    assert "25% of 160 prompts of own do not fit train.max_length=24" in err + out
+    assert "rows dropped: 3" in (tmp_path / "results" / "leaderboard.md").read_text()

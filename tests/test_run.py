@@ -13,6 +13,7 @@ import pytest
 from baselines.base_interpolation import BaseInterpolation
 from clbench import cli, experiment
 from clbench.config.composition import compose
+from clbench.examine.canaries import own_model
 from clbench.experiment.afterwards import examine_again
 from clbench.record.ledger import Ledger
 from clbench.record.runs import read_runs
@@ -55,6 +56,15 @@ def test_a_run_leaves_a_whole_ledger(overrides, method):
     )
     assert manifest["canaries"]["untried"] == []  # its model has fewer positions than the canaries read
     assert manifest["adapted_layers"] == ([] if method == "base" else LINEAR.split(", "))
+
+
+def test_a_run_whose_loss_is_not_that_of_plain_forwards_is_not_ranked(overrides, monkeypatch):
+    answer_loss = own_model.answer_loss
+    monkeypatch.setattr(own_model, "answer_loss", lambda *given: 1.01 * answer_loss(*given))
+    path = run(overrides, "method=seq")
+    assert (path / "status").read_text() == "complete\n"
+    said = "failed canaries on its own model: training after stage 0, training after stage 1"
+    assert f"{path.name}: {said}" in (path.parents[1] / "leaderboard.md").read_text()
 
 
 def test_the_manifest_and_the_leaderboard_name_one_variant(overrides):

@@ -114,6 +114,8 @@ def test_yaml_is_complete(name):
     assert dataset.name and "/" in dataset.hub and {"train", "test"} <= set(dataset.splits)
     # A commit, or one of the two that conf/task/README.md explains.
     assert re.fullmatch("[0-9a-f]{40}|main|refs/convert/parquet", dataset.revision)
+    if dataset.revision == "refs/convert/parquet":  # which may vanish: its yaml says what to do then
+        assert "python -m clbench.doctor hub" in (CONF / "task" / f"{name}.yaml").read_text()
     assert dataset.splits.train != dataset.splits.test or config.hold_out
     assert "data_files" not in dataset or set(dataset.splits.values()) <= set(dataset.data_files)
     for split in dataset.splits.values():

@@ -67,6 +67,16 @@ def test_a_line_of_code_is_scored_higher_than_by_traces_own_code_so_the_metric_h
     assert task.metric == "indel_similarity"
 
 
+def test_a_summary_is_scored_over_all_words_with_stemming_so_the_metric_has_another_name_than_traces(monkeypatch):
+    rows = [{"prompt": "A meeting.", "answer": "the cats sat the cats sat"}]
+    task = load("trace_meetingbank", rows, monkeypatch, hold_out=None)
+    (example,) = task.examples("test")
+    # TRACE's counts different words as they stand: 1 and 2/3.
+    assert task.score(example, "the cats sat") == approx(2 * 1 * 0.5 / (1 + 0.5))  # of all words of the reference half
+    assert task.score(example, "the cat sat the cat sat") == 1  # cat is the stem of cats
+    assert task.metric == "rougeL_stemmed"
+
+
 def test_scienceqa_shows_a_hint_only_where_there_is_one(monkeypatch):
     first, second, third = in_order(load("trace_scienceqa", CASES["trace_scienceqa"].rows, monkeypatch))
     assert "Hint" not in first.prompt and "Hint" not in third.prompt

@@ -14,7 +14,7 @@ from torch.nn import Module
 from clbench.config import Config, identity, is_due
 from clbench.data.encoder import Encoder
 from clbench.examine.canaries import check_stream
-from clbench.examine.canaries.own_model import bounds, check_model
+from clbench.examine.canaries.own_model import LONGEST, bounds, check_model
 from clbench.examine.scores import Found
 from clbench.examine.scores import scores as rows_of
 from clbench.examine.student import Report, Student
@@ -51,6 +51,8 @@ def check_evaluation(parts: Parts, model: Module) -> dict[str, Any]:
     if failed:
         log.warning("the run will not be ranked, its evaluation failed its own tests: %s", "; ".join(failed))
     _, untried = bounds(model, parts.encoder)
+    if reached := [str(bound) for bound in untried if bound <= parts.encoder.max_length]:
+        log.warning("the canaries read %d tokens at most: rows at %s tokens are not tried", LONGEST, ", ".join(reached))
     return {"checked": len(found), "failed": failed, "results": found, "untried": untried}
 
 

@@ -353,6 +353,7 @@ ROWS = [
     yaml_of("nonesuch", answer="nonesuch"),
     yaml_of("nonesuch", metric="nonesuch"),
     yaml_of("rows", rows=None),
+    yaml_of("max_test", max_test=-1),
     yaml_of("nowhere", rows="nowhere.jsonl"),
     yaml_of("nonesuch", nonesuch=3),
     yaml_of("_target_", _target_="tasks.rows.Nonesuch"),

@@ -80,27 +80,32 @@ def check_model(
     examples = chosen(stream)
     plain = [plain_request(encoder, example) for example in examples]
     requests = [(one.ids[: one.answer_start], one.ids[one.answer_start :]) for one in map(encoder.example, examples)]
-    several = [part for prompt, _ in requests for part in (prompt, prompt[: 1 + len(prompt) // 2])]  # of unlike lengths
-    prompts = [prompt for prompt in several if len(prompt) + WRITTEN <= student.positions]
     tried, _ = bounds(model, encoder)
     longer = list(crossing(requests, tried, most=student.positions))
+    several = [part for prompt, _ in requests for part in (prompt, prompt[: 1 + len(prompt) // 2])]  # of unlike lengths
+    several += [context for context, answer in longer if len(context) + len(answer) in tried]
+    prompts = [prompt for prompt in several if len(prompt) + WRITTEN <= student.positions]
+    rows = [Example(id="", prompt="", answer="", ids=(*context, *answer)) for context, answer in longer]
+    long = [row for row in rows if len(row.ids) <= encoder.max_length]
     with folded:
         asked = requests + longer
         scored = student.log_likelihoods(asked, max_length=max(len(a) + len(b) for a, b in asked))
         answered, by_lm_eval = lm_eval(student)
         written = student.write(prompts, max_new_tokens=WRITTEN)
     with in_training(model):
-        parts = encoder.micro_batches([(example, 0, 1.0) for example in examples], rows=len(examples))
-        trained = sum(float(answer_loss(model, part)) for part in parts)
+        trained = [loss(model, encoder, given) for given in (examples, long) if given]
     found = [sum(nats(model, *request)) for request in plain + longer]
     learned = [sum(nats(model, *one, unread=0)) for one in plain] if is_stretched(model) else found[: len(plain)]
-    read = sum(len(answer) for _, answer in plain)
+    expected = [-sum(learned) / sum(len(answer) for _, answer in plain)]
+    if long:
+        each = [value for row in long for value in nats(model, row.ids[:1], row.ids[1:], unread=0)]
+        expected.append(-sum(each) / len(each))
     gaps = {
         "scoring": apart(scored, found, asked),
         "writing": [
             off_the_likeliest(model, encoder, prompt, ids) for prompt, ids in zip(prompts, written, strict=True)
         ],
-        "training": [abs(trained + sum(learned) / read)],
+        "training": [abs(a - b) for a, b in zip(trained, expected, strict=True)],
     }
     if by_lm_eval:
         gaps["lm_eval"] = apart(answered, [sum(nats(model, *request)) for request in by_lm_eval], by_lm_eval)
@@ -118,9 +123,16 @@ def apart(scored: Sequence[Scored], expected: Sequence[float], requests: Sequenc
     return [abs(value - nats) / len(continuation) for (value, _), nats, (_, continuation) in asked]
 
 
+def loss(model: Module, encoder: Encoder, examples: Sequence[Example]) -> float:
+    """The mean loss in nats of the examples' answer tokens as a step of training has it."""
+    parts = encoder.micro_batches([(example, 0, 1.0) for example in examples], rows=len(examples))
+    return sum(float(answer_loss(model, part)) for part in parts)
+
+
 def chosen(stream: Stream) -> list[Example]:
-    """The examples that are compared; training examples, whose answers fit."""
-    return [stage.train[0] for stage in stream.stages[:EXAMPLES]]
+    """The examples that are compared, one of a stage after the other: training examples, whose answers fit."""
+    rows = [stage.train[row] for row in range(EXAMPLES) for stage in stream.stages if row < len(stage.train)]
+    return rows[:EXAMPLES]
 
 
 def plain_request(encoder: Encoder, example: Example) -> tuple[Ids, Ids]:
@@ -207,24 +219,24 @@ def crossing(requests: Sequence[tuple[Ids, Ids]], bounds: Sequence[int], *, most
                 yield ids[:-2], ids[-2:]
 
 
-def log_probs(model: Module, ids: Ids) -> Tensor:
-    """Log-probabilities in nats after each token of one sequence, [T, V], float32."""
+def log_probs(model: Module, ids: Ids, *, first: int) -> Tensor:
+    """Log-probabilities in nats after each token of one sequence from the `first` on, [T - first, V], float32."""
     input_ids = torch.tensor([ids], device=causal_lm(model).device)
-    return causal_lm(model)(input_ids=input_ids, use_cache=False).logits[0].float().log_softmax(-1)
+    return causal_lm(model)(input_ids=input_ids, use_cache=False).logits[0, first:].float().log_softmax(-1)
 
 
 def nats(model: Module, context: Ids, continuation: Ids, *, unread: int = 1) -> list[float]:
     """The log-likelihood of each token of the continuation, of which the last `unread` are not read: scoring leaves out one, training none."""
     ids = (*context, *continuation)
-    log_probs_TV = log_probs(model, ids[: len(ids) - unread])[len(context) - 1 : len(ids) - 1]
+    log_probs_TV = log_probs(model, ids[: len(ids) - unread], first=len(context) - 1)[: len(continuation)]
     return [float(row[token]) for row, token in zip(log_probs_TV, continuation, strict=True)]
 
 
 def off_the_likeliest(model: Module, encoder: Encoder, prompt: Ids, written: Sequence[int]) -> float:
     """By how many nats a written token, or the end of the answer, is less likely than the likeliest there, at most; inf of a token after an end."""
-    log_probs_TV = log_probs(model, (*prompt, *written))[len(prompt) - 1 :]
+    log_probs_TV = log_probs(model, (*prompt, *written), first=len(prompt) - 1)
     if is_stretched(model):  # what is said after a token depends on what follows
-        steps = [log_probs(model, (*prompt, *written[:count]))[-1] for count in range(len(written) + 1)]
+        steps = [log_probs(model, (*prompt, *written[:count]), first=-1)[0] for count in range(len(written) + 1)]
         log_probs_TV = torch.stack(steps)
     ends = [encoder.eos, *eos_ids(causal_lm(model))]
     if not set(ends).isdisjoint(written):
