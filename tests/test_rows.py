@@ -204,6 +204,12 @@ def test_a_row_that_a_probe_cannot_ask_is_named(changed, said, place, quiz):
         quiz(*rows)
 
 
+@pytest.mark.parametrize("column", ["text", "choices", "answer"])
+def test_a_column_that_a_probe_asks_for_and_no_row_has_is_named(column, quiz):
+    with pytest.raises(UserMistake, match=f"'quiz'.*own/test.jsonl, line 1: column '{column}' is missing"):
+        quiz(*[{name: value for name, value in row.items() if name != column} for row in GOOD])
+
+
 def test_a_probe_takes_no_text_for_a_position_and_no_number_for_a_choice(quiz):
     assert len(quiz(*[row | {"answer": "b"} for row in GOOD]).ledger_rows[0].chosen[0]) == 2
     with pytest.raises(UserMistake, match="line 1: column 'answer' holds '1', which is none of .* without quotes"):

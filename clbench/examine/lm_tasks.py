@@ -4,9 +4,8 @@ A name is one of lm-eval's tasks, groups or tags, or that of a yaml of our own. 
 measure the same thing in the same way (mmlu: 57 subjects); else each of its members is (openllm, metabench). A row whose tasks show another
 number of examples than their own yamls say has that number in its name: mmlu@5.
 
-A subset of `count` documents is the `count` whose hash of (task, index) is lowest, in the order of their index: a number alone names it, the same
-for every model, stage and machine. The index is lm-eval's own document id (its `--samples`), so a subset can be measured again with lm-eval
-itself, and a larger subset holds every smaller one.
+A subset of `count` documents is the `count` whose hash of (task, index) is lowest, in the order of their index: the same for every model, stage and
+machine. The index is lm-eval's own document id (its `--samples`), by which lm-eval can measure it again; a larger subset holds every smaller one.
 
 >>> subset("quiz", size=6, wanted=3), subset("quiz", size=6, wanted=4), subset("quiz", size=6, wanted=[5, 1])
 ((1, 3, 5), (0, 1, 3, 5), (1, 5))
@@ -23,6 +22,7 @@ from typing import Any
 import datasets
 import lm_eval.tasks
 from datasets.exceptions import DatasetsError
+from jinja2 import Environment, meta
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
@@ -33,13 +33,11 @@ from clbench.types import UserMistake
 Rows = list[dict[str, Any]]
 Settings = dict[str, Any]
 Wanted = int | Sequence[int] | None  # how many documents, or which, or all
-FILES = ("json", "csv", "parquet", "text")
-"""What stands for a dataset where a task's yaml names files of its own (`dataset_kwargs`)."""
+FILES = ("json", "csv", "parquet", "text")  # what stands for a dataset where a yaml names files (`dataset_kwargs`)
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 # Keys of lm-eval's yamls that say nothing of how a task is measured.
 STRUCTURE = {"group", "group_alias", "aggregate_metric_list", "metadata", "tag", "task", "task_list"}
-# lm-eval's default: the few-shot examples of a document are those that lm-eval shows.
-FEWSHOT_SEED = 1234
+FEWSHOT_SEED = 1234  # lm-eval's default: the few-shot examples of a document are those that lm-eval shows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,12 +204,14 @@ class RowSource:
 
 
 def needed_columns(config: Settings, columns: Collection[str]) -> set[str]:
-    """The columns that a task's templates name; all where Python code reads the rows, which the index names by its file."""
+    """The columns that a task's templates name, whether rows have them or not; all that they have where Python code reads them."""
     code = [config.get(key) for key in ("class", "process_docs", "process_results")]
     templates = [str(config.get(key) or "") for key in ("doc_to_text", "doc_to_choice", "doc_to_target")]
     if any(code) or any(Path(template).is_absolute() for template in templates):
         return set(columns)
-    return {word for template in templates for word in re.findall(r"\w+", template)} & set(columns)
+    words = {word for template in templates for word in re.findall(r"\w+", template)}
+    named = {name for template in templates for name in meta.find_undeclared_variables(Environment().parse(template))}
+    return words & set(columns) | named - Environment().globals.keys()
 
 
 def unreadable(row: Mapping[str, Any], config: Settings, *, needed: Iterable[str]) -> str:
