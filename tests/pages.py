@@ -87,6 +87,7 @@ BLOCKS: Mapping[Path, Mapping[str, Callable[[], str]]] = {
         "findings": partial(findings, "reference"),
         "against": lambda: against("seq", pd.read_csv(RESULTS / "reference" / "differences.csv")),
         "validation": validation,
+        "real": partial(leaderboard, "real", most=11),
     },
 }
 """By page, what each of its blocks holds."""
