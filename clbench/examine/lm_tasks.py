@@ -209,9 +209,8 @@ def needed_columns(config: Settings, columns: Collection[str]) -> set[str]:
     templates = [str(config.get(key) or "") for key in ("doc_to_text", "doc_to_choice", "doc_to_target")]
     if any(code) or any(Path(template).is_absolute() for template in templates):
         return set(columns)
-    words = {word for template in templates for word in re.findall(r"\w+", template)}
     named = {name for template in templates for name in meta.find_undeclared_variables(Environment().parse(template))}
-    return words & set(columns) | named - Environment().globals.keys()
+    return named - Environment().globals.keys() | {*templates} & {*columns}  # a template may be a column's name
 
 
 def unreadable(row: Mapping[str, Any], config: Settings, *, needed: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -87,19 +88,18 @@ def check_model(
     prompts = [prompt for prompt in several if len(prompt) + WRITTEN <= student.positions]
     rows = [Example(id="", prompt="", answer="", ids=(*context, *answer)) for context, answer in longer]
     long = [row for row in rows if len(row.ids) <= encoder.max_length]
+    learned = [(examples, plain), (long, [(row.ids[:1], row.ids[1:]) for row in long])]
     with folded:
         asked = requests + longer
         scored = student.log_likelihoods(asked, max_length=max(len(a) + len(b) for a, b in asked))
         answered, by_lm_eval = lm_eval(student)
         written = student.write(prompts, max_new_tokens=WRITTEN)
     with in_training(model):
-        trained = [loss(model, encoder, given) for given in (examples, long) if given]
+        trained = [loss(model, encoder, given) for given, _ in learned if given]
     found = [sum(nats(model, *request)) for request in plain + longer]
-    learned = [sum(nats(model, *one, unread=0)) for one in plain] if is_stretched(model) else found[: len(plain)]
-    expected = [-sum(learned) / sum(len(answer) for _, answer in plain)]
-    if long:
-        each = [value for row in long for value in nats(model, row.ids[:1], row.ids[1:], unread=0)]
-        expected.append(-sum(each) / len(each))
+    expected = [
+        mean([-value for one in asked for value in nats(model, *one, unread=0)]) for _, asked in learned if asked
+    ]
     gaps = {
         "scoring": apart(scored, found, asked),
         "writing": [
