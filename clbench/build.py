@@ -27,7 +27,7 @@ from clbench.config import Config, leaves, target_names
 from clbench.config.names import suggestion
 from clbench.data.encoder import Encoder
 from clbench.models.folding import adapted
-from clbench.models.limits import check_length, check_read, positions
+from clbench.models.limits import check_length, check_read, has_one_key_head, positions
 from clbench.models.lora import ALL_LINEAR, roles
 from clbench.models.loss import causal_lm
 from clbench.protocols import Method, ModelSource, Parts, Probe, Task
@@ -103,12 +103,23 @@ def load_model(config: Config, source: Any) -> Module:
     if not config.engine.shard_base:
         # Not model.to(dtype): that would also round the frequencies of rotary embeddings, which transformers keeps in float32.
         model, _ = source.load(Path(config.cache_dir), dtype=dtype)
-        return model.to(device)
+        return placed(model, device)
     from clbench.train.zero import born_sharded
 
     with born_sharded(dtype, offload=config.engine.offload):
         model, _ = source.load(Path(config.cache_dir), dtype=dtype)
-        return model.to(device)
+        return placed(model, device)
+
+
+def placed(model: Module, device: torch.device) -> Module:
+    """The model on its device. On CUDA one whose attention has a single head of keys and values computes attention by matrix products.
+
+    torch's memory-efficient kernel gives a wrong output of the last token where one head is expanded over many and a length is one more than
+    a multiple of 32 (pytorch issue 191937; seen in 2.11): in texts scored, answers written and rows trained.
+    """
+    if device.type == "cuda" and has_one_key_head(model):
+        causal_lm(model).set_attn_implementation("eager")
+    return model.to(device)
 
 
 def sketch(config: Config, sizes: PretrainedConfig) -> tuple[Method, Module]:

@@ -4,6 +4,7 @@
 their path is known to work; what they print there says nothing about a GPU.
 """
 
+import copy
 import gc
 import os
 import time
@@ -18,7 +19,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from clbench.build import DTYPES, make_method
+from clbench.build import DTYPES, make_method, placed
 from clbench.config.composition import CONF_DIR, compose
 from clbench.contract.lab import ToyTask
 from clbench.data.encoder import Encoder
@@ -214,16 +215,21 @@ def check_reading(architecture: dict, device: str, *, items: int) -> None:
 
 @torch.inference_mode()
 def check_scores(architecture: dict, device: str) -> None:
-    """Questions with four endings, many in one forward, score in float32 as each ending by itself."""
+    """Questions with four endings, many in one forward, and texts of every length around 512 score in float32 as each by itself in float64."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture), dtype=torch.float32)
-    model = model.to(device).eval()
+    exact, model = copy.deepcopy(model).to(device, torch.float64).eval(), placed(model, torch.device(device)).eval()
     pairs = requests((12, 0, (100, 200), (5, 10)), architecture["vocab_size"])
-    found = Student(model, Encoder(Numbers(), max_length=1024, device=device)).log_likelihoods(pairs)
+    long = [(*context, *ending) for context, ending in pairs]
+    texts = tuple(token for ids in long for token in ids)
+    pairs += [(texts[: length - 1], texts[length - 1 : length + 1]) for length in range(500, 532)]
+    student = Student(model, Encoder(Numbers(), max_length=1024, device=device))
+    found = student.log_likelihoods(pairs, max_length=1024)
+    alone = [student.log_likelihoods([pair], max_length=1024)[0] for pair in pairs[-32:]]
     gaps = []
-    for (context, ending), (value, _) in zip(pairs, found, strict=True):
-        log_probs_TV = model(input_ids=torch.tensor([[*context, *ending]], device=device)).logits[0].log_softmax(-1)
-        after = log_probs_TV[len(context) - 1 : -1].double()
+    for (context, ending), (value, _) in zip([*pairs, *pairs[-32:]], [*found, *alone], strict=True):
+        log_probs_TV = exact(input_ids=torch.tensor([[*context, *ending]], device=device)).logits[0].log_softmax(-1)
+        after = log_probs_TV[len(context) - 1 : -1]
         gaps.append(
             abs(value - float(after.gather(1, torch.tensor(ending, device=device)[:, None]).sum())) / len(ending)
         )

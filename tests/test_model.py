@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.utils import instantiate
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from clbench.build import load_model
+from clbench.build import load_model, placed
 from clbench.config.composition import compose
 from clbench.data.encoder import Encoder
 from clbench.examine.student import Student
+from clbench.models.limits import has_one_key_head
 from clbench.models.pretrained import Pretrained
 from clbench.models.pretraining import orders, packed, pretrain, warm_cosine
 from clbench.models.tiny import Recipe, fresh_llama, word_tokenizer
@@ -168,3 +169,29 @@ def test_a_bfloat16_base_keeps_the_frequencies_of_its_rotary_embeddings(override
     width = model.config.hidden_size // model.config.num_attention_heads
     expected = torch.tensor([10000 ** (-2 * pair / width) for pair in range(width // 2)])
     torch.testing.assert_close(frequencies, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("heads", "device", "attention"), [(1, "cuda", "eager"), (2, "cuda", "sdpa"), (1, "cpu", "sdpa")]
+)
+def test_one_head_of_keys_keeps_off_the_kernel_of_cuda_that_gives_wrong_numbers(monkeypatch, heads, device, attention):
+    stated = {
+        "vocab_size": 9,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = AutoConfig.for_model("llama", **stated, num_key_value_heads=heads)
+    model = AutoModelForCausalLM.from_config(config)
+    monkeypatch.setattr(model, "to", lambda _: model)  # there may be no CUDA device
+    assert placed(model, torch.device(device)).config._attn_implementation == attention
+
+
+def test_multi_query_attention_by_its_other_name_is_one_head_of_keys():
+    stated = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    found = {name: AutoConfig.for_model("falcon", **stated, multi_query=name) for name in (True, False)}
+    assert {name: has_one_key_head(AutoModelForCausalLM.from_config(config)) for name, config in found.items()} == {
+        True: True,
+        False: False,
+    }

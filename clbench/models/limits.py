@@ -63,6 +63,12 @@ def is_kept_as_keys(model: Module) -> bool:
     return not causal_lm(model)._is_stateful and not is_stretched(model) and ATTENTION.issuperset(kinds)
 
 
+def has_one_key_head(model: Module) -> bool:
+    """Whether all heads of attention share one head of keys and values (multi-query attention)."""
+    stated = settings(model)
+    return stated.get("num_key_value_heads") == 1 or bool(stated.get("multi_query"))
+
+
 def positions(config: PretrainedConfig) -> int:
     """The longest input in tokens, NO_LIMIT where the configuration states none; dynamic rotary embeddings reach `factor` times further."""
     found = config.get_text_config().to_dict()
