@@ -13,6 +13,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from peft import LoraConfig, get_peft_model
 from tokenizers import processors
 from torch.nn.utils.rnn import pad_sequence
 
@@ -28,7 +29,7 @@ from clbench.examine.canaries.own_model import bounds, check_model, chosen, said
 from clbench.examine.copying import copies, named_last
 from clbench.examine.lm import StudentLM
 from clbench.examine.student import Student
-from clbench.examine.together import reads_together
+from clbench.examine.together import TOLERANCES, reads_together, rounding
 from clbench.experiment.examination import check_evaluation
 from clbench.models import cur, folding, loss, pairs
 from clbench.models.loss import answer_loss
@@ -425,6 +426,42 @@ def test_a_sound_model_passes_at_every_bound(own, encoder):
     found = check_model(Student(own, encoder), stream_of(numbers(), encoder=encoder), folded=nullcontext())
     assert [gap.name for gap in found] == ["scoring", "writing", "training", "lm_eval"]
     assert not any(gap.failed for gap in found) and all(gap.n for gap in found)
+
+
+@pytest.fixture
+def rounded(encoder):
+    """A model in bfloat16 whose weights are so large that rounding moves a log-likelihood by more than the least that is allowed."""
+    architecture = ARCHITECTURE | {"max_position_embeddings": 300, "num_hidden_layers": 8}
+    model = fresh_llama(encoder.tokenizer, architecture=architecture, seed=0).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.mul_(5 if "lm_head" in name else 10 if weight.dim() == 2 and "layers" in name else 1)
+    return model.to(torch.bfloat16)
+
+
+def test_in_bfloat16_what_rounding_does_to_the_model_is_allowed_and_no_more(rounded, own, encoder, monkeypatch):
+    least, most = TOLERANCES[torch.bfloat16]
+    assert rounding(own, encoder) == 1e-4 and rounding(copy.deepcopy(own).to(torch.bfloat16), encoder) == least
+    assert least < rounding(rounded, encoder) < most
+    assert reads_together(rounded, encoder) and gaps(rounded, encoder) == set()
+    monkeypatch.setattr(
+        "clbench.examine.student.mask_of", lambda model, sees_TS, positions_T: sees_TS.new_ones(1, 1, *sees_TS.shape)
+    )
+    assert not reads_together(rounded, encoder) and "scoring" in gaps(rounded, encoder)
+
+
+def test_an_update_that_bfloat16_would_lose_is_examined(encoder):
+    architecture = ARCHITECTURE | {"max_position_embeddings": 300}
+    model = fresh_llama(encoder.tokenizer, architecture=architecture, seed=0).eval().to(torch.bfloat16)
+    adapter = LoraConfig(r=2, target_modules=["v_proj", "o_proj"], init_lora_weights=False)
+    model = get_peft_model(model, adapter).eval()
+    requests = [((1, 2, 3), (4, 5))]
+    (expected, _), *_ = Student(model, encoder).log_likelihoods(requests)
+    with folding.folded(model):
+        (found, _), *_ = Student(model, encoder).log_likelihoods(requests)
+    with folding.merged_into(folding.foldable(model)):
+        (lost, _), *_ = Student(model, encoder).log_likelihoods(requests)
+    assert found == expected != lost
 
 
 @pytest.mark.parametrize("name", named(*QUICKLY_ADAPTED))

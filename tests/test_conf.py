@@ -58,6 +58,9 @@ def test_a_method_takes_its_settings_for_the_model_and_the_command_line_has_the_
     assert compose([*common, "method=dora"]).train.lr == 1e-4  # the table's default
     assert compose([*common, "method=curlora", "train.lr=3e-3"]).train.lr == 3e-3
     assert compose([*common, "method=curlora", "settings=none"]).train.lr == 1e-3  # of conf/method/curlora.yaml
+    real8 = ["+experiment=real8_gemma3_270m", *common[1:]]
+    without = compose([*real8, "method=seq", "~probe.probes.knowledge", "~probe.cadence.knowledge"]).probe
+    assert "knowledge" not in (*without.probes, *without.cadence)  # what is taken out stays out
 
 
 def test_gemmas_rates_are_those_that_the_recorded_search_chose():

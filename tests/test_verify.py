@@ -130,6 +130,10 @@ EDITS = {
     "bits": (lines(of=TEXT | {"metric": "bits_per_byte"}), "|bits_per_byte is "),
     "perplexity": (lines(of=TEXT | {"metric": "word_perplexity"}), "|word_perplexity is "),
     "gap": (lines(of={"stage": 1, "task": "scoring", "metric": "gap_nats"}, value=0.5), "scoring|failed is 0.0, other"),
+    "allowed gap": (
+        lines(of={"task": "scoring", "metric": "allowed_nats"}, value=9.0),
+        "allowed_nats is 9.0, allowed are 0.0001",
+    ),
     "own canaries": (
         lines(of={"stage": 1, "probe": "canaries"}, probe="mine"),
         "stage 1: scores.jsonl has no canaries",

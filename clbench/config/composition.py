@@ -251,7 +251,9 @@ def _tasks(names: Sequence[str]) -> DictConfig:
 
 
 def _overridden() -> set[str]:
-    return {override.lstrip("+~").split("=", 1)[0] for override in HydraConfig.get().overrides.task}
+    """The keys that the command line gives a value; those that it takes out (~key) have none."""
+    given = [override.lstrip("+").split("=", 1)[0] for override in HydraConfig.get().overrides.task]
+    return {key for key in given if not key.startswith("~")}
 
 
 def one_line(error: Exception) -> str:

@@ -148,9 +148,9 @@ def check_own_model(run: Run, index: int, *, before: Sequence[float] = ()) -> li
         if gap.failed:
             log.warning("the run will not be ranked: %s is %.1e nats a token off plain forwards", gap.name, gap.nats)
     where = {"stage": index, "stage_name": run.stream.stage_name(index), "probe": CANARIES, "stderr": float("nan")}
-    seconds = (time.perf_counter() - started) / (2 * len(gaps))
+    seconds = (time.perf_counter() - started) / (3 * len(gaps))
     return [
         Score(**where, task=gap.name, metric=metric, value=float(value), n=gap.n, seconds=seconds)
         for gap in gaps
-        for metric, value in (("gap_nats", gap.nats), (FAILED, gap.failed))
+        for metric, value in (("gap_nats", gap.nats), ("allowed_nats", gap.allowed), (FAILED, gap.failed))
     ]

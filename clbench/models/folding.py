@@ -1,7 +1,7 @@
 """Adapters folded into the weights while a model is examined, and export of an ordinary checkpoint."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,26 +25,38 @@ def adapted(model: Module) -> dict[str, BaseTunerLayer | CurLinear]:
     return {name: layer for name, layer in layers if isinstance(layer, BaseTunerLayer | CurLinear)}
 
 
-@contextmanager
-def folded(model: Module) -> Iterator[Module]:
-    """Adapters merged into the weights they adapt, for faster forwards; on exit every weight is bitwise what it was.
-
-    A model without adapters passes unchanged, and so does a layer that no weight is equal to (`CurLinear.foldable`) or whose weight another
-    layer reads, too.
-    """
+def foldable(model: Module) -> list[BaseTunerLayer | CurLinear]:
+    """The adapted layers with a weight that is equal to layer and adapter (`CurLinear.foldable`), and that no other layer reads."""
     shared = shared_weights(model)
-    layers = [
+    return [
         layer
         for layer in adapted(model).values()
         if id(inner_layer(layer).weight) not in shared and (not isinstance(layer, CurLinear) or layer.foldable)
     ]
+
+
+@contextmanager
+def folded(model: Module) -> Iterator[Module]:
+    """Adapters merged into the weights they adapt, for faster forwards; on exit every weight is bitwise what it was.
+
+    Only into weights of float32: one of bfloat16 keeps 8 bits, and an update of less than half its last one would be lost. A model without
+    adapters passes unchanged.
+    """
+    with merged_into(layer for layer in foldable(model) if inner_layer(layer).weight.dtype == torch.float32):
+        yield model
+
+
+@contextmanager
+def merged_into(layers: Iterable[BaseTunerLayer | CurLinear]) -> Iterator[None]:
+    """The layers' adapters merged into their weights, which are put back on exit."""
+    layers = list(layers)
     weights = [inner_layer(layer).get_parameter("weight") for layer in layers]
     kept = [stored(weight).clone() for weight in weights]
     for layer in layers:
         with whole(inner_layer(layer), writing=True):
             merge(layer)
     try:
-        yield model
+        yield
     finally:
         with torch.no_grad():
             for layer, weight, before in zip(layers, weights, kept, strict=True):
@@ -79,10 +91,11 @@ def unmerge(layer: BaseTunerLayer | CurLinear) -> None:
 def export(model: Module, folder: Path) -> None:
     """Writes an ordinary Hugging Face checkpoint to `folder`, adapters merged: the same logits from transformers alone.
 
+    In bfloat16 the merged weights are rounded, and the logits differ by that.
     Of several processes all call it and the first one writes, from whole weights on its CPU where ranks hold slices.
     PEFT adapters go to `folder`/adapter as well; they are for the weights they adapt now, which merging methods change.
     """
-    with folded(model):
+    with merged_into(foldable(model)):
         plain = ordinary(causal_lm(model))
         if is_first():
             plain.save_pretrained(folder)

@@ -174,7 +174,8 @@ def of_scores(records: Records, run: str, manifest: Mapping[str, Any]) -> Iterat
     """Scores that stand twice, that do not follow from others of their task, that are left out, or whose stage has another name; costs of a stage
     too many or few."""
     scores, costs = (table[table["run"] == run] for table in (records.scores, records.costs))
-    allowed = {str(dtype): nats for dtype, nats in TOLERANCES.items()}[f"torch.{manifest['config']['engine']['dtype']}"]
+    precision = f"torch.{manifest['config']['engine']['dtype']}"
+    least, most = next(both for dtype, both in TOLERANCES.items() if str(dtype) == precision)
     names = ["base", *manifest["tasks"]]
     if costs["stage"].tolist() != list(range(len(costs))):
         yield f"cost.jsonl has stages {costs['stage'].astype(int).tolist()}"
@@ -197,7 +198,10 @@ def of_scores(records: Records, run: str, manifest: Mapping[str, Any]) -> Iterat
         if "format_loss" in value:
             expected = {"format_loss": value[manifest["metrics"][task]] - value["exact_match"]}
         if probe == CANARIES:
+            allowed = value.get("allowed_nats", least)
             expected = {FAILED: float(not value["gap_nats"] <= allowed)}
+            if not least <= allowed <= most:
+                yield f"{where}|allowed_nats is {allowed}, allowed are {least} to {most}"
         for metric, number in expected.items():
             if not np.isclose(number, value[metric], rtol=CLOSE, atol=CLOSE, equal_nan=True):
                 yield f"{where}|{metric} is {value[metric]}, other scores give {number}"

@@ -24,7 +24,7 @@ from torch.nn import Module
 from clbench.data.encoder import SIGN, Encoder
 from clbench.data.sampling import seeded
 from clbench.examine.student import Student, eos_ids
-from clbench.examine.together import TOLERANCES
+from clbench.examine.together import rounding
 from clbench.models.limits import LENGTHS, is_stretched, rope_settings, settings
 from clbench.models.loss import answer_loss, causal_lm
 from clbench.protocols import Stream
@@ -112,7 +112,7 @@ def check_model(
     if before:
         gaps["merging"] = [abs(a - b) for a, b in zip(said(model, encoder, stream), before, strict=True)]
     assert all(gaps.values()), gaps
-    allowed = TOLERANCES[causal_lm(model).dtype]
+    allowed = rounding(model, encoder)
     # Not max(), which passes over a NaN that is not the first.
     return tuple(Gap(name=name, nats=float(np.max(off)), allowed=allowed, n=len(off)) for name, off in gaps.items())
 
