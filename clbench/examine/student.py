@@ -28,8 +28,8 @@ from clbench.types import Ids
 
 TOKENS = {"cpu": 384, "cuda": 4096}
 """Tokens of a forward that keep a device busy and, on the CPU, in its caches (measured)."""
-LOGITS = {"cpu": 2**22, "cuda": 2**27}
-"""Most logits of a forward: 16 and 512 MiB in float32. One context, or ROWS, may be more."""
+LOGITS = {"cpu": 2**22, "cuda": 2**29}
+"""Most logits of a forward: 16 MiB and 2 GiB in float32. One context, or ROWS, may be more."""
 ROWS = 128
 """Places at which any forward may be scored: fewer are no work beside fetching the output embedding of a large vocabulary (measured)."""
 WRITTEN = 32
