@@ -23,6 +23,7 @@ import clbench.examine.canaries
 from clbench.config import StreamConfig
 from clbench.data.encoder import Encoded, Encoder, clip_left
 from clbench.data.rows import DatasetSpec
+from clbench.examine import matrix
 from clbench.examine.canaries import ARCHITECTURE, check_stream, own_model
 from clbench.examine.canaries.answers import chance, near_zero
 from clbench.examine.canaries.own_model import bounds, check_model, chosen, said
@@ -111,7 +112,7 @@ def detail(task, encoder, name):
     return found.detail
 
 
-ALL = {"chance", "copier", "reference", "shuffled", "bos", "prompt"}
+ALL = {"chance", "copier", "floors", "reference", "shuffled", "bos", "prompt"}
 
 
 @pytest.mark.parametrize("task", [colours(), numbers()], ids=["closed", "generative"])
@@ -120,6 +121,37 @@ def test_a_sound_task_passes_every_canary(task, seed, encoder):
     found = check_stream(stream_of(task, encoder=encoder), encoder, seed=seed)
     assert [canary for canary in found if not canary.passed] == []
     assert {canary.name for canary in found} == ALL  # no swap: it has no rows
+
+
+class Letters(Made):
+    """Answers are a letter and a reason of its own; the score looks at the letter, which is a C first and an A mostly."""
+
+    def __init__(self):
+        super().__init__(
+            lambda thing, answer: f"which letter is {thing} ?",
+            answers=lambda rng: f"{rng.choice('AAAB')} since {rng.random()}",
+            score=lambda example, answer: float(answer[:1] == example.answer[:1]),
+        )
+
+    def examples(self, split):
+        first, *rest = super().examples(split)
+        return (replace(first, answer=f"C{first.answer[1:]}"), *rest)
+
+    def guesses(self, example):
+        return "ABC"
+
+
+def test_floors_that_miss_the_guesses_in_the_prompt_are_noticed(encoder, monkeypatch):
+    assert "floors" not in failures(Letters(), encoder)
+    monkeypatch.setattr(Letters, "guesses", Task.guesses)
+    assert "floors" in failures(Letters(), encoder)
+
+
+def test_floors_that_miss_what_copying_gives_are_noticed(encoder, monkeypatch):
+    task = numbers(lambda thing, answer: f"{thing} and {answer if int(answer) % 2 else 7} ?")
+    assert failures(task, encoder) == set()
+    monkeypatch.setattr(matrix, "copied", lambda stage: 0.0)
+    assert failures(task, encoder) == {"floors"}
 
 
 @pytest.mark.parametrize("rows", [32, 6])

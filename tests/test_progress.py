@@ -93,7 +93,7 @@ def test_the_live_line_stands_where_the_forecast_says(overrides):
     tracker = Tracker(config, stages := [stage(closed("ab"))] * 4, silent=True)
     shown = []
     tracker._line.show = lambda done, text: shown.append((done, text))
-    tracker.begin(FORECAST, finished=1)
+    tracker.expect(FORECAST, finished=1)
     tracker.step(stages[0], 5, 10, None)  # of stage 1: half of 10 s
     tracker.examining(4, "fast", "knowledge", "quiz", 1, 2)
     tracker.examining(4, "fast", "stream", "a", 1, 4)
@@ -109,11 +109,26 @@ def test_a_runs_log_names_probe_task_and_rows_also_of_the_untouched_model(hasty,
 
 
 @pytest.mark.slow
-def test_forecast_and_run_agree_within_a_factor_of_one_and_a_half(overrides):
-    longer = ("train.steps=120", "train.batch_size=16", "stream.train_rows=400", "stream.test_rows=200")
-    path = run(compose([*overrides, *longer, "probe.limit=null"]))
-    said = next(line for line in (path / "run.log").read_text().splitlines() if "to go on this machine" in line)
-    seconds = float(said.split("about ")[1].split(" s")[0])
+@pytest.mark.parametrize(("method", "stage", "steps", "rows"), [("seq", 1, 120, 16), ("er", 2, 30, 64)])
+def test_forecast_and_run_agree_within_a_factor_of_one_and_a_half(overrides, method, stage, steps, rows):
+    """Before the first stage, and with replay before the second: many rows a step, as a step of the tiny model takes long by itself."""
+    longer = (f"train.steps={steps}", f"train.batch_size={rows}", "stream.train_rows=400", "stream.test_rows=200")
+    path = run(compose([*overrides, *longer, "probe.limit=null", f"method={method}"]))
+    said = [line for line in (path / "run.log").read_text().splitlines() if "to go on this machine" in line]
+    seconds = float(said[stage - 1].split("about ")[1].split(" s")[0])
     costs = [json.loads(line) for line in (path / "cost.jsonl").read_text().splitlines()]
-    taken = sum(cost["seconds_train"] + cost["seconds_probe"] for cost in costs if cost["stage"])
+    taken = sum(cost["seconds_train"] + cost["seconds_probe"] for cost in costs[stage:])
     assert 1 / 1.5 < seconds / taken < 1.5, (seconds, taken)
+
+
+def test_after_the_first_stage_the_forecast_has_the_replay_and_the_pace_that_were_seen(overrides, monkeypatch):
+    told = []
+    monkeypatch.setattr(Tracker, "expect", lambda tracker, forecast, *, finished: told.append((forecast, finished)))
+    path = run(compose([*overrides, "method=er"]))
+    (before, none), (after, one) = told
+    assert (none, one) == (0, 1) and before.of_trial and not after.of_trial
+    costs = [json.loads(line) for line in (path / "cost.jsonl").read_text().splitlines()]
+    pace = costs[1]["seconds_train"] / costs[1]["tokens_trained"]
+    read = [cost["tokens_trained"] + cost["tokens_replayed"] for cost in costs[2:]]
+    assert all(cost["tokens_replayed"] for cost in costs[2:])
+    assert list(after.training[1:]) == pytest.approx([pace * tokens for tokens in read], rel=0.1)

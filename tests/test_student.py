@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from clbench.data.encoder import Encoder
 from clbench.examine.student import Student, mask_of
@@ -63,6 +63,21 @@ def test_log_likelihoods_equal_one_plain_forward_each(model, tokens):
         assert greedy == all(
             int(log_probs[step].argmax()) == token for step, token in zip(steps, continuation, strict=True)
         )
+
+
+@pytest.mark.parametrize(("kind", "own"), [("llama", {}), ("gemma3_text", {"sliding_window": 8})])
+def test_log_likelihoods_are_within_1e_4_nats_a_token_of_float64(kind, own):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16} | own
+    config = AutoConfig.for_model(kind, **sizes, **heads, max_position_embeddings=64, initializer_range=0.3)
+    single = AutoModelForCausalLM.from_config(config).eval()
+    exact = copy.deepcopy(single).double()
+    student = Student(single, Encoder(Words(), max_length=32))
+    for (context, continuation), (value, _) in zip(requests(), student.log_likelihoods(requests()), strict=True):
+        log_probs = plain_log_probs(exact, [*context, *continuation])[len(context) - 1 : -1]
+        expected = sum(float(row[token]) for row, token in zip(log_probs, continuation, strict=True))
+        assert expected != value == pytest.approx(expected, abs=1e-4 * len(continuation))
 
 
 def test_a_context_is_read_once_for_all_its_one_token_continuations(model):

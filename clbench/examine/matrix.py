@@ -112,15 +112,19 @@ def floors(stage: Stage) -> dict[str, float]:
 def copied(stage: Stage) -> float:
     """The mean score of the reader of `copying` that does best on the first 32 test examples.
 
-    Of the others at most 256 are read, and a million characters, as every reader keeps the places of all words.
+    Of the others those of `copied_from` are read.
     """
-    characters = accumulate(len(example.prompt) for example in stage.test[:COPIED_ROWS])
-    count = max(sum(so_far <= COPIED_CHARACTERS for so_far in characters), 1)
-    tests = stage.test[:count]
+    tests = copied_from(stage)
 
     def mean_score(answers: Sequence[str], rows: int) -> float:
         pairs = list(zip(tests, answers, strict=True))[:rows]
         return sum(stage.task.score(example, answer) for example, answer in pairs) / len(pairs)
 
     best = max((answers for _, answers in copies(tests)), key=lambda answers: mean_score(answers, CHOSEN_ON))
-    return mean_score(best, count)
+    return mean_score(best, len(tests))
+
+
+def copied_from(stage: Stage) -> Sequence[Example]:
+    """The first test examples, at most 256 and a million characters, as every reader keeps the places of all words."""
+    characters = accumulate(len(example.prompt) for example in stage.test[:COPIED_ROWS])
+    return stage.test[: max(sum(so_far <= COPIED_CHARACTERS for so_far in characters), 1)]

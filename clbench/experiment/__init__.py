@@ -129,24 +129,34 @@ def run_stages(run: Run, untouched: Untouched, tracker: Tracker) -> None:
     done = max(first - 1, 0)
     if first == 0:
         record_untouched(run, untouched, tracker)
-    tracker.begin(forecast(run, untouched), finished=done, steps=run.ledger.steps if run.ledger else 0)
+    tracker.begin(steps=run.ledger.steps if run.ledger else 0)
+    tracker.expect(forecast(run, untouched), finished=done)
     for stage in run.stream.stages[done:]:
-        moments = run_stage(run, stage, tracker, moments=moments, within=within)
+        moments, cost = run_stage(run, stage, tracker, moments=moments, within=within)
         within = None
+        # Now a memory holds rows, and the first stage shows what the method adds.
+        if stage.index == 1 and (tokens := cost.tokens_trained + cost.tokens_replayed):
+            tracker.expect(forecast(run, untouched, pace=cost.seconds_train / tokens), finished=1)
 
 
-def forecast(run: Run, untouched: Untouched) -> Forecast:
-    """How long the stages will take, on this machine as it is now."""
-    config, stages, seconds = run.config.train, run.stream.stages, seconds_of(untouched.rows())
-    pace = 0.0
+def pace_of_trial(run: Run, untouched: Untouched) -> float:
+    """Seconds that training takes for a token, on this machine as it is now; what a method adds is left out."""
+    if not trainable(run.model):
+        return 0.0
     if run.config.engine.shard_base:
         # A backward pass takes twice as long as a forward, and slices of a model go backward in an engine only.
-        pace = 3 * sum(seconds.values()) / untouched.tokens
-    elif trainable(run.model):
-        pace = seconds_a_token(run.model, run.encoder, stages[0].train, config) / run.ranks.size
-    training = tuple(pace * tokens_of(run.method, stage, run.encoder, config) for stage in stages)
+        return 3 * sum(seconds_of(untouched.rows()).values()) / untouched.tokens
+    return seconds_a_token(run.model, run.encoder, run.stream.stages[0].train, run.config.train) / run.ranks.size
+
+
+def forecast(run: Run, untouched: Untouched, *, pace: float | None = None) -> Forecast:
+    """How long the stages will take at `pace` seconds for a token trained (None: by a trial), with the replay that there is by now."""
+    config, cadence = run.config.train, run.config.probe.cadence
+    each = pace_of_trial(run, untouched) if pace is None else pace
+    training = tuple(each * tokens_of(run.method, stage, run.encoder, config) for stage in run.stream.stages)
     views = len(run.method.views(run.model)) - len(run.method.still()) if trainable(run.model) else 0
-    return Forecast(training=training, examining=seconds, cadence=run.config.probe.cadence, views=views)
+    examining = seconds_of(untouched.rows())
+    return Forecast(training=training, examining=examining, cadence=cadence, views=views, of_trial=pace is None)
 
 
 def go_on(run: Run) -> tuple[dict[str, Tensor], Checkpoint | None]:
@@ -171,8 +181,8 @@ def record_untouched(run: Run, untouched: Untouched, tracker: Tracker) -> None:
 
 def run_stage(
     run: Run, stage: Stage, tracker: Tracker, *, moments: Mapping[str, Tensor], within: Checkpoint | None
-) -> dict[str, Tensor]:
-    """Trains, examines and records `stage`; gives the optimizer's state after it, where that is carried.
+) -> tuple[dict[str, Tensor], Cost]:
+    """Trains, examines and records `stage`; gives the optimizer's state after it, where that is carried, and what the stage cost.
 
     Raises Diverged, on every rank, where the loss, a trained tensor or what the model says is no longer finite.
     """
@@ -196,7 +206,7 @@ def run_stage(
     )
     record(run, scores, cost, moments=moments)
     tracker.stage(stage.index, stage.name, scores, loss=trained.loss, seconds=time.perf_counter() - started)
-    return moments
+    return moments, cost
 
 
 def record(run: Run, scores: Sequence[Score], cost: Cost, *, moments: Mapping[str, Tensor]) -> None:

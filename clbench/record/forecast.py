@@ -1,4 +1,5 @@
-"""How long a run will take: from what the untouched model's examination took, and from a short trial of training, both on the machine at hand."""
+"""How long a run will take on the machine at hand: from what the untouched model's examination took, and what a short trial of training took, then
+the first stage's own."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -16,15 +17,16 @@ Asked = tuple[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """Seconds: `training` of each stage in their order (replay that is yet to come and what a method adds left out), `examining` once.
+    """Seconds: `training` of each stage in their order, `examining` once.
 
-    `cadence` as in ProbeConfig; each of a model's `views` is examined.
+    `cadence` as in ProbeConfig; each of a model's `views` is examined. `of_trial`: replay that is yet to come and what a method adds are left out.
     """
 
     training: tuple[float, ...] = ()
     examining: Mapping[Asked, float] = field(default_factory=dict)
     cadence: Mapping[str, str] = field(default_factory=dict)
     views: int = 1
+    of_trial: bool = False
 
     def due(self, stage: int) -> dict[Asked, float]:
         """Seconds of what is examined after a stage, on one view."""
@@ -55,9 +57,10 @@ class Forecast:
         each = (
             f"{len(stages)} stages, {spoken(training / len(stages))} each on average" if stages else "no stage is left"
         )
+        left_out = "; replay and what the method adds come on top" if self.of_trial else ""
         return (
             f"about {spoken(training + examining)} to go on this machine: training {spoken(training)} ({each}), "
-            f"examining {spoken(examining)}{f' (most of it: {named})' if named else ''}; replay and what the method adds come on top"
+            f"examining {spoken(examining)}{f' (most of it: {named})' if named else ''}{left_out}"
         )
 
 

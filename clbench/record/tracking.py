@@ -67,9 +67,13 @@ class Tracker:
         self._line.begin(None)
         self._line.show(0, text)
 
-    def begin(self, forecast: Forecast, *, finished: int, steps: int = 0) -> None:
-        """The stages after the `finished` first, of `steps` optimizer steps, come now, and are expected to take so long."""
-        self._forecast, self._steps_before = forecast, steps
+    def begin(self, *, steps: int) -> None:
+        """Stages come now, after `steps` optimizer steps of those before."""
+        self._steps_before = steps
+
+    def expect(self, forecast: Forecast, *, finished: int) -> None:
+        """The stages after the `finished` first are expected to take so long."""
+        self._forecast = forecast
         self._line.begin(forecast.until(len(self.stages)), done=forecast.until(finished))
         self._line.say(fill(f"{self.run}  {forecast.spoken(done=finished)}", WIDTH, **FOLDED))
 

@@ -1,9 +1,10 @@
 """Canaries: proof, before a run may be ranked, that the examination of its tasks is able to fail.
 
 Per task, on its first test examples: what cannot know the answer does not find it (`chance`, a model with random weights; `copier`,
-readers that only copy out of the prompt; `swap`, another row's answer put into the row; `shuffled`, wrong answers), what is right counts
-as right (`reference`), and training and examination read the same tokens (`bos`, `prompt`, of a chat `template`). Each is described where it is
-defined: about answers in `canaries.answers`, about tokens here. `canaries.own_model` examines the run's own model, before and after its first stage.
+readers that only copy out of the prompt; `swap`, another row's answer put into the row; `shuffled`, wrong answers), what does not read the
+question scores no more than the task's `floors`, what is right counts as right (`reference`), and training and examination read the same
+tokens (`bos`, `prompt`, of a chat `template`). Each is described where it is defined: about answers in `canaries.answers`, about tokens here.
+`canaries.own_model` examines the run's own model, before and after its first stage.
 
 Not here: duplicates and overlaps between texts (`record.overlaps`), and what becomes of a run whose canary failed (the leaderboard).
 """
@@ -18,7 +19,17 @@ from torch.nn import Module
 
 from clbench.data.chat import own_template
 from clbench.data.encoder import Encoder
-from clbench.examine.canaries.answers import Verdict, chance, copier, near_zero, reference, shuffled, swap, wrong_scores
+from clbench.examine.canaries.answers import (
+    Verdict,
+    chance,
+    copier,
+    least,
+    near_zero,
+    reference,
+    shuffled,
+    swap,
+    wrong_scores,
+)
 from clbench.examine.student import Student
 from clbench.models.tiny import fresh_llama
 from clbench.protocols import Stage, Stream
@@ -76,6 +87,7 @@ def check_task(stage: Stage, *, model: Module, encoder: Encoder, unusable: Seque
     return {
         "chance": by_chance,
         "copier": copier(stage),
+        "floors": least(stage),
         "reference": reference(stage, unusable),
         "shuffled": shuffled(wrong, closed=closed),
         "bos": one_bos(stage, encoder),
