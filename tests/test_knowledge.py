@@ -413,8 +413,9 @@ def from_files(data_dir, task, *splits):
     return {"group": "one", "task": [{"task": task, **changes}]}
 
 
+SCORED = {"arc_challenge": "test"}
 FOLDER_OF = {"triviaqa": "trivia_qa"}
-SHOWN = {"hellaswag": 3, "arc_challenge": 4, "winogrande": 2, "triviaqa": 2}
+SHOWN = {"hellaswag": 3, "arc_challenge": 4, "winogrande": 2, "triviaqa": 2, "mmlu_anatomy": 5}
 
 
 @pytest.fixture(scope="module")
@@ -436,6 +437,9 @@ def shown_dir(data_dir, tmp_path_factory):
         for k in range(5)
     ]
     write(root / "mmlu", "dev", dev)
+    for split in ("dev", "test"):  # for lm-eval, which takes a whole file
+        rows = map(json.loads, (root / "mmlu" / f"{split}.jsonl").read_text().splitlines())
+        write(root / "mmlu_anatomy", split, [row for row in rows if row["subject"] == "anatomy"])
     return root
 
 
@@ -479,10 +483,10 @@ def test_shots_give_what_lm_eval_gives_item_by_item(shown_dir, tmp_path, monkeyp
     home = Path(lm_eval.tasks.__file__).parent
     manager = TaskManager(include_defaults=False, include_path=[home / name for name in (*SEARCH, "triviaqa")])
     for task, shots in SHOWN.items():
-        scored = "test" if task == "arc_challenge" else "validation"
+        splits = ("dev", "test") if task == "mmlu_anatomy" else ("train", SCORED.get(task, "validation"))
         theirs = simple_evaluate(
             hflm(student),
-            tasks=[from_files(shown_dir, task, "train", scored)],
+            tasks=[from_files(shown_dir, task, *splits)],
             num_fewshot=shots,
             apply_chat_template=chat,
             fewshot_as_multiturn=chat,

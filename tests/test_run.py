@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from baselines.base_interpolation import BaseInterpolation
-from clbench import cli, experiment
+from clbench import build, cli, experiment
 from clbench.config.composition import compose
 from clbench.examine.canaries import own_model
 from clbench.experiment.afterwards import examine_again
@@ -265,3 +265,11 @@ def test_a_run_killed_outright_continues_to_the_same_bytes(overrides, tmp_path):
     path = run(killed, "method=er", "resume=auto")
     assert (path / "status").read_text() == "complete\n"
     assert (tmp_path / "killed" / "stages.csv").read_bytes() == (tmp_path / "whole" / "stages.csv").read_bytes()
+
+
+def test_a_limit_beyond_the_streams_tasks_is_said(overrides, monkeypatch):
+    said = []
+    monkeypatch.setattr(build.log, "warning", lambda text, *values: said.append(text % values))
+    parts = build.build(compose([*overrides, "stream.limit=3", "stream.tasks=[world_before,world_zone]"]))
+    assert len(parts.stream.stages) == 2
+    assert said == ["stream.limit=3, but the stream has 2 tasks: all are trained"]

@@ -6,7 +6,9 @@ question scores no more than the task's `floors`, what is right counts as right 
 tokens (`bos`, `prompt`, of a chat `template`). Each is described where it is defined: about answers in `canaries.answers`, about tokens here.
 `canaries.own_model` examines the run's own model, before and after its first stage.
 
-Not here: duplicates and overlaps between texts (`record.overlaps`), and what becomes of a run whose canary failed (the leaderboard).
+Not here: weights that are missing or misfit, which are refused when they are loaded (`models.pretrained`), and another model's weights, which
+have another fingerprint in the manifest; duplicates and overlaps between texts (`record.overlaps`); what becomes of a run whose canary failed
+(the leaderboard).
 """
 
 import copy
