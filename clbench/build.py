@@ -114,8 +114,8 @@ def load_model(config: Config, source: Any) -> Module:
 def placed(model: Module, device: torch.device) -> Module:
     """The model on its device. On CUDA one whose attention has a single head of keys and values computes attention by matrix products.
 
-    torch's memory-efficient kernel gives a wrong output of the last token where one head is expanded over many and a length is one more than
-    a multiple of 32 (pytorch issue 191937; seen in 2.11): in texts scored, answers written and rows trained.
+    torch's memory-efficient kernel gives a wrong output of the last token where one head is expanded over many, attention has a mask, and a length
+    is one more than a multiple of 32 (pytorch issue 191937; seen in 2.11). Matrix products take memory by the square of a row's tokens.
     """
     if device.type == "cuda" and has_one_key_head(model):
         causal_lm(model).set_attn_implementation("eager")

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -77,7 +78,8 @@ def test_a_forecast_adds_training_and_what_is_due_on_every_view():
     said = FORECAST.spoken(done=0)
     assert said.startswith("about 2 min to go on this machine: training 2 min (4 stages, 25 s each on average), ")
     assert "examining 18 s (most of it: knowledge quiz 10 s, stream a 8.0 s)" in said
-    assert "about 52 s to go" in FORECAST.spoken(done=3)
+    assert "about 52 s to go" in FORECAST.spoken(done=3) and said.endswith("s)")
+    assert replace(FORECAST, left_out="replay comes").spoken(done=0).endswith("s); replay comes on top")
 
 
 def test_a_tasks_seconds_are_those_of_all_its_scores():
@@ -121,12 +123,22 @@ def test_forecast_and_run_agree_within_a_factor_of_one_and_a_half(overrides, met
     assert 1 / 1.5 < seconds / taken < 1.5, (seconds, taken)
 
 
+@pytest.mark.parametrize(("arguments", "rows"), [(["method=er_trace"], 2), (["method=er", "stream.limit=1"], 1)])
+def test_of_replay_after_a_task_is_said_that_it_grows_and_of_one_task_nothing_more(
+    overrides, arguments, rows, monkeypatch
+):
+    told = []
+    monkeypatch.setattr(Tracker, "expect", lambda tracker, forecast, *, finished: told.append(forecast.left_out))
+    run(compose([*overrides, *arguments]))
+    assert told == ["replay yet to come and what the method adds come", "the replay of further tasks comes"][:rows]
+
+
 def test_after_the_first_stage_the_forecast_has_the_replay_and_the_pace_that_were_seen(overrides, monkeypatch):
     told = []
     monkeypatch.setattr(Tracker, "expect", lambda tracker, forecast, *, finished: told.append((forecast, finished)))
     path = run(compose([*overrides, "method=er"]))
     (before, none), (after, one) = told
-    assert (none, one) == (0, 1) and before.of_trial and not after.of_trial
+    assert (none, one) == (0, 1) and before.left_out and not after.left_out
     costs = [json.loads(line) for line in (path / "cost.jsonl").read_text().splitlines()]
     pace = costs[1]["seconds_train"] / costs[1]["tokens_trained"]
     read = [cost["tokens_trained"] + cost["tokens_replayed"] for cost in costs[2:]]

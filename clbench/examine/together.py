@@ -52,6 +52,8 @@ def rounding(model: Module, encoder: Encoder) -> float:
     asked, (after, *_) = _questions(settings(model)["vocab_size"])
     # Cut sequences would be other ones.
     requests = [one for one in asked if sum(map(len, (*one, after))) <= alone.positions]
+    if not requests:
+        return least
     longer, first, second = (
         alone.log_likelihoods(asked, max_length=alone.positions)
         for asked in (
@@ -73,13 +75,17 @@ def one_at_a_time(model: Module, encoder: Encoder) -> Student:
 
 
 def _gaps_in_writing(alone: Student, together: Student, prompts: list[Ids]) -> list[float]:
-    """By how many nats a token what is written together is less likely than what is written alone; infinite where one has ended earlier."""
-    pairs = zip(prompts, *(student.write(prompts, max_new_tokens=2) for student in (alone, together)), strict=True)
-    other = [(prompt, tuple(one), tuple(two)) for prompt, one, two in pairs if one != two]
-    if any(len(one) != len(two) for _, one, two in other):
+    """By how many nats a token that is written together is less likely than the likeliest one there; infinite where one way ends earlier."""
+    ways = [student.write(prompts, max_new_tokens=2) for student in (alone, together)]
+    if list(map(len, ways[0])) != list(map(len, ways[1])):
         return [math.inf]
-    found = [alone.log_likelihoods([(prompt, ids) for prompt, *both in other for ids in both])] if other else []
-    return [(each[at][0] - each[at + 1][0]) / 2 for each in found for at in range(0, len(each), 2)]
+    asked = [(prompt, tuple(ids), range(len(ids))) for prompt, ids in zip(prompts, ways[1], strict=True) if ids]
+    read = alone.read(asked, max_length=alone.positions)
+    return [
+        float(log_probs_V.max() - log_probs_V[token])
+        for (_, ids, _), (_, _, log_probs_NV) in zip(asked, read, strict=True)
+        for token, log_probs_V in zip(ids, log_probs_NV, strict=True)
+    ]
 
 
 @torch.inference_mode()

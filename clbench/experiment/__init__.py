@@ -135,7 +135,7 @@ def run_stages(run: Run, untouched: Untouched, tracker: Tracker) -> None:
         moments, cost = run_stage(run, stage, tracker, moments=moments, within=within)
         within = None
         # Now a memory holds rows, and the first stage shows what the method adds.
-        if stage.index == 1 and (tokens := cost.tokens_trained + cost.tokens_replayed):
+        if stage.index == 1 < len(run.stream.stages) and (tokens := cost.tokens_trained + cost.tokens_replayed):
             tracker.expect(forecast(run, untouched, pace=cost.seconds_train / tokens), finished=1)
 
 
@@ -156,7 +156,10 @@ def forecast(run: Run, untouched: Untouched, *, pace: float | None = None) -> Fo
     training = tuple(each * tokens_of(run.method, stage, run.encoder, config) for stage in run.stream.stages)
     views = len(run.method.views(run.model)) - len(run.method.still()) if trainable(run.model) else 0
     examining = seconds_of(untouched.rows())
-    return Forecast(training=training, examining=examining, cadence=cadence, views=views, of_trial=pace is None)
+    left_out = "replay yet to come and what the method adds come" if pace is None else ""
+    if pace is not None and any(source.after for source in run.method.training_set(run.stream.stages[-1])):
+        left_out = "the replay of further tasks comes"
+    return Forecast(training=training, examining=examining, cadence=cadence, views=views, left_out=left_out)
 
 
 def go_on(run: Run) -> tuple[dict[str, Tensor], Checkpoint | None]:

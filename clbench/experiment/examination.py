@@ -63,7 +63,8 @@ def measure_untouched(
 
     Before that it is tried out whether the model reads several rows as one, which the encoder is told.
     """
-    parts.encoder.together = reads_together(model, parts.encoder)
+    # Ranks that disagreed would make other forwards than each other.
+    parts.encoder.together = ranks.share(reads_together(model, parts.encoder))
     if not parts.encoder.together:
         log.info("sequences are read one at a time: in one forward this model gives them other scores")
     student = student_of(config, model, parts.encoder, ranks, report=partial(watch, "model"))

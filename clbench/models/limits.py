@@ -64,9 +64,10 @@ def is_kept_as_keys(model: Module) -> bool:
 
 
 def has_one_key_head(model: Module) -> bool:
-    """Whether all heads of attention share one head of keys and values (multi-query attention)."""
+    """Whether, somewhere in the model, all heads of attention share one head of keys and values (multi-query attention)."""
     stated = settings(model)
-    return stated.get("num_key_value_heads") == 1 or bool(stated.get("multi_query"))
+    heads = stated.get("num_attention_heads", stated.get("n_head", 1))
+    return heads > 1 and any(vars(module).get("num_key_value_groups") == heads for module in model.modules())
 
 
 def positions(config: PretrainedConfig) -> int:

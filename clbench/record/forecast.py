@@ -1,5 +1,7 @@
-"""How long a run will take on the machine at hand: from what the untouched model's examination took, and what a short trial of training took, then
-the first stage's own."""
+"""How long a run will take on the machine at hand.
+
+It follows from what the untouched model's examination took, and from what training took: a short trial, and later the first stage.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -19,14 +21,14 @@ Asked = tuple[str, str]
 class Forecast:
     """Seconds: `training` of each stage in their order, `examining` once.
 
-    `cadence` as in ProbeConfig; each of a model's `views` is examined. `of_trial`: replay that is yet to come and what a method adds are left out.
+    `cadence` as in ProbeConfig; each of a model's `views` is examined. `left_out` says what is not counted.
     """
 
     training: tuple[float, ...] = ()
     examining: Mapping[Asked, float] = field(default_factory=dict)
     cadence: Mapping[str, str] = field(default_factory=dict)
     views: int = 1
-    of_trial: bool = False
+    left_out: str = ""
 
     def due(self, stage: int) -> dict[Asked, float]:
         """Seconds of what is examined after a stage, on one view."""
@@ -57,10 +59,10 @@ class Forecast:
         each = (
             f"{len(stages)} stages, {spoken(training / len(stages))} each on average" if stages else "no stage is left"
         )
-        left_out = "; replay and what the method adds come on top" if self.of_trial else ""
+        rest = f"; {self.left_out} on top" if self.left_out else ""
         return (
             f"about {spoken(training + examining)} to go on this machine: training {spoken(training)} ({each}), "
-            f"examining {spoken(examining)}{f' (most of it: {named})' if named else ''}{left_out}"
+            f"examining {spoken(examining)}{f' (most of it: {named})' if named else ''}{rest}"
         )
 
 

@@ -1,10 +1,10 @@
 """Canaries: proof, before a run may be ranked, that the examination of its tasks is able to fail.
 
 Per task, on its first test examples: what cannot know the answer does not find it (`chance`, a model with random weights; `copier`,
-readers that only copy out of the prompt; `swap`, another row's answer put into the row; `shuffled`, wrong answers), what does not read the
-question scores no more than the task's `floors`, what is right counts as right (`reference`), and training and examination read the same
-tokens (`bos`, `prompt`, of a chat `template`). Each is described where it is defined: about answers in `canaries.answers`, about tokens here.
-`canaries.own_model` examines the run's own model, before and after its first stage.
+readers that only copy out of the prompt; `swap`, another row's answer put into the row; `shuffled`, wrong answers), what is right counts
+as right (`reference`), and training and examination read the same tokens (`bos`, `prompt`, of a chat `template`). On all of them: no constant
+answer and no copying reader beats the reported `floors`. Each is described where it is defined: about answers in `canaries.answers`, about
+tokens here. `canaries.own_model` examines the run's own model, before and after its first stage.
 
 Not here: weights that are missing or misfit, which are refused when they are loaded (`models.pretrained`), and another model's weights, which
 have another fingerprint in the manifest; duplicates and overlaps between texts (`record.overlaps`); what becomes of a run whose canary failed
@@ -23,9 +23,9 @@ from clbench.data.chat import own_template
 from clbench.data.encoder import Encoder
 from clbench.examine.canaries.answers import (
     Verdict,
+    above_floors,
     chance,
     copier,
-    least,
     near_zero,
     reference,
     shuffled,
@@ -62,7 +62,7 @@ class Canary:
 
 
 def check_stream(stream: Stream, encoder: Encoder, *, seed: int = 0, rows: int = 32) -> tuple[Canary, ...]:
-    """Every canary of every task, on its first `rows` test examples; the random model's weights depend on `seed` alone.
+    """Every canary of every task, on its first `rows` test examples (`floors`: on all); the random model's weights depend on `seed` alone.
 
     All of it runs on the CPU, with the tokens of `encoder`, and so does not depend on the device of the run.
     """
@@ -74,6 +74,7 @@ def check_stream(stream: Stream, encoder: Encoder, *, seed: int = 0, rows: int =
     for stage in stream.stages:
         few = replace(stage, train=stage.train[:rows], test=stage.test[:rows])
         verdicts = check_task(few, model=model, encoder=encoder, unusable=stream.unusable)
+        verdicts["floors"] = above_floors(stage)
         for name, (passed, detail) in verdicts.items():
             found.append(Canary(name=name, task=stage.name, passed=passed, detail=detail))
     return tuple(found)
@@ -89,7 +90,6 @@ def check_task(stage: Stage, *, model: Module, encoder: Encoder, unusable: Seque
     return {
         "chance": by_chance,
         "copier": copier(stage),
-        "floors": least(stage),
         "reference": reference(stage, unusable),
         "shuffled": shuffled(wrong, closed=closed),
         "bos": one_bos(stage, encoder),

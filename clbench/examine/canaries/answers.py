@@ -15,13 +15,14 @@ from clbench.types import Example, Unusable
 
 STANDARD_ERRORS = 4
 NEAR_ZERO = 0.05
-"""What a random model may always score on a generative task, and a constant word above a task's floors."""
+"""What a random model may always score on a generative task."""
 COPIED = 0.95
 """Share of examples from which on a task counts as solved by copying."""
 ENOUGH = 16
 """So many examples are copied from at least: a few may be solved by luck."""
 SHUFFLED_AT_MOST = 0.9
 """Mean score of other examples' answers on a generative task; sentences made after one pattern share most of their words."""
+
 Verdict = tuple[bool, str]
 """Whether a canary passed, and the numbers that it saw."""
 
@@ -90,34 +91,26 @@ def solved(task: Task, examples: Sequence[Example], answers: Sequence[str]) -> i
     return sum(is_right(task, example, answer) for example, answer in zip(examples, answers, strict=True))
 
 
-def least(stage: Stage) -> Verdict:
-    """Whether no reader of `copies`, no constant answer and no constant word scores more than the highest of the task's floors, and 0.05.
+def above_floors(stage: Stage) -> Verdict:
+    """Whether no reader of `copies`, no constant answer and no constant word scores more than the highest of the task's floors.
 
-    The constants are the commonest answer and the commonest first word of one, which is all that some metrics look at.
+    The constants are the commonest answer and the commonest first word of one, which is all that some metrics look at. Four standard errors and
+    one example are allowed.
     """
     found, answers = floors(stage), [example.answer for example in stage.test]
     highest = max(found, key=lambda name: found[name])
-    tried = {
-        f"always {constant!r}": [constant] * len(answers) for constant in (mode(answers), mode(map(word, answers)))
-    }
-    tried |= dict(copies(copied_from(stage)))
-    scored = {name: mean_score(stage, given) for name, given in tried.items()}
+    first_words = [next(iter(answer.split()), answer) for answer in answers]
+    tried = {"the commonest answer": [mode(answers)] * len(answers)}
+    tried |= {"the commonest first word": [mode(first_words)] * len(answers)} | dict(copies(copied_from(stage)))
+    scored = {name: sum(map(stage.task.score, stage.test, given)) / len(given) for name, given in tried.items()}
     best = max(scored, key=lambda name: scored[name])
+    score, n = scored[best], len(tried[best])
+    allowed = found[highest] + STANDARD_ERRORS * sqrt(score * (1 - score) / n) + 1 / n
     return (
-        scored[best] <= found[highest] + NEAR_ZERO,
-        f"of {len(tried)} ways to answer without reading, {best} scores most, {scored[best]:.3f}; "
+        score <= allowed,
+        f"of {len(tried)} ways to answer without understanding, {best} scores most, {score:.3f}, at most {allowed:.3f}; "
         f"the highest floor is {highest}, {found[highest]:.3f}",
     )
-
-
-def word(answer: str) -> str:
-    """Its first one, of a blank answer the answer."""
-    return next(iter(answer.split()), answer)
-
-
-def mean_score(stage: Stage, answers: Sequence[str]) -> float:
-    """Of answers to the first test examples."""
-    return sum(map(stage.task.score, stage.test, answers)) / len(answers)
 
 
 def swap(pairs: Sequence[tuple[Example, Example]]) -> Verdict:

@@ -1,9 +1,10 @@
 """Canaries about the run's own model, tokenizer and adapter: the fast way gives what plain forwards give.
 
 The fast way is the student's and the loss's: the encoder's tokens, many sequences in a forward, beginnings read once, a cache, adapters folded
-into the weights, the model as it trains. The plain way is the tokenizer's own tokens of the whole text, one sequence at a time without a cache,
-the adapter as it trains, no dropout. They are compared on a few prompts of the stream and at lengths around every bound that the configurations
-name, and on a question as lm-eval's tasks ask them. After stage 1 what the model says is also compared with what it said before the method merged.
+into weights of float32, the model as it trains. The plain way is the tokenizer's own tokens of the whole text, one sequence at a time without a
+cache, the adapter as it trains, no dropout. They are compared on a few prompts of the stream and at lengths around every bound that the
+configurations name, and on a question as lm-eval's tasks ask them. After stage 1 what the model says is also compared with what it said before
+the method merged.
 
 Shape suffixes: T tokens of a sequence, V vocabulary.
 """
