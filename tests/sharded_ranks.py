@@ -24,7 +24,7 @@ from clbench.data.encoder import Encoder  # noqa: E402
 from clbench.examine.student import Student  # noqa: E402
 from clbench.experiment.examination import Watch  # noqa: E402
 from clbench.models import sharding  # noqa: E402
-from clbench.models.folding import export, folded  # noqa: E402
+from clbench.models.folding import export, foldable, folded, merged_into  # noqa: E402
 from clbench.models.loss import causal_lm  # noqa: E402
 from clbench.models.weights import count_parameters, trainable  # noqa: E402
 from tests import ranks  # noqa: E402
@@ -169,7 +169,7 @@ def loaded(*overrides: str) -> dict[str, object]:
     with patch.object(modeling_utils, "_load_state_dict_into_zero3_model", noted_read):
         model, _ = wrapped(composition.compose(list(overrides)))
     parameters = {name: sharding.copied(parameter) for name, parameter in model.named_parameters()}
-    with folded(stirred(model)):
+    with merged_into(foldable(stirred(model))):  # as an export does, in any precision
         merged = {name: sharding.copied(parameter) for name, parameter in base_of(model).items()}
     again = {name: sharding.copied(parameter) for name, parameter in base_of(model).items()}
     linear = torch.nn.functional.linear is torch._C._nn.linear
