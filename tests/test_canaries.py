@@ -556,6 +556,7 @@ def test_padding_that_changes_what_is_written_is_noticed(fault, own, encoder, mo
         clbench.examine.student, "pad_sequence", lambda rows, first, padding, side: fault(rows, padding, side)
     )
     assert gaps(own, encoder) == {"writing"}
+    assert not reads_together(own, encoder)
 
 
 def test_a_score_that_depends_on_the_row_is_noticed(own, encoder, monkeypatch):

@@ -1,7 +1,11 @@
-"""Whether a model may read several sequences in one forward: rows packed end to end, batches padded on the left, a beginning read once."""
+"""Whether a model may read several sequences in one forward: rows packed end to end, batches padded on the left, a beginning read once.
+
+And what it is held against: plain forwards, of one sequence without a cache. Shape suffixes: T tokens of a sequence, V vocabulary.
+"""
 
 import copy
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,8 +14,8 @@ from torch.nn import Module
 from torch.nn.functional import cross_entropy
 
 from clbench.data.encoder import Encoder
-from clbench.examine.student import Student
-from clbench.models.limits import is_kept_as_keys, is_stretched, settings
+from clbench.examine.student import Student, eos_ids
+from clbench.models.limits import is_kept_as_keys, is_stretched, positions, settings
 from clbench.models.loss import causal_lm, pack, read
 from clbench.types import Example, Ids
 
@@ -27,13 +31,14 @@ def reads_together(model: Module, encoder: Encoder) -> bool:
         return False
     if not is_kept_as_keys(inner) or config.get("attention_chunk_size"):
         return False
-    many = copy.copy(encoder)
-    many.together = True
-    alone, together = one_at_a_time(model, encoder), Student(model, many)
+    one, many = copy.copy(encoder), copy.copy(encoder)
+    one.together, many.together = False, True
+    alone, together = Student(model, one), Student(model, many)
     requests, prompts = _questions(config["vocab_size"])
     pairs = zip(alone.log_likelihoods(requests), together.log_likelihoods(requests), strict=True)
     gaps = [abs(a - b) / len(continuation) for ((a, _), (b, _)), (_, continuation) in zip(pairs, requests, strict=True)]
-    gaps += _gaps_in_writing(alone, together, prompts)
+    written = zip(prompts, together.write(prompts, max_new_tokens=2), strict=True)
+    gaps += [off_the_likeliest(model, encoder, prompt, ids, most=2) for prompt, ids in written]
     gaps.append(_gap_in_training(inner, [context for context, _ in requests], many))
     allowed = rounding(model, encoder)
     return all(gap <= allowed for gap in gaps)  # each by itself, as a NaN is in no order
@@ -42,50 +47,48 @@ def reads_together(model: Module, encoder: Encoder) -> bool:
 def rounding(model: Module, encoder: Encoder) -> float:
     """Nats a token between two ways of computing a log-likelihood that count as rounding.
 
-    In bfloat16 models differ: twice as much as log p(a, b | context) is off log p(a | context) + log p(b | context, a), where a few sequences
-    are read one at a time and only the tokens behind `a`, which it does not see, are others.
+    In bfloat16 models differ: twice as much as tokens behind a continuation, which it does not see, move it, of a few random sequences at most.
     """
     least, most = TOLERANCES[causal_lm(model).dtype]
     if least == most or is_stretched(model):
         return least
-    alone = one_at_a_time(model, encoder)
-    asked, (after, *_) = _questions(settings(model)["vocab_size"])
-    # Cut sequences would be other ones.
-    requests = [one for one in asked if sum(map(len, (*one, after))) <= alone.positions]
-    if not requests:
-        return least
-    longer, first, second = (
-        alone.log_likelihoods(asked, max_length=alone.positions)
-        for asked in (
-            [(context, (*answer, *after)) for context, answer in requests],
-            requests,
-            [((*context, *answer), after) for context, answer in requests],
-        )
-    )
-    parts = zip(longer, first, second, requests, strict=True)
-    gaps = [abs(whole - a - b) / len(answer) for (whole, _), (a, _), (b, _), (_, answer) in parts]
-    return float(np.clip(2 * np.max(gaps), least, most))
-
-
-def one_at_a_time(model: Module, encoder: Encoder) -> Student:
-    """A student that reads each sequence by itself."""
-    encoder = copy.copy(encoder)
-    encoder.together = False
-    return Student(model, encoder)
-
-
-def _gaps_in_writing(alone: Student, together: Student, prompts: list[Ids]) -> list[float]:
-    """By how many nats a token that is written together is less likely than the likeliest one there; infinite where one way ends earlier."""
-    ways = [student.write(prompts, max_new_tokens=2) for student in (alone, together)]
-    if list(map(len, ways[0])) != list(map(len, ways[1])):
-        return [math.inf]
-    asked = [(prompt, tuple(ids), range(len(ids))) for prompt, ids in zip(prompts, ways[1], strict=True) if ids]
-    read = alone.read(asked, max_length=alone.positions)
-    return [
-        float(log_probs_V.max() - log_probs_V[token])
-        for (_, ids, _), (_, _, log_probs_NV) in zip(asked, read, strict=True)
-        for token, log_probs_V in zip(ids, log_probs_NV, strict=True)
+    requests, (after, *_) = _questions(settings(model)["vocab_size"])
+    longest = positions(causal_lm(model).config)
+    gaps = [
+        abs(sum(nats(model, context, answer)) - sum(nats(model, context, (*answer, *after))[: len(answer)]))
+        / len(answer)
+        for context, answer in requests
+        if len(context) + len(answer) + len(after) <= longest
     ]
+    return float(np.clip(2 * np.max(gaps, initial=0.0), least, most))
+
+
+@torch.inference_mode()
+def log_probs(model: Module, ids: Ids, *, first: int) -> Tensor:
+    """Log-probabilities in nats after each token of one sequence from the `first` on, [T - first, V], float32."""
+    input_ids = torch.tensor([ids], device=causal_lm(model).device)
+    return causal_lm(model)(input_ids=input_ids, use_cache=False).logits[0, first:].float().log_softmax(-1)
+
+
+def nats(model: Module, context: Ids, continuation: Ids, *, unread: int = 1) -> list[float]:
+    """The log-likelihood of each token of the continuation, of which the last `unread` are not read: scoring leaves out one, training none."""
+    ids = (*context, *continuation)
+    log_probs_TV = log_probs(model, ids[: len(ids) - unread], first=len(context) - 1)[: len(continuation)]
+    return [float(row[token]) for row, token in zip(log_probs_TV, continuation, strict=True)]
+
+
+def off_the_likeliest(model: Module, encoder: Encoder, prompt: Ids, written: Sequence[int], *, most: int) -> float:
+    """By how many nats a written token, or the end of the answer, is less likely than the likeliest there, at most; inf of a token after an end."""
+    log_probs_TV = log_probs(model, (*prompt, *written), first=len(prompt) - 1)
+    if is_stretched(model):  # what is said after a token depends on what follows
+        steps = [log_probs(model, (*prompt, *written[:count]), first=-1)[0] for count in range(len(written) + 1)]
+        log_probs_TV = torch.stack(steps)
+    ends = [encoder.eos, *eos_ids(causal_lm(model))]
+    if not set(ends).isdisjoint(written):
+        return math.inf
+    chosen = [[token] for token in written] + [ends] * (len(written) < most)
+    off = [float(row.max() - row[tokens].max()) for row, tokens in zip(log_probs_TV, chosen, strict=False)]
+    return float(np.max(off))
 
 
 @torch.inference_mode()

@@ -9,7 +9,6 @@ the method merged.
 Shape suffixes: T tokens of a sequence, V vocabulary.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -19,15 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
 from torch.nn import Module
 
 from clbench.data.encoder import SIGN, Encoder
 from clbench.data.sampling import seeded
-from clbench.examine.student import Student, eos_ids
-from clbench.examine.together import rounding
-from clbench.models.limits import LENGTHS, is_stretched, rope_settings, settings
-from clbench.models.loss import answer_loss, causal_lm
+from clbench.examine.student import Student
+from clbench.examine.together import nats, off_the_likeliest, rounding
+from clbench.models.limits import LENGTHS, rope_settings, settings
+from clbench.models.loss import answer_loss
 from clbench.protocols import Stream
 from clbench.types import Example, Ids
 
@@ -104,7 +102,8 @@ def check_model(
     gaps = {
         "scoring": apart(scored, found, asked),
         "writing": [
-            off_the_likeliest(model, encoder, prompt, ids) for prompt, ids in zip(prompts, written, strict=True)
+            off_the_likeliest(model, encoder, prompt, ids, most=WRITTEN)
+            for prompt, ids in zip(prompts, written, strict=True)
         ],
         "training": [abs(a - b) for a, b in zip(trained, expected, strict=True)],
     }
@@ -218,30 +217,3 @@ def crossing(requests: Sequence[tuple[Ids, Ids]], bounds: Sequence[int], *, most
             if 3 <= length <= most:
                 ids = (requests[0][0][0], *(tokens * (length // len(tokens) + 1))[: length - 1])
                 yield ids[:-2], ids[-2:]
-
-
-def log_probs(model: Module, ids: Ids, *, first: int) -> Tensor:
-    """Log-probabilities in nats after each token of one sequence from the `first` on, [T - first, V], float32."""
-    input_ids = torch.tensor([ids], device=causal_lm(model).device)
-    return causal_lm(model)(input_ids=input_ids, use_cache=False).logits[0, first:].float().log_softmax(-1)
-
-
-def nats(model: Module, context: Ids, continuation: Ids, *, unread: int = 1) -> list[float]:
-    """The log-likelihood of each token of the continuation, of which the last `unread` are not read: scoring leaves out one, training none."""
-    ids = (*context, *continuation)
-    log_probs_TV = log_probs(model, ids[: len(ids) - unread], first=len(context) - 1)[: len(continuation)]
-    return [float(row[token]) for row, token in zip(log_probs_TV, continuation, strict=True)]
-
-
-def off_the_likeliest(model: Module, encoder: Encoder, prompt: Ids, written: Sequence[int]) -> float:
-    """By how many nats a written token, or the end of the answer, is less likely than the likeliest there, at most; inf of a token after an end."""
-    log_probs_TV = log_probs(model, (*prompt, *written), first=len(prompt) - 1)
-    if is_stretched(model):  # what is said after a token depends on what follows
-        steps = [log_probs(model, (*prompt, *written[:count]), first=-1)[0] for count in range(len(written) + 1)]
-        log_probs_TV = torch.stack(steps)
-    ends = [encoder.eos, *eos_ids(causal_lm(model))]
-    if not set(ends).isdisjoint(written):
-        return math.inf
-    chosen = [[token] for token in written] + [ends] * (len(written) < WRITTEN)
-    off = [float(row.max() - row[tokens].max()) for row, tokens in zip(log_probs_TV, chosen, strict=False)]
-    return float(np.max(off))
