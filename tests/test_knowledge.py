@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from clbench.config.composition import CONF_DIR, compose
 from clbench.data.encoder import Encoder
 from clbench.examine.knowledge import Knowledge, answer, names_in
+from clbench.examine.knowledge.ledger_row import aggregated
 from clbench.examine.lm import StudentLM
 from clbench.examine.lm_tasks import resolve, subset, task_index
 from clbench.examine.student import Student
@@ -557,7 +558,7 @@ def test_shots_are_a_key_of_the_configuration(overrides):
     assert config.probe.probes["knowledge"]["tasks"] == [{"task": "mmlu", "num_fewshot": 5}]
 
 
-def test_a_group_that_weighs_its_tasks_equally_is_the_mean_of_their_means(student, tmp_path, monkeypatch):
+def test_what_a_group_averages_over_its_tasks_is_what_lm_eval_averages(student, tmp_path, monkeypatch):
     from lm_eval.evaluator import simple_evaluate
 
     def task(name, split):
@@ -571,6 +572,7 @@ def test_a_group_that_weighs_its_tasks_equally_is_the_mean_of_their_means(studen
             "doc_to_text": "{{text}}",
             "doc_to_choice": ["yes", "no"],
             "doc_to_target": "{{label}}",
+            "metric_list": [{"metric": "acc"}, {"metric": "f1"}],
         }
 
     rows = [{"text": f"{s[:20]}?", "label": k % 2} for k, s in enumerate([*SENTENCES, SENTENCES[0]])]
@@ -580,7 +582,7 @@ def test_a_group_that_weighs_its_tasks_equally_is_the_mean_of_their_means(studen
     group = {
         "group": "pair",
         "task": ["short", "long"],
-        "aggregate_metric_list": [{"metric": "acc", "aggregation": "mean", "weight_by_size": False}],
+        "aggregate_metric_list": [{"metric": "acc", "aggregation": "mean", "weight_by_size": False}, {"metric": "f1"}],
     }
     for name, yaml in {"short": task("short", "short"), "long": task("long", "long"), "pair": group}.items():
         OmegaConf.save(OmegaConf.create(yaml), tmp_path / "pairs" / f"{name}.yaml")
@@ -598,6 +600,13 @@ def test_a_group_that_weighs_its_tasks_equally_is_the_mean_of_their_means(studen
     assert score.stderr == pytest.approx(theirs["acc_stderr,none"])
     assert score.value != pytest.approx(sum(score.items) / 6)
     assert by_task.items == (sum(score.items[:2]) / 2, sum(score.items[2:]) / 4) and by_task.value == score.value
+    # F1 is none of single items: the group's is the mean of its tasks', by their sizes.
+    assert found["f1"].value == pytest.approx(theirs["f1,none"]) and found["f1"].n == 6
+    assert found["f1"].value == pytest.approx((2 * found["f1_by_task"].items[0] + 4 * found["f1_by_task"].items[1]) / 6)
+    # What the yaml says is read a second time, by lm-eval, and every examination is held to that.
+    (row,) = knowledge.ledger_rows
+    with pytest.raises(AssertionError, match="pair"):
+        aggregated(replace(row, by_size={}), "acc", score.items)
 
 
 @pytest.mark.slow

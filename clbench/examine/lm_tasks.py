@@ -51,11 +51,12 @@ class Named:
 
 @dataclass(frozen=True, kw_only=True)
 class NamedRow:
-    """A row of the ledger: its `tasks`, the name that was `asked` for, the metrics that are means of tasks' means, whatever their sizes."""
+    """A row of the ledger: its `tasks`, the name that was `asked` for, and the metrics that its group averages over tasks, each with whether
+    a task counts by its size."""
 
     asked: str
     tasks: tuple[Named, ...]
-    unweighted: frozenset[str] = frozenset()
+    by_size: Mapping[str, bool] = field(default_factory=dict)
 
 
 def task_index(names: Iterable[str], *, search: Sequence[str] = (), own: Sequence[Path] = ()) -> TaskManager:
@@ -112,8 +113,8 @@ def resolve(member: str | Settings, index: TaskManager, inherited: Settings | No
     if len({_measure(task.config) for task in tasks}) > 1:
         return rows
     listed = [means] if isinstance(means, dict) else means or ()
-    unweighted = frozenset(one["metric"] for one in listed if one.get("weight_by_size") is False)
-    return {_label(name, tasks, index): NamedRow(asked=name, tasks=tasks, unweighted=unweighted)}
+    by_size = {one["metric"]: one.get("weight_by_size") is not False for one in listed}
+    return {_label(name, tasks, index): NamedRow(asked=name, tasks=tasks, by_size=by_size)}
 
 
 def _label(name: str, tasks: Sequence[Named], index: TaskManager) -> str:

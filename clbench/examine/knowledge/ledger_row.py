@@ -2,14 +2,15 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby, islice, zip_longest
 from typing import Any, cast
 
 import numpy as np
 from lm_eval.api import metrics
+from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from scipy.special import softmax
@@ -24,12 +25,16 @@ PROBABILITY = "probability"
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerRow:
-    """A row of the ledger: the tasks behind `name` with their requests built, the document ids chosen of each; `unweighted` as in NamedRow."""
+    """A row of the ledger: the tasks behind `name` with their requests built, the document ids chosen of each; `by_size` as in NamedRow.
+
+    `group` is lm-eval's own object where `name` is a group of its index; what is averaged over tasks is held to it.
+    """
 
     name: str
     tasks: tuple[Task, ...]
     chosen: tuple[tuple[int, ...], ...]
-    unweighted: frozenset[str] = frozenset()
+    by_size: Mapping[str, bool] = field(default_factory=dict)
+    group: Group | None = None
 
     def documents(self) -> list[tuple[Task, list[Instance]]]:
         """The requests of each document beside its task, in order."""
@@ -86,26 +91,39 @@ def probability(row: LedgerRow, number: int, log_likelihoods: Sequence[float]) -
 
 
 def aggregated(row: LedgerRow, metric: str, values: Sequence[Any]) -> dict[str, Found]:
-    """The mean over items, of tasks' means, or a metric of all items together (perplexity, F1), which keeps items that are numbers.
+    """A metric over all items of a row, or over its tasks where lm-eval's group averages those and that is another number.
 
-    Beside a mean of tasks' means stands METRIC_by_task, whose items these means are.
+    It is another one where a task counts whatever its size, and where the metric is none of single items (perplexity, F1). Beside it stands
+    METRIC_by_task, whose items are what the tasks gave.
     """
     name = metric.partition(",")[0]
     aggregation = row.tasks[0].aggregation().get(name, metrics.mean)
-    if aggregation is metrics.mean and name in row.unweighted:
-        rest = iter(values)
-        means = [mean(list(islice(rest, len(chosen)))) for chosen in row.chosen]
-        stderr = float(metrics.unweighted_mean_stderr([one.stderr for one in means]))
-        by_task = mean([one.value for one in means])
-        return {metric: replace(mean(values), value=by_task.value, stderr=stderr), f"{metric}_by_task": by_task}
+    whole, rest = of_items(values, aggregation), iter(values)
+    each = [of_items(list(islice(rest, len(chosen))), aggregation) for chosen in row.chosen]
+    found, by_size = {metric: whole}, row.by_size.get(name, True)
+    if name in row.by_size and not (by_size and aggregation is metrics.mean):
+        value = float(np.average([one.value for one in each], weights=[one.n if by_size else 1 for one in each]))
+        stderr = math.nan if by_size else float(metrics.unweighted_mean_stderr([one.stderr for one in each]))
+        found[metric] = replace(whole, value=value, stderr=stderr)
+        found[f"{metric}_by_task"] = mean([one.value for one in each])
+    if row.group is not None:
+        by_task = zip(row.tasks, each, strict=True)
+        given: Any = {task.task_name: {f"{name},none": one.value, "sample_len": one.n} for task, one in by_task}
+        theirs = row.group.aggregate(given).get(f"{name},none", found[metric].value)
+        assert np.isclose(found[metric].value, theirs, equal_nan=True), (row.name, metric, found[metric].value, theirs)
+    return found
+
+
+def of_items(values: Sequence[Any], aggregation: Callable[..., Any]) -> Found:
+    """The mean of items with its standard error, or a metric of all items together (perplexity, F1), which keeps items that are numbers."""
     if aggregation is metrics.mean:
-        return {metric: mean(values)}
+        return mean(values)
     try:
         value = float(aggregation(values))
     except OverflowError:  # the perplexity of a text that a broken model gives no chance at all
         value = math.inf
     numeric = all(isinstance(item, (int, float, np.number)) for item in values)
-    return {metric: Found(value, len(values), items=tuple(map(float, values)) if numeric else ())}
+    return Found(value, len(values), items=tuple(map(float, values)) if numeric else ())
 
 
 def floors(row: LedgerRow) -> dict[str, Found]:
