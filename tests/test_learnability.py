@@ -1,6 +1,7 @@
 """The bounds that scores of the embedded world are read against: every task can be learned, and the base knows its facts, but not all of them.
 
-Minutes, so apart: make test-learnability."""
+A stage of the stream has 60 steps, in which three of the sixteen tasks stay below nine tenths at `single`'s rate, the lowest at 0.70: the bound is of
+what can be learned of a task, so it is held to four times as many. Minutes, so apart: make test-learnability."""
 
 import json
 
@@ -14,10 +15,11 @@ pytestmark = pytest.mark.learnability
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory, cache_dir):
-    """The manifest and the scores of a run that learns every task alone."""
+    """The manifest and the scores of a run that learns every task alone, slowly and for long."""
     results = tmp_path_factory.mktemp("results")
+    long = ["method=single", "train.lr=1e-3", "train.steps=240"]
     path = experiment.run(
-        compose(["method=single", f"results_dir={results}", f"cache_dir={cache_dir}", "tracking.progress=false"])
+        compose([*long, f"results_dir={results}", f"cache_dir={cache_dir}", "tracking.progress=false"])
     )
     scores = [json.loads(line) for line in (path / "scores.jsonl").read_text().splitlines()]
     return json.loads((path / "manifest.json").read_text()), scores
