@@ -17,6 +17,7 @@ from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from omegaconf import OmegaConf
 
+from clbench.build import build
 from clbench.config.composition import CONF_DIR, compose
 from clbench.data.encoder import Encoder
 from clbench.examine.knowledge import Knowledge, answer, names_in
@@ -400,7 +401,7 @@ def test_a_group_is_one_row_whose_items_stand_in_the_order_of_its_tasks(student,
     row = knowledge.ledger_rows[-1]
     assert row.name == "mmlu_stem" and len(row.tasks) == 19
     (score,) = [s for s in knowledge.measure(student, STREAM, 1) if (s.task, s.metric) == ("mmlu_stem", "acc")]
-    alone = [answer(replace(row, tasks=(task,)), StudentLM(student))["acc"] for task in row.tasks]
+    alone = [answer(replace(row, tasks=(task,)), StudentLM(student))["acc"][0] for task in row.tasks]
     assert score.n == 38 and list(score.items) == [item for one in alone for item in one]
     texts = knowledge.documents()["mmlu_stem"]
     assert [text.split()[1].rstrip(":") for text in texts[::2]] == subjects()
@@ -558,6 +559,18 @@ def test_shots_are_a_key_of_the_configuration(overrides):
     assert config.probe.probes["knowledge"]["tasks"] == [{"task": "mmlu", "num_fewshot": 5}]
 
 
+def test_an_entry_of_probe_tasks_is_one_of_lm_eval_groups(overrides, command):
+    """It changes settings of its task; one that names nothing is told."""
+    config = compose([*overrides, "probe.tasks=[{task:world_facts_x64,doc_to_text:'So {{question}}'},world_facts_x8]"])
+    (knowledge,) = [probe for probe in build(config).probes if isinstance(probe, Knowledge)]
+    changed, plain = knowledge.ledger_rows
+    assert (changed.name, plain.name) == ("world_facts_x64", "world_facts_x8")
+    assert all(request.args[0].startswith("So ") for request in changed.tasks[0].instances)
+    for entry in ("{num_fewshot:1}", "{group:g,task:[world_facts_x8,{num_fewshot:1}]}", "t0_eval"):
+        code, _, errors = command("clbench", *overrides, f"probe.tasks=[{entry}]")
+        assert code == 2 and "names neither a task nor a group of lm-eval" in errors
+
+
 def test_what_a_group_averages_over_its_tasks_is_what_lm_eval_averages(student, tmp_path, monkeypatch):
     from lm_eval.evaluator import simple_evaluate
 
@@ -595,7 +608,9 @@ def test_what_a_group_averages_over_its_tasks_is_what_lm_eval_averages(student, 
     assert {s.metric: s.items for s in by_path.measure(student, STREAM, 1)} == {k: s.items for k, s in found.items()}
     score, by_task = found["acc"], found["acc_by_task"]
     manager = TaskManager(include_path=str(tmp_path / "pairs"), include_defaults=False)
-    theirs = simple_evaluate(hflm(student), tasks=["pair"], task_manager=manager, verbosity="ERROR")["results"]["pair"]
+    theirs = simple_evaluate(hflm(student), tasks=["pair"], task_manager=manager, bootstrap_iters=2, verbosity="ERROR")[
+        "results"
+    ]["pair"]
     assert score.value == pytest.approx(theirs["acc,none"]) and score.n == 6
     assert score.stderr == pytest.approx(theirs["acc_stderr,none"])
     assert score.value != pytest.approx(sum(score.items) / 6)
@@ -606,7 +621,7 @@ def test_what_a_group_averages_over_its_tasks_is_what_lm_eval_averages(student, 
     # What the yaml says is read a second time, by lm-eval, and every examination is held to that.
     (row,) = knowledge.ledger_rows
     with pytest.raises(AssertionError, match="pair"):
-        aggregated(replace(row, by_size={}), "acc", score.items)
+        aggregated(replace(row, by_size={}), "acc", [score.items[:2], score.items[2:]])
 
 
 @pytest.mark.slow

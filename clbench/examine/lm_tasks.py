@@ -75,13 +75,23 @@ def whole_index(*own: Path) -> TaskManager:
     return TaskManager(include_path=list(own))
 
 
+def name_of(member: str | Settings) -> str:
+    """The task or group that a member of probe.tasks, or of one of lm-eval's groups, names; raises UserMistake where it names neither."""
+    name = member if isinstance(member, str) else member.get("group") or member.get("task")
+    if not isinstance(name, str):
+        raise UserMistake(
+            f"probe.tasks: an entry of {', '.join(map(str, member))} names neither a task nor a group of lm-eval "
+            "(its t0_eval has such entries); write {task: NAME, ...} or {group: NAME, ...}, or leave it out"
+        )
+    return name
+
+
 def with_shots(member: str | Settings, shots: int | Mapping[str, int] | None, index: TaskManager) -> str | Settings:
     """A member of probe.tasks and the number of examples that it is to show; what it states itself stays.
 
     As in lm-eval, one number for all leaves a task alone whose own yaml says 0.
     """
-    stated = {"task": member} if isinstance(member, str) else member
-    name = str(stated.get("group") or stated["task"])
+    stated, name = {"task": member} if isinstance(member, str) else member, name_of(member)
     entry, for_all = index.task_index.get(name), not isinstance(shots, Mapping)
     wanted = shots.get(name) if isinstance(shots, Mapping) else shots
     fixed = for_all and entry is not None and (entry.cfg or {}).get("num_fewshot") == 0
@@ -91,7 +101,7 @@ def with_shots(member: str | Settings, shots: int | Mapping[str, int] | None, in
 def resolve(member: str | Settings, index: TaskManager, inherited: Settings | None = None) -> dict[str, NamedRow]:
     """The rows of the ledger that a name stands for, or a group's entry that changes settings of what it names; inner settings win."""
     stated: Settings = {"task": member} if isinstance(member, str) else member
-    name, below = str(stated.get("group") or stated["task"]), stated.get("task", ())
+    name, below = name_of(member), stated.get("task", ())
     changes = (inherited or {}) | _settings(stated)
     entry, means = index.task_index.get(name), stated.get("aggregate_metric_list")
     if entry is None and not isinstance(below, list):  # a list: a group that is defined where it is used
@@ -113,7 +123,7 @@ def resolve(member: str | Settings, index: TaskManager, inherited: Settings | No
     if len({_measure(task.config) for task in tasks}) > 1:
         return rows
     listed = [means] if isinstance(means, dict) else means or ()
-    by_size = {one["metric"]: one.get("weight_by_size") is not False for one in listed}
+    by_size = {one["metric"]: bool(one.get("weight_by_size", True)) for one in listed}
     return {_label(name, tasks, index): NamedRow(asked=name, tasks=tasks, by_size=by_size)}
 
 

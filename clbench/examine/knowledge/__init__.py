@@ -27,8 +27,10 @@ from clbench.examine.lm_tasks import (
     NamedRow,
     Rows,
     RowSource,
+    Settings,
     Wanted,
     check_targets,
+    name_of,
     resolve,
     subset,
     task_index,
@@ -52,8 +54,9 @@ def names_in(members: Iterable[str | Mapping[str, Any]]) -> Iterator[str]:
 
 @dataclass(kw_only=True, eq=False)
 class Knowledge(Probe):
-    """The lm-eval `tasks` (tasks or groups), each on the documents that `items` names, at most the first `limit` of each task.
+    """The lm-eval `tasks`, each on the documents that `items` names, at most the first `limit` of each task.
 
+    A member of `tasks` is the name of a task or group, or an entry as lm-eval's groups have them, {task: NAME, num_fewshot: 5}.
     `items` maps a name of `tasks` to a number (a fixed subset, see `lm_tasks`; an equal part for each task of a group) or, for a single
     task, to a list of indices; a task that it does not name is measured whole. Names that are not in `tasks` lie idle, so that a yaml can state
     the items of more tasks than a run measures. `shots` is the number of few-shot examples, of all tasks or by such a name (None: what each
@@ -64,7 +67,7 @@ class Knowledge(Probe):
     """
 
     name: str
-    tasks: Sequence[str]
+    tasks: Sequence[str | Settings]
     limit: int | None = None
     items: Mapping[str, Wanted] | None = None
     shots: int | Mapping[str, int] | None = None
@@ -86,7 +89,7 @@ class Knowledge(Probe):
                 raise UserMistake(
                     f"probe.shots asks for {count!r} of {task}; give whole numbers from 0 on, as 5 or {{mmlu: 5}}"
                 )
-        named = {task if isinstance(task, str) else str(task.get("group") or task["task"]) for task in self.tasks}
+        named = {*map(name_of, self.tasks)}
         own = [] if self.include_path is None else [Path(self.include_path).resolve()]
         if self.include is not None:
             package, _, folder = self.include.partition(":")
@@ -128,7 +131,7 @@ class Knowledge(Probe):
 
     def _group(self, name: str, tasks: Sequence[Task], index: TaskManager) -> Group | None:
         """lm-eval's group of that name over `tasks`, as its yaml or the entry of probe.tasks says; None for a task or a tag."""
-        stated = [task for task in self.tasks if isinstance(task, Mapping) and task.get("group") == name]
+        stated = [task for task in self.tasks if isinstance(task, dict) and task.get("group") == name]
         entry = index.task_index.get(name)
         known = [entry.cfg] if entry is not None and entry.kind.name == "GROUP" else []
         means = [one["aggregate_metric_list"] for one in [*stated, *known] if one.get("aggregate_metric_list")]
@@ -165,8 +168,8 @@ class Knowledge(Probe):
             student.about(self.name, row.name)
             started = time.perf_counter()
             found = floors(row) if stage == 0 else {}
-            for metric, values in answer(row, model).items():
-                found |= aggregated(row, metric, values)
+            for metric, outcomes in answer(row, model).items():
+                found |= aggregated(row, metric, outcomes)
             seconds = time.perf_counter() - started
             yield from scores(found, stream=stream, stage=stage, probe=self.name, task=row.name, seconds=seconds)
 
@@ -180,7 +183,7 @@ def build_requests(task: Task, chosen: Sequence[int], *, chat_template: Callable
         task.build_all_requests(samples=samples, chat_template=chat_template, **chat)
 
 
-def answer(row: LedgerRow, model: StudentLM) -> dict[str, list[Any]]:
+def answer(row: LedgerRow, model: StudentLM) -> dict[str, list[list[Any]]]:
     """`outcomes_of` what the model responds."""
     requests = [request for task in row.tasks for request in task.instances]
     for ask in (model.loglikelihood, model.loglikelihood_rolling, model.generate_until):

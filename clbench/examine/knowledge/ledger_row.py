@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import groupby, islice, zip_longest
+from itertools import chain, groupby, zip_longest
 from typing import Any, cast
 
 import numpy as np
@@ -59,22 +59,22 @@ class LedgerRow:
         return next((name for name in ("acc_norm", "acc") if name in known), None)
 
 
-def outcomes_of(row: LedgerRow) -> dict[str, list[Any]]:
-    """Per metric (`metric,filter` where there are several filters) what each document gave by its requests' responses: a number, or what its
-    aggregation takes."""
+def outcomes_of(row: LedgerRow) -> dict[str, list[list[Any]]]:
+    """Per metric (`metric,filter` where there are several filters) and task what each document gave by its requests' responses: a number, or what
+    its aggregation takes. Some metrics are of some documents only."""
     for task in row.tasks:
         for request in task.instances:
             request.filtered_resps = {}
         task.apply_filters()
-    outcomes = defaultdict(list)
+    outcomes = defaultdict(lambda: [[] for _ in row.tasks])
     for number, (task, asked) in enumerate(row.documents()):
-        filters = list(asked[0].filtered_resps)
+        filters, place = list(asked[0].filtered_resps), row.tasks.index(task)
         for name in filters:
             results = task.process_results(asked[0].doc, [request.filtered_resps[name] for request in asked])
             for metric, value in results.items():
-                outcomes[metric if len(filters) == 1 else f"{metric},{name}"].append(value)
+                outcomes[metric if len(filters) == 1 else f"{metric},{name}"][place].append(value)
         if row.metric:
-            outcomes[PROBABILITY].append(probability(row, number, [request.resps[0][0] for request in asked]))
+            outcomes[PROBABILITY][place].append(probability(row, number, [request.resps[0][0] for request in asked]))
     return outcomes
 
 
@@ -90,7 +90,7 @@ def probability(row: LedgerRow, number: int, log_likelihoods: Sequence[float]) -
     return float(softmax(nats) @ row.rights[number])
 
 
-def aggregated(row: LedgerRow, metric: str, values: Sequence[Any]) -> dict[str, Found]:
+def aggregated(row: LedgerRow, metric: str, outcomes: Sequence[Sequence[Any]]) -> dict[str, Found]:
     """A metric over all items of a row, or over its tasks where lm-eval's group averages those and that is another number.
 
     It is another one where a task counts whatever its size, and where the metric is none of single items (perplexity, F1). Beside it stands
@@ -98,17 +98,20 @@ def aggregated(row: LedgerRow, metric: str, values: Sequence[Any]) -> dict[str, 
     """
     name = metric.partition(",")[0]
     aggregation = row.tasks[0].aggregation().get(name, metrics.mean)
-    whole, rest = of_items(values, aggregation), iter(values)
-    each = [of_items(list(islice(rest, len(chosen))), aggregation) for chosen in row.chosen]
-    found, by_size = {metric: whole}, row.by_size.get(name, True)
+    whole = of_items([*chain(*outcomes)], aggregation)
+    by_task = {
+        task.task_name: of_items(values, aggregation)
+        for task, values in zip(row.tasks, outcomes, strict=True)
+        if values
+    }
+    each, found, by_size = [*by_task.values()], {metric: whole}, row.by_size.get(name, True)
     if name in row.by_size and not (by_size and aggregation is metrics.mean):
         value = float(np.average([one.value for one in each], weights=[one.n if by_size else 1 for one in each]))
         stderr = math.nan if by_size else float(metrics.unweighted_mean_stderr([one.stderr for one in each]))
         found[metric] = replace(whole, value=value, stderr=stderr)
         found[f"{metric}_by_task"] = mean([one.value for one in each])
     if row.group is not None:
-        by_task = zip(row.tasks, each, strict=True)
-        given: Any = {task.task_name: {f"{name},none": one.value, "sample_len": one.n} for task, one in by_task}
+        given: Any = {task: {f"{name},none": one.value, "sample_len": one.n} for task, one in by_task.items()}
         theirs = row.group.aggregate(given).get(f"{name},none", found[metric].value)
         assert np.isclose(found[metric].value, theirs, equal_nan=True), (row.name, metric, found[metric].value, theirs)
     return found
@@ -168,7 +171,7 @@ def commonest(row: LedgerRow) -> dict[str, Found]:
     for task in row.tasks:
         for request in task.instances:
             request.resps = [text]
-    exact = [values for metric, values in outcomes_of(row).items() if metric.startswith("exact_match")]
+    exact = [[*chain(*outcomes)] for metric, outcomes in outcomes_of(row).items() if metric.startswith("exact_match")]
     return {"majority": mean(max(exact, key=sum))} if exact else {}
 
 
