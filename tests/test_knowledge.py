@@ -8,11 +8,13 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import lm_eval.tasks
 import pytest
 from lm_eval.api.instance import Instance
+from lm_eval.config.group import GroupConfig
 from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from omegaconf import OmegaConf
@@ -21,9 +23,8 @@ from clbench.build import build
 from clbench.config.composition import CONF_DIR, compose
 from clbench.data.encoder import Encoder
 from clbench.examine.knowledge import Knowledge, answer, names_in
-from clbench.examine.knowledge.ledger_row import aggregated
 from clbench.examine.lm import StudentLM
-from clbench.examine.lm_tasks import resolve, subset, task_index
+from clbench.examine.lm_tasks import resolve, subset, task_index, whole_index
 from clbench.examine.student import Student
 from clbench.examine.text import Text
 from clbench.types import UserMistake
@@ -566,7 +567,12 @@ def test_an_entry_of_probe_tasks_is_one_of_lm_eval_groups(overrides, command):
     changed, plain = knowledge.ledger_rows
     assert (changed.name, plain.name) == ("world_facts_x64", "world_facts_x8")
     assert all(request.args[0].startswith("So ") for request in changed.tasks[0].instances)
-    for entry in ("{num_fewshot:1}", "{group:g,task:[world_facts_x8,{num_fewshot:1}]}", "t0_eval"):
+    for entry in (
+        "{num_fewshot:1}",
+        "{group:g,task:[world_facts_x8,{num_fewshot:1}]}",
+        "{group:g,task:[1]}",
+        "t0_eval",
+    ):
         code, _, errors = command("clbench", *overrides, f"probe.tasks=[{entry}]")
         assert code == 2 and "names neither a task nor a group of lm-eval" in errors
 
@@ -615,13 +621,23 @@ def test_what_a_group_averages_over_its_tasks_is_what_lm_eval_averages(student, 
     assert score.stderr == pytest.approx(theirs["acc_stderr,none"])
     assert score.value != pytest.approx(sum(score.items) / 6)
     assert by_task.items == (sum(score.items[:2]) / 2, sum(score.items[2:]) / 4) and by_task.value == score.value
-    # F1 is none of single items: the group's is the mean of its tasks', by their sizes.
+    # F1 is no mean over items: the group's is the average of its tasks', by their sizes.
     assert found["f1"].value == pytest.approx(theirs["f1,none"]) and found["f1"].n == 6
-    assert found["f1"].value == pytest.approx((2 * found["f1_by_task"].items[0] + 4 * found["f1_by_task"].items[1]) / 6)
-    # What the yaml says is read a second time, by lm-eval, and every examination is held to that.
-    (row,) = knowledge.ledger_rows
-    with pytest.raises(AssertionError, match="pair"):
-        aggregated(replace(row, by_size={}), "acc", [score.items[:2], score.items[2:]])
+
+
+@pytest.mark.slow
+def test_every_group_of_lm_eval_weighs_its_tasks_as_lm_eval_reads_its_yaml():
+    """A second reader of the yamls beside `resolve`: lm-eval's own."""
+    index, averaged = whole_index(), 0
+    refused = {"flan_held_in", "t0_eval"}  # whose members are no tasks of the index
+    for name in {*index.all_groups} - refused:
+        stated = index.task_index[name].cfg.get("aggregate_metric_list")
+        listed: Any = GroupConfig(group=name, aggregate_metric_list=stated).aggregate_metric_list
+        for row in resolve(name, index).values():
+            if row.asked == name and len(row.tasks) > 1:
+                assert row.by_size == {one.metric: bool(one.weight_by_size) for one in listed or ()}, name
+                averaged += bool(listed)
+    assert averaged > 500
 
 
 @pytest.mark.slow

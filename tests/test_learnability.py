@@ -1,7 +1,7 @@
 """The bounds that scores of the embedded world are read against: every task can be learned, and the base knows its facts, but not all of them.
 
-A stage of the stream has 60 steps, in which three of the sixteen tasks stay below nine tenths at `single`'s rate, the lowest at 0.70: the bound is of
-what can be learned of a task, so it is held to four times as many. Minutes, so apart: make test-learnability."""
+A stage of the stream has 60 steps, in which three of the sixteen tasks stay below nine tenths at `single`'s rate, the lowest at 0.70. The bound
+is what can be learned of a task, so it is checked after four times as many steps, at 1e-3. Minutes, so apart: make test-learnability."""
 
 import json
 

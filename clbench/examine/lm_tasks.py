@@ -51,8 +51,8 @@ class Named:
 
 @dataclass(frozen=True, kw_only=True)
 class NamedRow:
-    """A row of the ledger: its `tasks`, the name that was `asked` for, and the metrics that its group averages over tasks, each with whether
-    a task counts by its size."""
+    """A row of the ledger: its `tasks`, the name that was `asked` for, and the metrics that its group averages over tasks, each with whether a
+    task counts by its size."""
 
     asked: str
     tasks: tuple[Named, ...]
@@ -77,11 +77,11 @@ def whole_index(*own: Path) -> TaskManager:
 
 def name_of(member: str | Settings) -> str:
     """The task or group that a member of probe.tasks, or of one of lm-eval's groups, names; raises UserMistake where it names neither."""
-    name = member if isinstance(member, str) else member.get("group") or member.get("task")
+    name = (member.get("group") or member.get("task")) if isinstance(member, dict) else member
     if not isinstance(name, str):
         raise UserMistake(
-            f"probe.tasks: an entry of {', '.join(map(str, member))} names neither a task nor a group of lm-eval "
-            "(its t0_eval has such entries); write {task: NAME, ...} or {group: NAME, ...}, or leave it out"
+            f"probe.tasks: the entry {str(member):.80} names neither a task nor a group of lm-eval (its t0_eval has such entries); "
+            "write NAME, {task: NAME, ...} or {group: NAME, ...}, or leave it out"
         )
     return name
 

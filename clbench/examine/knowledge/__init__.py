@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
@@ -43,13 +42,12 @@ from clbench.protocols import Probe, Stream
 from clbench.types import Score, UserMistake
 
 
-def names_in(members: Iterable[str | Mapping[str, Any]]) -> Iterator[str]:
+def names_in(members: Iterable[str | Settings]) -> Iterator[str]:
     """The names in probe.tasks, those inside a group that is defined there, too."""
     for member in members:
-        stated = {"task": member} if isinstance(member, str) else member
-        inner = stated.get("task", ())
-        yield from [str(stated["group"])] if "group" in stated else []
-        yield from [inner] if isinstance(inner, str) else names_in(inner)
+        yield (name := name_of(member))
+        inner = () if isinstance(member, str) else member.get("task", ())
+        yield from [inner] * (inner != name) if isinstance(inner, str) else names_in(inner)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -121,29 +119,7 @@ class Knowledge(Probe):
             chosen.append(subset(task.task_name, size=size, wanted=each)[: self.limit])
             check_targets(task, chosen[-1])
             build_requests(task, chosen[-1])
-        return LedgerRow(
-            name=name,
-            tasks=tasks,
-            chosen=tuple(chosen),
-            by_size=row.by_size,
-            group=self._group(row.asked, tasks, index),
-        )
-
-    def _group(self, name: str, tasks: Sequence[Task], index: TaskManager) -> Group | None:
-        """lm-eval's group of that name over `tasks`, as its yaml or the entry of probe.tasks says; None for a task or a tag."""
-        stated = [task for task in self.tasks if isinstance(task, dict) and task.get("group") == name]
-        entry = index.task_index.get(name)
-        known = [entry.cfg] if entry is not None and entry.kind.name == "GROUP" else []
-        means = [one["aggregate_metric_list"] for one in [*stated, *known] if one.get("aggregate_metric_list")]
-        if not means or len(tasks) < 2:
-            return None
-        listed = [means[0]] if isinstance(means[0], Mapping) else means[0]
-        group = Group.from_config(
-            {"group": name, "aggregate_metric_list": [{**one, "filter_list": None} for one in listed]}
-        )
-        for task in tasks:
-            group.add(task)
-        return group
+        return LedgerRow(name=name, tasks=tasks, chosen=tuple(chosen), by_size=row.by_size)
 
     def datasets(self) -> Sequence[DatasetSpec]:
         tasks = [task for row in self.ledger_rows for task in row.tasks if task.task_name not in self.rows]

@@ -3,19 +3,19 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, groupby, zip_longest
 from typing import Any, cast
 
 import numpy as np
 from lm_eval.api import metrics
-from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from scipy.special import softmax
 
 from clbench.examine.scores import Found, mean
+from clbench.types import UserMistake
 
 # Log-likelihoods of a choice that is taken and of one that is not, apart by more than any division by length can bridge.
 CERTAIN, RULED_OUT = -1.0, -1e6
@@ -25,16 +25,12 @@ PROBABILITY = "probability"
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerRow:
-    """A row of the ledger: the tasks behind `name` with their requests built, the document ids chosen of each; `by_size` as in NamedRow.
-
-    `group` is lm-eval's own object where `name` is a group of its index; what is averaged over tasks is held to it.
-    """
+    """A row of the ledger: the tasks behind `name` with their requests built, the document ids chosen of each; `by_size` as in NamedRow."""
 
     name: str
     tasks: tuple[Task, ...]
     chosen: tuple[tuple[int, ...], ...]
     by_size: Mapping[str, bool] = field(default_factory=dict)
-    group: Group | None = None
 
     def documents(self) -> list[tuple[Task, list[Instance]]]:
         """The requests of each document beside its task, in order."""
@@ -61,7 +57,7 @@ class LedgerRow:
 
 def outcomes_of(row: LedgerRow) -> dict[str, list[list[Any]]]:
     """Per metric (`metric,filter` where there are several filters) and task what each document gave by its requests' responses: a number, or what
-    its aggregation takes. Some metrics are of some documents only."""
+    its aggregation takes. A document may lack a metric."""
     for task in row.tasks:
         for request in task.instances:
             request.filtered_resps = {}
@@ -91,40 +87,43 @@ def probability(row: LedgerRow, number: int, log_likelihoods: Sequence[float]) -
 
 
 def aggregated(row: LedgerRow, metric: str, outcomes: Sequence[Sequence[Any]]) -> dict[str, Found]:
-    """A metric over all items of a row, or over its tasks where lm-eval's group averages those and that is another number.
+    """The metric of all items together, or, where lm-eval's group averages its tasks and that differs, the average of the tasks' metrics.
 
-    It is another one where a task counts whatever its size, and where the metric is none of single items (perplexity, F1). Beside it stands
-    METRIC_by_task, whose items are what the tasks gave.
+    It differs where tasks count equally (`weight_by_size: false`), and where the metric is no mean over items (perplexity, F1). Beside a mean of
+    tasks' means stands METRIC_by_task, whose items these means are.
     """
     name = metric.partition(",")[0]
-    aggregation = row.tasks[0].aggregation().get(name, metrics.mean)
-    whole = of_items([*chain(*outcomes)], aggregation)
-    by_task = {
-        task.task_name: of_items(values, aggregation)
-        for task, values in zip(row.tasks, outcomes, strict=True)
-        if values
-    }
-    each, found, by_size = [*by_task.values()], {metric: whole}, row.by_size.get(name, True)
-    if name in row.by_size and not (by_size and aggregation is metrics.mean):
-        value = float(np.average([one.value for one in each], weights=[one.n if by_size else 1 for one in each]))
-        stderr = math.nan if by_size else float(metrics.unweighted_mean_stderr([one.stderr for one in each]))
-        found[metric] = replace(whole, value=value, stderr=stderr)
-        found[f"{metric}_by_task"] = mean([one.value for one in each])
-    if row.group is not None:
-        given: Any = {task: {f"{name},none": one.value, "sample_len": one.n} for task, one in by_task.items()}
-        theirs = row.group.aggregate(given).get(f"{name},none", found[metric].value)
-        assert np.isclose(found[metric].value, theirs, equal_nan=True), (row.name, metric, found[metric].value, theirs)
-    return found
+    aggregations, by_size = [task.aggregation().get(name, metrics.mean) for task in row.tasks], row.by_size.get(name)
+    are_means = {*aggregations} == {metrics.mean}
+    if by_size is None or (by_size and are_means):
+        return {metric: of_items([*chain(*outcomes)], aggregations[0])}
+    each = [of_items(values, own) for values, own in zip(outcomes, aggregations, strict=True) if values]
+    values, sizes = [one.value for one in each], [one.n for one in each]
+    average = Found(
+        float(metrics.aggregate_subtask_metrics(values, sizes, by_size)),
+        n=sum(sizes),
+        stderr=math.nan if by_size else float(metrics.unweighted_mean_stderr([one.stderr for one in each])),
+        items=(*chain(*(one.items for one in each)),),
+    )
+    return {metric: average} | ({f"{metric}_by_task": mean(values)} if are_means else {})
 
 
 def of_items(values: Sequence[Any], aggregation: Callable[..., Any]) -> Found:
-    """The mean of items with its standard error, or a metric of all items together (perplexity, F1), which keeps items that are numbers."""
+    """The mean of items with its standard error, or a metric of all items together (perplexity, F1), which keeps items that are numbers.
+
+    Raises UserMistake where so few documents do not define the metric.
+    """
     if aggregation is metrics.mean:
         return mean(values)
     try:
         value = float(aggregation(values))
     except OverflowError:  # the perplexity of a text that a broken model gives no chance at all
         value = math.inf
+    except ZeroDivisionError as error:
+        raise UserMistake(
+            f"a probe's metric ({aggregation.__name__}) is not defined on the {len(values)} documents that are asked; ask more (probe.limit, "
+            "probe.probes.*.items), or leave the task out of probe.tasks"
+        ) from error
     numeric = all(isinstance(item, (int, float, np.number)) for item in values)
     return Found(value, len(values), items=tuple(map(float, values)) if numeric else ())
 
