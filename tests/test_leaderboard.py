@@ -16,7 +16,7 @@ from pytest import approx
 
 from clbench.config import variant
 from clbench.record.runs import pack, read_runs
-from clbench.record.seals import SEALED, SEALS, seal
+from clbench.record.seals import SEALS
 from clbench.report import columns, measures
 from clbench.report import html as report
 from clbench.report import tables as leaderboard
@@ -25,6 +25,7 @@ from clbench.report.search import search
 from clbench.report.summary import summarise
 from clbench.stream import ordered
 from clbench.types import Cost, Score, UserMistake
+from tests.test_verify import reseal
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 TASKS = ("sums", "food", "rhyme")
@@ -143,13 +144,6 @@ def write_manifest(folder, manifest):
     """The manifest, its variant as its configuration makes it."""
     (folder / "manifest.json").write_text(json.dumps(manifest | {"variant": variant(manifest["config"])}))
     reseal(folder)
-
-
-def reseal(folder):
-    """The seal that the ledger would have left, had it written what is there now."""
-    paths = [path for pattern in SEALED for path in folder.glob(pattern)]
-    records = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-    (folder / SEALS).write_text(json.dumps(seal(records, stage=3)) + "\n")
 
 
 def stage_cost(stage):
