@@ -445,6 +445,9 @@ def test_a_folder_is_refused_in_one_line_before_its_weights_are_read(tmp_path):
     AutoConfig.for_model("cpmant").save_pretrained(tmp_path / "cpmant")
     words().save_pretrained(tmp_path / "cpmant")
     assert "takes no inputs_embeds" in refused(str(tmp_path / "cpmant"))
+    assert "states sliding_window=8, which a llama ignores" in refused(
+        folder(tmp_path / "window", tiny("llama", sliding_window=8))
+    )
     unknown = folder(tmp_path / "unknown", tiny("llama"))
     stated = json.loads((tmp_path / "unknown" / "config.json").read_text())
     (tmp_path / "unknown" / "config.json").write_text(json.dumps(stated | {"model_type": "frobnicate"}))
