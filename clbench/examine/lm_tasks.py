@@ -23,7 +23,7 @@ import datasets
 import lm_eval.tasks
 from datasets.exceptions import DatasetsError
 from jinja2 import Environment, meta
-from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from clbench.config.names import nearest
@@ -264,19 +264,6 @@ def wrong_target(target: Any, choices: Sequence[str]) -> str:
         if one not in choices and not (isinstance(position, int) and 0 <= position < len(choices)):
             return f"{one!r}, which is no position from 0 to {len(choices) - 1} and none of {list(choices)}"
     return ""
-
-
-def check_targets(task: Task, documents: Iterable[int]) -> None:
-    """Raises UserMistake where the right answer of a document is none of its choices: lm-eval would count it as missed by every model."""
-    if not isinstance(task, ConfigurableTask) or task.OUTPUT_TYPE != "multiple_choice":
-        return
-    for number in documents:
-        doc = task.eval_docs[number]
-        target = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
-        if wrong := wrong_target(target, task.doc_to_choice(doc)):
-            raise UserMistake(
-                f"probe task {task.task_name!r}, document {number}: its answer is {wrong}; mend the row, or leave the task out of probe.tasks"
-            )
 
 
 def _shown_from(config: Settings) -> str | None:

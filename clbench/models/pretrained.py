@@ -100,11 +100,11 @@ class Pretrained:
             raise UserMistake(
                 f"model.name={self.name!r} is a cpmant, whose forward takes no inputs_embeds; name another model"
             )
-        stated: Any = config.get_text_config()
-        window = getattr(stated, "sliding_window", None)
-        if window and not hasattr(type(stated)(), "sliding_window"):
+        text: Any = config.get_text_config()
+        window = text.to_dict().get("sliding_window")
+        if window and "sliding_window" not in type(text)().to_dict():
             raise UserMistake(
-                f"model.name={self.name!r} states sliding_window={window}, which a {stated.model_type} ignores in a forward and obeys in its cache; "
+                f"model.name={self.name!r} states sliding_window={window}, which a {text.model_type} ignores in a forward and obeys in its cache; "
                 "take it out of config.json, or name another model"
             )
         return config

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.task import Task
+from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
 from clbench.data.rows import DatasetSpec
@@ -28,13 +28,13 @@ from clbench.examine.lm_tasks import (
     RowSource,
     Settings,
     Wanted,
-    check_targets,
     name_of,
     resolve,
     subset,
     task_index,
     wanted_of_each,
     with_shots,
+    wrong_target,
 )
 from clbench.examine.scores import scores
 from clbench.examine.student import Student
@@ -148,6 +148,19 @@ class Knowledge(Probe):
                 found |= aggregated(row, metric, outcomes)
             seconds = time.perf_counter() - started
             yield from scores(found, stream=stream, stage=stage, probe=self.name, task=row.name, seconds=seconds)
+
+
+def check_targets(task: Task, documents: Iterable[int]) -> None:
+    """Raises UserMistake where the right answer of a document is none of its choices: lm-eval would count it as missed by every model."""
+    if not isinstance(task, ConfigurableTask) or task.OUTPUT_TYPE != "multiple_choice":
+        return
+    for number in documents:
+        doc = task.eval_docs[number]
+        target = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        if wrong := wrong_target(target, task.doc_to_choice(doc)):
+            raise UserMistake(
+                f"probe task {task.task_name!r}, document {number}: its answer is {wrong}; mend the row, or leave the task out of probe.tasks"
+            )
 
 
 def build_requests(task: Task, chosen: Sequence[int], *, chat_template: Callable[..., str] | None = None) -> None:
