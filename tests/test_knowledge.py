@@ -23,6 +23,7 @@ from clbench.build import build
 from clbench.config.composition import CONF_DIR, compose
 from clbench.data.encoder import Encoder
 from clbench.examine.knowledge import Knowledge, answer, names_in
+from clbench.examine.knowledge.ledger_row import aggregated, of_items
 from clbench.examine.lm import StudentLM
 from clbench.examine.lm_tasks import resolve, subset, task_index, whole_index
 from clbench.examine.student import Student
@@ -589,7 +590,7 @@ def test_what_a_group_averages_over_its_tasks_is_what_lm_eval_averages(student, 
             "test_split": "test",
             "output_type": "multiple_choice",
             "doc_to_text": "{{text}}",
-            "doc_to_choice": ["yes", "no"],
+            "doc_to_choice": ["no", "yes"],
             "doc_to_target": "{{label}}",
             "metric_list": [{"metric": "acc"}, {"metric": "f1"}],
         }
@@ -614,15 +615,26 @@ def test_what_a_group_averages_over_its_tasks_is_what_lm_eval_averages(student, 
     assert {s.metric: s.items for s in by_path.measure(student, STREAM, 1)} == {k: s.items for k, s in found.items()}
     score, by_task = found["acc"], found["acc_by_task"]
     manager = TaskManager(include_path=str(tmp_path / "pairs"), include_defaults=False)
-    theirs = simple_evaluate(hflm(student), tasks=["pair"], task_manager=manager, bootstrap_iters=2, verbosity="ERROR")[
-        "results"
-    ]["pair"]
+    settings: dict[str, Any] = {"task_manager": manager, "bootstrap_iters": 2, "verbosity": "ERROR"}
+    theirs = simple_evaluate(hflm(student), tasks=["pair"], **settings)["results"]["pair"]
     assert score.value == pytest.approx(theirs["acc,none"]) and score.n == 6
     assert score.stderr == pytest.approx(theirs["acc_stderr,none"])
     assert score.value != pytest.approx(sum(score.items) / 6)
     assert by_task.items == (sum(score.items[:2]) / 2, sum(score.items[2:]) / 4) and by_task.value == score.value
     # F1 is no mean over items: the group's is the average of its tasks', by their sizes.
     assert found["f1"].value == pytest.approx(theirs["f1,none"]) and found["f1"].n == 6
+    (row,) = knowledge.ledger_rows
+    pooled = aggregated(replace(row, by_size={}), "f1", answer(row, StudentLM(student))["f1"])["f1"]
+    assert pooled.n == 6 and pooled.value != pytest.approx(found["f1"].value)
+
+
+def test_a_metric_that_so_few_documents_do_not_define_is_told():
+    def share_of_the_rare(values):
+        return sum(values) / sum(value > 1 for value in values)
+
+    assert of_items([2, 4], share_of_the_rare).value == 3
+    with pytest.raises(UserMistake, match=r"share_of_the_rare\) is not defined on the 2 documents"):
+        of_items([0, 1], share_of_the_rare)
 
 
 @pytest.mark.slow

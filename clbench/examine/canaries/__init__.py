@@ -7,9 +7,8 @@ answer and no copying reader beats the reported `floors`. Each is described wher
 tokens here. `canaries.own_model` examines the run's own model, before and after its first stage.
 
 Not here: weights that are missing or misfit, which are refused when they are loaded (`models.pretrained`), and another model's weights, which
-have another fingerprint in the manifest; how a group averages its tasks, which is lm-eval's own
-function (`knowledge.ledger_row`); duplicates and overlaps between texts (`record.overlaps`); what becomes of a run whose canary failed (the
-leaderboard).
+have another fingerprint in the manifest; how a group averages its tasks, which is lm-eval's own function (`knowledge.ledger_row`); duplicates
+and overlaps between texts (`record.overlaps`); what becomes of a run whose canary failed (the leaderboard).
 """
 
 import copy

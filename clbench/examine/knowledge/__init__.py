@@ -45,9 +45,13 @@ from clbench.types import Score, UserMistake
 def names_in(members: Iterable[str | Settings]) -> Iterator[str]:
     """The names in probe.tasks, those inside a group that is defined there, too."""
     for member in members:
-        yield (name := name_of(member))
-        inner = () if isinstance(member, str) else member.get("task", ())
-        yield from [inner] * (inner != name) if isinstance(inner, str) else names_in(inner)
+        name = name_of(member)
+        inner = name if isinstance(member, str) else member.get("task", ())
+        yield name
+        if not isinstance(inner, str):
+            yield from names_in(inner)
+        elif inner != name:
+            yield inner
 
 
 @dataclass(kw_only=True, eq=False)
